@@ -8,10 +8,11 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/routers.html.md"""
 __all__ = ['Routing', 'tokens_per_expert', 'stable_topk', 'Router', 'SoftmaxRouter', 'SigmoidRouter', 'CosineRouter',
            'TernaryRouter', 'ResidualRouter', 'update_expert_bias']
 
-# %% ../nbs/routers.ipynb #58b6455d
+# %% ../nbs/routers.ipynb #f73642d0
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from dataclasses import dataclass, replace
+from fastcore.meta import delegates
 
 # %% ../nbs/routers.ipynb #863e6b3b
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ class SigmoidRouter(Router):
     group_best = 2
     def score(self, logits): return logits.sigmoid()
 
-# %% ../nbs/routers.ipynb #00c67541
+# %% ../nbs/routers.ipynb #491fa9c8
+@delegates()
 class CosineRouter(Router):
     "XMoE: softmax of cosines in a reduced space."
     def __init__(self, hidden_size, num_experts, top_k, *, router_size:int=None, temperature:float=0.3, gain:float=1.5,
@@ -207,7 +209,8 @@ def _cos_weigh(self:CosineRouter, scores, top_k_index):
     return scores.gather(-1, top_k_index).softmax(-1) * self.routed_scaling_factor
 CosineRouter.reset_parameters, CosineRouter.logits, CosineRouter.score, CosineRouter.weigh = _cos_reset, _cos_logits, _cos_score, _cos_weigh
 
-# %% ../nbs/routers.ipynb #289f9dd8
+# %% ../nbs/routers.ipynb #dff9fb6d
+@delegates()
 class TernaryRouter(Router):
     "TC-MoE: each expert can be chosen positively or negatively, or a choice left empty."
     def __init__(self, hidden_size, num_experts, top_k, *, negative_offset:float=-1., null_offset:float=-10., **kwargs):
@@ -233,7 +236,8 @@ def _tern_weigh(self:TernaryRouter, scores, top_k_index):
     return w if self.routed_scaling_factor == 1 else w * self.routed_scaling_factor
 TernaryRouter.score, TernaryRouter.logits, TernaryRouter.weigh = SoftmaxRouter.score, _tern_logits, _tern_weigh
 
-# %% ../nbs/routers.ipynb #8a43555c
+# %% ../nbs/routers.ipynb #3061b3a2
+@delegates()
 class ResidualRouter(SoftmaxRouter):
     "MoE++: softmax over experts and zero-computation experts, with a gating residual from the previous router."
     uses_previous_logits = True
