@@ -7,9 +7,10 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/config.html.md"""
 # %% auto #0
 __all__ = ['recipes', 'presets', 'did_you_mean', 'MoESpec', 'Recipe', 'recipe', 'get_recipe', 'Preset', 'get_preset']
 
-# %% ../nbs/config.ipynb #2dc03ede
+# %% ../nbs/config.ipynb #d81c50fe
 import difflib, dataclasses
 from dataclasses import dataclass, field
+from fastcore.basics import patch
 
 # %% ../nbs/config.ipynb #9dcfca34
 def did_you_mean(
@@ -45,21 +46,26 @@ class MoESpec:
 
     def to_dict(self): return dataclasses.asdict(self)
 
-# %% ../nbs/config.ipynb #e5d7cab3
+# %% ../nbs/config.ipynb #5e4b6a7f
 def _from_dict(cls, d, kind):
     names = [f.name for f in dataclasses.fields(cls)]
     for k in d:
         if k not in names: raise ValueError(did_you_mean(f'{kind} field', k, names))
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
-def _spec_from_dict(d): return _from_dict(MoESpec, d, 'MoESpec')
-MoESpec.from_dict = staticmethod(_spec_from_dict)
+# %% ../nbs/config.ipynb #4adce95e
+@patch(cls_method=True)
+def from_dict(cls:MoESpec, d):
+    "The spec of a dictionary, e.g. of `to_dict`; unknown keys are errors"
+    return _from_dict(cls, d, 'MoESpec')
 
-# %% ../nbs/config.ipynb #dd4c4264
+# %% ../nbs/config.ipynb #1ad93b16
 def _check(ok, name, value, expected):
     if not ok: raise ValueError(f'{name} must be {expected}, got {value}')
 
-def _validate(self:MoESpec):
+# %% ../nbs/config.ipynb #c696b12e
+@patch
+def validate(self:MoESpec):
     "Raise a `ValueError` if this budget cannot be spent; return it otherwise."
     for n in 'hidden_size num_experts top_k moe_intermediate_size'.split():
         v = getattr(self, n)
@@ -73,7 +79,6 @@ def _validate(self:MoESpec):
     groups = ('sequence', 'micro_batch', 'global_batch')
     _check(self.aux_loss_group in groups, 'aux_loss_group', repr(self.aux_loss_group), 'one of ' + ', '.join(groups))
     return self
-MoESpec.validate = _validate
 
 # %% ../nbs/config.ipynb #bd022188
 @dataclass(frozen=True)
@@ -131,18 +136,19 @@ class Preset:
     partial_rotary_factor: float = 1.  # share of each head that carries rotary positions
     depth_scaled_init: bool = False  # the paper's initialisation, see below
 
-# %% ../nbs/config.ipynb #3fa6f697
+# %% ../nbs/config.ipynb #b94980d4
 def _init_stds(p:Preset):
     depth = (2 / p.num_hidden_layers) ** 0.5
     return p.hidden_size**-0.5 * depth, (p.num_experts * p.moe_intermediate_size)**-0.5 * depth
 
-def _spec(self:Preset, name:str, **overrides)->MoESpec:
+# %% ../nbs/config.ipynb #1f1fa9b9
+@patch
+def spec(self:Preset, name:str, **overrides)->MoESpec:
     "The budget of one layer of this preset, for the recipe `name`; `overrides` change fields of it."
     std = _init_stds(self) if self.depth_scaled_init else (0.02, 0.02)
     keys = 'hidden_size num_experts top_k num_shared_experts moe_intermediate_size hidden_act router_aux_loss_coef'.split()
     common = dict({k: getattr(self, k) for k in keys}, router_init_std=std[0], expert_init_std=std)
     return MoESpec.from_dict(dict(common, recipe=name) | overrides).validate()
-Preset.spec = _spec
 
 # %% ../nbs/config.ipynb #a903e554
 presets = {p.name: p for p in [

@@ -8,9 +8,10 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/layers.html.md"""
 __all__ = ['MoELayer', 'default_losses', 'aux_loss', 'link_layers', 'recipe_options', 'build_router', 'build_layer', 'dense',
            'sharede_v2', 'sharede_v3', 'tcmoe', 'moe_plus_plus']
 
-# %% ../nbs/layers.ipynb #c9749208
+# %% ../nbs/layers.ipynb #4f6c6cb5
 import inspect, torch
 from functools import partial
+from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import nn, Tensor
 from .config import MoESpec, recipe, recipes, get_recipe, did_you_mean
@@ -52,18 +53,19 @@ def default_losses(
     if spec.router_z_loss_coef: losses['router_z_loss'] = (spec.router_z_loss_coef, router_z_loss)
     return losses
 
-# %% ../nbs/layers.ipynb #eb05c2ca
-def _reset_layer(self:MoELayer, generator=None):
+# %% ../nbs/layers.ipynb #4515627b
+@patch
+def reset_parameters(self:MoELayer, generator=None):
     "Draw all weights anew; routers draw from the global generator of torch."
     up, down = self.spec.expert_init_std
     for m in (self.experts, self.shared_experts):
         if m is not None: m.reset_parameters(generator, up_std=up, down_std=down)
     self.router.reset_parameters()
     if self.zero_experts is not None: self.zero_experts.reset_parameters(generator)
-MoELayer.reset_parameters = _reset_layer
 
-# %% ../nbs/layers.ipynb #5a6f17c8
-def _combine(self:MoELayer, hidden_states, routing):
+# %% ../nbs/layers.ipynb #da70b162
+@patch
+def combine(self:MoELayer, hidden_states, routing):
     "Run the experts that `routing` chose on hidden_states [..., d]"
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     y = self.experts(x, routing.expert_index, routing.expert_weights)
@@ -73,13 +75,13 @@ def _combine(self:MoELayer, hidden_states, routing):
     shared, s = self.shared_experts(hidden_states), self.shared_weight
     return y + shared if s is None else (1 - s) * y + s * shared
 
-def _layer_forward(self:MoELayer, hidden_states):
+@patch
+def forward(self:MoELayer, hidden_states):
     "hidden_states [..., d] to [..., d]"
     previous = self._previous[0]._logits if self._previous else None
     routing = self.router(hidden_states, previous)
     if self.router.uses_previous_logits: self._logits = routing.router_logits
     return self.combine(hidden_states, routing)
-MoELayer.combine, MoELayer.forward = _combine, _layer_forward
 
 # %% ../nbs/layers.ipynb #3ff7bd18
 def zero_weights(routing):
@@ -88,11 +90,11 @@ def zero_weights(routing):
     dense = w.new_zeros(routing.num_tokens, routing.num_choices)
     return dense.scatter(-1, i, w)[:, N:]
 
-# %% ../nbs/layers.ipynb #1b1a3f6e
-def _aux_losses(self:MoELayer, routing, mask=None):
+# %% ../nbs/layers.ipynb #541ded9e
+@patch
+def aux_losses(self:MoELayer, routing, mask=None):
     "Each loss of this layer, before its weight: name -> scalar"
     return {n: f(routing, mask) for n, (_, f) in self.losses.items()}
-MoELayer.aux_losses = _aux_losses
 
 # %% ../nbs/layers.ipynb #d5d714da
 def aux_loss(
@@ -123,9 +125,9 @@ def link_layers(
         if previous is None: layer.router.gating_residual = None
         previous = layer
 
-# %% ../nbs/layers.ipynb #037520aa
-def _getstate(self:MoELayer): return {**self.__dict__, '_logits': None}
-MoELayer.__getstate__ = _getstate
+# %% ../nbs/layers.ipynb #b0791f39
+@patch
+def __getstate__(self:MoELayer): return {**self.__dict__, '_logits': None}
 
 # %% ../nbs/layers.ipynb #4a585e83
 def recipe_options(name:str)->list:

@@ -8,10 +8,11 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/routers.html.md"""
 __all__ = ['Routing', 'tokens_per_expert', 'stable_topk', 'Router', 'SoftmaxRouter', 'SigmoidRouter', 'CosineRouter',
            'TernaryRouter', 'ResidualRouter', 'update_expert_bias']
 
-# %% ../nbs/routers.ipynb #f73642d0
+# %% ../nbs/routers.ipynb #518187f6
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from dataclasses import dataclass, replace
+from fastcore.basics import patch
 from fastcore.meta import delegates
 
 # %% ../nbs/routers.ipynb #863e6b3b
@@ -32,7 +33,7 @@ class Routing:
     top_k       = property(lambda self: self.top_k_index.shape[1])
     replace = replace
 
-# %% ../nbs/routers.ipynb #45af833e
+# %% ../nbs/routers.ipynb #7865c8de
 def _assignments(r:Routing):
     "Experts [T, K] (N: none) and signed weights [T, K], each expert at most once for a token."
     e, w = r.top_k_index, r.top_k_weights
@@ -42,8 +43,17 @@ def _assignments(r:Routing):
     same = (e[:, :, None] == e[:, None, :]) & (e < r.num_experts)[:, :, None]  # [T, K, K]
     first = ~same.tril(-1).any(-1)                                            # no earlier choice is the same expert
     return e.masked_fill(~first, r.num_experts), (same * w[:, None, :]).sum(-1) * first
-Routing.expert_index   = property(lambda self: _assignments(self)[0])
-Routing.expert_weights = property(lambda self: _assignments(self)[1])
+
+# %% ../nbs/routers.ipynb #e4029e0e
+@patch(as_prop=True)
+def expert_index(self:Routing):
+    "[T, K] int64: the expert that each choice runs, N where it runs none"
+    return _assignments(self)[0]
+
+@patch(as_prop=True)
+def expert_weights(self:Routing):
+    "[T, K]: the signed weight of each run"
+    return _assignments(self)[1]
 
 # %% ../nbs/routers.ipynb #1bafbf46
 def tokens_per_expert(
@@ -103,27 +113,32 @@ class Router(nn.Module):
         self.register_buffer('expert_bias', torch.zeros(M) if expert_bias else None)
         self.reset_parameters()
 
-# %% ../nbs/routers.ipynb #8adfbf4f
-def _build(self:Router, hidden_size, num_choices): self.weight = nn.Parameter(torch.empty(num_choices, hidden_size))
+# %% ../nbs/routers.ipynb #db117628
+@patch
+def build(self:Router, hidden_size, num_choices):
+    "Make the parameters"
+    self.weight = nn.Parameter(torch.empty(num_choices, hidden_size))
 
+@patch
 @torch.no_grad()
-def _reset(self:Router):
+def reset_parameters(self:Router):
     "Draw the weights anew from N(0, init_std)."
     for p in self.parameters(recurse=False): nn.init.normal_(p, 0., self.init_std)
-Router.build, Router.reset_parameters = _build, _reset
 
-# %% ../nbs/routers.ipynb #3614bdac
-def _logits(self:Router, x, previous_logits=None):
+# %% ../nbs/routers.ipynb #dc7ea91f
+@patch
+def logits(self:Router, x, previous_logits=None):
     "x [T, d] to logits [T, M]"
     return F.linear(x, self.weight.to(x.dtype))
 
-def _score(self:Router, logits):
+@patch
+def score(self:Router, logits):
     "Logits [T, M] to scores [T, M]"
     raise NotImplementedError(f'{type(self).__name__} must define score(logits)')
-Router.logits, Router.score = _logits, _score
 
-# %% ../nbs/routers.ipynb #a897bc5e
-def _choose(self:Router, scores):
+# %% ../nbs/routers.ipynb #2d1d532f
+@patch
+def choose(self:Router, scores):
     "Scores [T, M] to the indices of the chosen [T, K]"
     s = scores.detach()
     if self.expert_bias is not None: s = s + self.expert_bias
@@ -133,24 +148,24 @@ def _choose(self:Router, scores):
         keep = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, stable_topk(rank, self.topk_group), True)
         s = groups.masked_fill(~keep[..., None], -float('inf')).flatten(-2)
     return stable_topk(s, self.top_k)
-Router.choose = _choose
 
-# %% ../nbs/routers.ipynb #b99e81fd
-def _weigh(self:Router, scores, top_k_index):
+# %% ../nbs/routers.ipynb #6fa249d9
+@patch
+def weigh(self:Router, scores, top_k_index):
     "Weights [T, K] of the chosen"
     w = scores.gather(-1, top_k_index)
     if self.norm_topk_prob: w = w / w.sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
     return w if self.routed_scaling_factor == 1 else w * self.routed_scaling_factor
-Router.weigh = _weigh
 
-# %% ../nbs/routers.ipynb #1de84d5c
-def _choice_maps(self:Router, device):
+# %% ../nbs/routers.ipynb #caf13f51
+@patch
+def choice_maps(self:Router, device):
     "`expert_of` [M] and `sign_of` [M] of the record; None where choices are experts"
     return None, None
-Router.choice_maps = _choice_maps
 
-# %% ../nbs/routers.ipynb #ac4a868a
-def _forward(self:Router, hidden_states, previous_logits=None):
+# %% ../nbs/routers.ipynb #5b261d1a
+@patch
+def forward(self:Router, hidden_states, previous_logits=None):
     "hidden_states [..., d] to `Routing`"
     shape, x = hidden_states.shape[:-1], hidden_states.reshape(-1, hidden_states.shape[-1])
     if x.dtype != torch.float64: x = x.float()
@@ -160,7 +175,6 @@ def _forward(self:Router, hidden_states, previous_logits=None):
         index = self.choose(scores)
         weights = self.weigh(scores, index)
     return Routing(logits, scores, index, weights, self.num_experts, *self.choice_maps(x.device), tuple(shape))
-Router.forward = _forward
 
 # %% ../nbs/routers.ipynb #dca16f63
 class SoftmaxRouter(Router):
@@ -173,9 +187,9 @@ class SigmoidRouter(Router):
     group_best = 2
     def score(self, logits): return logits.sigmoid()
 
-# %% ../nbs/routers.ipynb #491fa9c8
+# %% ../nbs/routers.ipynb #53e1b6b4
 @delegates()
-class CosineRouter(Router):
+class CosineRouter(SoftmaxRouter):
     "XMoE: softmax of cosines in a reduced space."
     def __init__(self, hidden_size, num_experts, top_k, *, router_size:int=None, temperature:float=0.3, gain:float=1.5,
                  learnable_temperature:bool=False, double_softmax:bool|str=False, **kwargs):
@@ -190,28 +204,33 @@ class CosineRouter(Router):
         self.embeddings = nn.Parameter(torch.empty(num_choices, self.router_size))
         if self.learnable_temperature: self.log_temperature = nn.Parameter(torch.empty(()))
 
-# %% ../nbs/routers.ipynb #12432cb7
-def _cos_reset(self:CosineRouter):
+# %% ../nbs/routers.ipynb #44d331d9
+@patch
+def reset_parameters(self:CosineRouter):
     Router.reset_parameters(self)
     if self.learnable_temperature: nn.init.constant_(self.log_temperature, torch.tensor(self.temperature).log().item())
 
-def _cos_logits(self:CosineRouter, x, previous_logits=None):
+# %% ../nbs/routers.ipynb #76f6e97f
+@patch
+def logits(self:CosineRouter, x, previous_logits=None):
     z, e = F.linear(x, self.proj.to(x.dtype)), self.embeddings.to(x.dtype)
     tau = self.log_temperature.to(x.dtype).exp() if self.learnable_temperature else self.temperature
     return F.linear(F.normalize(z, dim=-1), F.normalize(e, dim=-1)) * self.gain / tau
 
-def _cos_score(self:CosineRouter, logits):
+# %% ../nbs/routers.ipynb #49f5bace
+@patch
+def score(self:CosineRouter, logits):
     p = logits.softmax(-1)
     return p.softmax(-1) if self.double_softmax is True else p
 
-def _cos_weigh(self:CosineRouter, scores, top_k_index):
+@patch
+def weigh(self:CosineRouter, scores, top_k_index):
     if self.double_softmax != 'chosen': return Router.weigh(self, scores, top_k_index)
     return scores.gather(-1, top_k_index).softmax(-1) * self.routed_scaling_factor
-CosineRouter.reset_parameters, CosineRouter.logits, CosineRouter.score, CosineRouter.weigh = _cos_reset, _cos_logits, _cos_score, _cos_weigh
 
-# %% ../nbs/routers.ipynb #dff9fb6d
+# %% ../nbs/routers.ipynb #33f51377
 @delegates()
-class TernaryRouter(Router):
+class TernaryRouter(SoftmaxRouter):
     "TC-MoE: each expert can be chosen positively or negatively, or a choice left empty."
     def __init__(self, hidden_size, num_experts, top_k, *, negative_offset:float=-1., null_offset:float=-10., **kwargs):
         self.offsets = negative_offset, null_offset
@@ -221,20 +240,21 @@ class TernaryRouter(Router):
         N, i = self.num_experts, torch.arange(2*self.num_experts + self.top_k, device=device)
         return torch.where(i < 2*N, i % N, N), torch.where((i >= N) & (i < 2*N), -1., 1.)
 
-# %% ../nbs/routers.ipynb #5f6d141b
-def _tern_logits(self:TernaryRouter, x, previous_logits=None):
+# %% ../nbs/routers.ipynb #cdf0ccce
+@patch
+def logits(self:TernaryRouter, x, previous_logits=None):
     N, (neg, null) = self.num_experts, self.offsets
     offset = torch.cat([x.new_zeros(N), x.new_full((N,), neg), x.new_full((self.top_k,), null)])
     return F.linear(x, self.weight.to(x.dtype)) + offset
 
-def _tern_weigh(self:TernaryRouter, scores, top_k_index):
+@patch
+def weigh(self:TernaryRouter, scores, top_k_index):
     w = scores.gather(-1, top_k_index)
     if self.norm_topk_prob:
         first_null = 2 * self.num_experts
         chosen = w.masked_fill(top_k_index >= first_null, 0).sum(-1, keepdim=True)
         w = w / (chosen + scores[:, first_null:].sum(-1, keepdim=True)).clamp_min(torch.finfo(w.dtype).tiny)
     return w if self.routed_scaling_factor == 1 else w * self.routed_scaling_factor
-TernaryRouter.score, TernaryRouter.logits, TernaryRouter.weigh = SoftmaxRouter.score, _tern_logits, _tern_weigh
 
 # %% ../nbs/routers.ipynb #3061b3a2
 @delegates()
