@@ -229,7 +229,7 @@ def _file_source(domain, full, root, names, text_field, domain_field):
         for n in _mixed(names): yield from _read_file(root/n, domain, text_field, domain_field)
     return _Source(domain, read, full=full, key=lambda: _hash(text_field, domain_field, *(f'{n} {_file_digest(root/n)}' for n in sorted(names))))
 
-# %% ../../nbs/data/text.ipynb #5bb73b17
+# %% ../../nbs/data/text.ipynb #b8f6ba5f
 def _path_sources(path, text_field='text', domain_field=None):
     path = Path(path).expanduser()
     make = partial(_file_source, text_field=text_field, domain_field=domain_field)
@@ -238,7 +238,7 @@ def _path_sources(path, text_field='text', domain_field=None):
     if not path.is_dir():
         if not _suffix(path): raise ValueError(f'data={str(path)!r} is of an unknown kind: expected a folder or one of {", ".join(_suffixes)}')
         if path.stat().st_size == 0: raise ValueError(f'data={str(path)!r} is an empty file: expected text')
-        return [make(path.name[:-len(_suffix(path))], str(path)[:-len(_suffix(path))], path.parent, [path.name])]
+        return [make(path.name[:-len(_suffix(path))], str(path), path.parent, [path.name])]
     groups = {}
     for n in sorted(_text_files(path)): groups.setdefault(n.split('/')[0] if '/' in n else '', []).append(n)
     if not groups: raise ValueError(f'data={str(path)!r} is a folder without text: expected non-empty files of {", ".join(_suffixes)} in it')
@@ -338,7 +338,7 @@ def _cut_at(data, at):
     while at > 0 and at < len(data) and 0x80 <= data[at] < 0xC0: at -= 1
     return at
 
-# %% ../../nbs/data/text.ipynb #d7a3e557
+# %% ../../nbs/data/text.ipynb #358369a3
 def _spool(sources, max_bytes, path):
     "Write the distinct documents of `sources` to `path`; returns their offsets, domains and digests."
     ends, owners, digests, seen, domains = [0], [], [], set(), []
@@ -356,7 +356,7 @@ def _spool(sources, max_bytes, path):
                 if doc.domain not in domains: domains.append(doc.domain)
                 owners.append(domains.index(doc.domain))
                 if (left := left-len(data)) <= 0: break
-            if len(owners) == before: raise ValueError(f"data: {s.domain!r} holds no text" +
+            if len(owners) == before: raise ValueError(f"data={s.full or s.domain!r} holds no text" +
                 (': each of its documents is already in another source' if read else ' but white space'))
     return np.array(ends), np.array(owners), digests, domains
 
