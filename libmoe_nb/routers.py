@@ -8,14 +8,14 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/routers.html.md"""
 __all__ = ['Routing', 'tokens_per_expert', 'stable_topk', 'Router', 'SoftmaxRouter', 'SigmoidRouter', 'CosineRouter',
            'TernaryRouter', 'ResidualRouter', 'update_expert_bias']
 
-# %% ../nbs/routers.ipynb #518187f6
-import torch, torch.nn.functional as F
+# %% ../nbs/routers.ipynb #78b20199
+import math, torch, torch.nn.functional as F
 from torch import nn, Tensor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-# %% ../nbs/routers.ipynb #863e6b3b
+# %% ../nbs/routers.ipynb #55e593d5
 @dataclass(frozen=True)
 class Routing:
     "What a router decided for T tokens: K of M choices each, and how sure it was."
@@ -27,11 +27,13 @@ class Routing:
     expert_of: Tensor|None = None # [M] int64, the expert behind each choice, N where there is none; None: choice i is expert i
     sign_of: Tensor|None = None   # [M] +1 or -1 for each choice; None: all +1
     shape: tuple = ()             # leading dimensions of the hidden states: (B, S), with B*S = T
+    router: object = field(default=None, repr=False, compare=False) # who decided: its score, choose and weigh can decide again
 
     num_tokens  = property(lambda self: self.router_logits.shape[0])
     num_choices = property(lambda self: self.router_logits.shape[1])
     top_k       = property(lambda self: self.top_k_index.shape[1])
     replace = replace
+    def __getstate__(self): return {**self.__dict__, 'router': None}
 
 # %% ../nbs/routers.ipynb #7865c8de
 def _assignments(r:Routing):
@@ -66,11 +68,11 @@ def tokens_per_expert(
     m = torch.ones_like(i, dtype=torch.float32) if mask is None else mask.reshape(-1, 1).expand_as(i).float()
     return m.new_zeros(n + 1).scatter_add_(0, i.reshape(-1), m.reshape(-1))[:n]
 
-# %% ../nbs/routers.ipynb #12896cfa
+# %% ../nbs/routers.ipynb #21da67fe
 def _sort_key(x:Tensor)->Tensor:
-    "An int64 for each float32 that increases with it; NaN is above all, -0 equals +0."
+    "An int64 for each float32 that increases with it; NaN of either sign is above all, -0 equals +0."
     b = (x.detach() + 0.).view(torch.int32).long()
-    return torch.where(b < 0, b ^ 0x7fffffff, b)
+    return torch.where(b < 0, b ^ 0x7fffffff, b).masked_fill(x.isnan(), 0x7fffffff)
 
 # %% ../nbs/routers.ipynb #16c8a225
 def stable_topk(
@@ -163,7 +165,7 @@ def choice_maps(self:Router, device):
     "`expert_of` [M] and `sign_of` [M] of the record; None where choices are experts"
     return None, None
 
-# %% ../nbs/routers.ipynb #5b261d1a
+# %% ../nbs/routers.ipynb #37147f7b
 @patch
 def forward(self:Router, hidden_states, previous_logits=None):
     "hidden_states [..., d] to `Routing`"
@@ -174,7 +176,7 @@ def forward(self:Router, hidden_states, previous_logits=None):
         scores = self.score(logits)
         index = self.choose(scores)
         weights = self.weigh(scores, index)
-    return Routing(logits, scores, index, weights, self.num_experts, *self.choice_maps(x.device), tuple(shape))
+    return Routing(logits, scores, index, weights, self.num_experts, *self.choice_maps(x.device), tuple(shape), self)
 
 # %% ../nbs/routers.ipynb #dca16f63
 class SoftmaxRouter(Router):
@@ -204,11 +206,11 @@ class CosineRouter(SoftmaxRouter):
         self.embeddings = nn.Parameter(torch.empty(num_choices, self.router_size))
         if self.learnable_temperature: self.log_temperature = nn.Parameter(torch.empty(()))
 
-# %% ../nbs/routers.ipynb #44d331d9
+# %% ../nbs/routers.ipynb #83d59f78
 @patch
 def reset_parameters(self:CosineRouter):
     Router.reset_parameters(self)
-    if self.learnable_temperature: nn.init.constant_(self.log_temperature, torch.tensor(self.temperature).log().item())
+    if self.learnable_temperature: nn.init.constant_(self.log_temperature, math.log(self.temperature))
 
 # %% ../nbs/routers.ipynb #76f6e97f
 @patch
@@ -276,6 +278,14 @@ class ResidualRouter(SoftmaxRouter):
         l = super().logits(x)
         if previous_logits is None or self.gating_residual is None: return l
         return l + F.linear(previous_logits.to(l.dtype), self.gating_residual.to(l.dtype))
+
+# %% ../nbs/routers.ipynb #0e501bc9
+@patch
+def _apply(self:Router, fn, recurse=True):
+    bias = self.expert_bias
+    nn.Module._apply(self, fn, recurse)
+    if bias is not None and self.expert_bias.dtype in (torch.bfloat16, torch.float16): self.expert_bias = bias.to(self.expert_bias.device)
+    return self
 
 # %% ../nbs/routers.ipynb #920bf0d3
 @torch.no_grad()
