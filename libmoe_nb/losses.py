@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from .routers import Routing
 
-# %% ../nbs/losses.ipynb #3274d638
+# %% ../nbs/losses.ipynb #f74236d0
 def _groups(routing:Routing, group:str):
     "The number of groups G, and T as [G, T/G]"
     known = ('sequence', 'micro_batch', 'global_batch')
     if group not in known: raise ValueError(f"group must be one of {', '.join(known)}, got {group!r}")
-    return routing.shape[0] if group == 'sequence' and len(routing.shape) > 1 else 1
+    return max(routing.shape[0], 1) if group == 'sequence' and len(routing.shape) > 1 else 1
 
 def _token_mask(routing:Routing, mask, dtype):
     "[T] of ones, zeros at padding"
@@ -25,6 +25,10 @@ def _token_mask(routing:Routing, mask, dtype):
     if mask.numel() != routing.num_tokens:
         raise ValueError(f'mask must have one entry for each of the {routing.num_tokens} tokens, got shape {tuple(mask.shape)}')
     return mask.reshape(-1).to(dtype)
+
+def _masked_mean(values, m):
+    "Mean of values [T] over real tokens; what padding holds does not matter, were it NaN"
+    return values.masked_fill(m == 0, 0).sum() / m.sum().clamp_min(1)
 
 # %% ../nbs/losses.ipynb #f925fbc1
 def _units(routing:Routing, over_experts:bool):
@@ -34,7 +38,15 @@ def _units(routing:Routing, over_experts:bool):
     N, of = routing.num_experts, routing.expert_of
     return s.new_zeros(s.shape[0], N + 1).index_add(1, of, s)[:, :N], of[i], N
 
-# %% ../nbs/losses.ipynb #97af50d3
+# %% ../nbs/losses.ipynb #ccec63a7
+def _over_ranks(counts, n):
+    "Counts summed over all ranks, real tokens averaged"
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return counts, n
+    both = torch.cat([counts, n], -1)
+    torch.distributed.all_reduce(both)
+    return both[:, :-1], both[:, -1:] / torch.distributed.get_world_size()
+
+# %% ../nbs/losses.ipynb #2ab97261
 def load_balancing_loss(
     routing:Routing,
     mask:Tensor=None,           # bool, (B, S) or [T]; False: padding, not counted
@@ -45,26 +57,25 @@ def load_balancing_loss(
     "Load-balancing loss of one layer, averaged over groups that hold a real token."
     scores, index, U = _units(routing, over_experts)
     G, m = _groups(routing, group), _token_mask(routing, mask, scores.dtype)
-    p = scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny) * m[:, None]
-    n = m.view(G, -1).sum(-1)                                                                        # [G] real tokens
-    P = p.view(G, -1, U).sum(1) / n.clamp_min(1)[:, None]                                            # [G, U]
-    counts = m.new_zeros(G, U + 1).scatter_add_(1, index.view(G, -1), m[:, None].expand_as(index).reshape(G, -1))[:, :U]
-    if group == 'global_batch' and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(counts)
-    f = counts / counts.sum(-1, keepdim=True).clamp_min(1)
+    p = scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    p = p.masked_fill(m[:, None] == 0, 0).reshape(G, -1, U).sum(1)                                   # [G, U]
+    n = m.view(G, -1).sum(-1, keepdim=True)                                                          # [G, 1] real tokens
+    counts = m.new_zeros(G, U + 1).scatter_add_(1, index.reshape(G, -1), m[:, None].expand_as(index).reshape(G, -1))[:, :U]
+    if group == 'global_batch': counts, n = _over_ranks(counts, n)
+    f, P = counts / counts.sum(-1, keepdim=True).clamp_min(1), p / torch.where(n > 0, n, 1)
     if choice_weights is not None: f = f * choice_weights.to(f)
     return U * (f * P).sum() / (n > 0).sum().clamp_min(1)
 
-# %% ../nbs/losses.ipynb #9d1460c3
+# %% ../nbs/losses.ipynb #e8c01f36
 def router_z_loss(
     routing:Routing,
     mask:Tensor=None,  # bool, (B, S) or [T]; False: padding, not counted
 )->Tensor:             # scalar
     "Mean over tokens of the squared log-sum-exp of the logits."
     m = _token_mask(routing, mask, routing.router_logits.dtype)
-    return (routing.router_logits.logsumexp(-1).square() * m).sum() / m.sum().clamp_min(1)
+    return _masked_mean(routing.router_logits.logsumexp(-1).square(), m)
 
-# %% ../nbs/losses.ipynb #ffe1dc2b
+# %% ../nbs/losses.ipynb #758d6282
 def null_reward(
     routing:Routing,
     mask:Tensor=None,  # bool, (B, S) or [T]; False: padding, not counted
@@ -73,4 +84,4 @@ def null_reward(
     m = _token_mask(routing, mask, routing.scores.dtype)
     if routing.expert_of is None: return routing.scores.sum() * 0
     null = (routing.expert_of == routing.num_experts).to(routing.scores.dtype)
-    return ((routing.scores * null).sum(-1) * m).sum() / m.sum().clamp_min(1)
+    return _masked_mean((routing.scores * null).sum(-1), m)
