@@ -8,8 +8,9 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/data/text.html.md"""
 __all__ = ['corpora', 'END_OF_TEXT', 'Document', 'Corpus', 'default_data', 'load_documents', 'train_tokenizer', 'PackedDataset',
            'document_positions', 'cache_folder', 'TextData', 'text_data', 'unigram_loss']
 
-# %% ../../nbs/data/text.ipynb #74ee5f62
-import ast, difflib, gzip, importlib.metadata, importlib.util, json, math, os, re, shutil, socket, sysconfig, tempfile, zlib
+# %% ../../nbs/data/text.ipynb #18dc4771
+import ast, difflib, gzip, importlib.metadata, importlib.util, json, math, os, re, shutil, socket, sysconfig
+import tempfile, zlib
 import numpy as np, torch
 from collections.abc import Iterator
 from contextlib import closing
@@ -58,9 +59,9 @@ def _file_digest(path, whole=1<<26, piece=1<<20):
     except OSError as e: raise ValueError(f'{path} cannot be read: {e.strerror or e}') from None
     return h.hexdigest()
 
-# %% ../../nbs/data/text.ipynb #e44c3e31
-_skipped = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__', 'encodings', 'pydoc_data', 'lib2to3',
-            'distutils', '_bundled', 'lib-dynload', 'turtledemo'}
+# %% ../../nbs/data/text.ipynb #b49e6bde
+_skipped = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__', 'encodings', 'pydoc_data',
+            'lib2to3', 'distutils', '_bundled', 'lib-dynload', 'turtledemo'}
 
 def _stdlib_files():
     root = Path(sysconfig.get_paths()['stdlib'])
@@ -96,7 +97,7 @@ def _read_kjv():
     ends = dict(zip(chapters, [*list(chapters.values())[1:], len(text)]))
     for c in _mixed(chapters): yield Document(text[chapters[c]:ends[c]], 'kjv', f'book {c//1000}, chapter {c%1000}')
 
-# %% ../../nbs/data/text.ipynb #fed00676
+# %% ../../nbs/data/text.ipynb #6c8c70d5
 @dataclass(frozen=True)
 class Corpus:
     "A corpus that comes as a package."
@@ -108,7 +109,8 @@ class Corpus:
     def available(self):
         try: return self.package is None or bool(importlib.metadata.version(self.package))
         except importlib.metadata.PackageNotFoundError: return False
-    def key(self): return _key_python() if self.package is None else f'{self.package} {importlib.metadata.version(self.package)}'
+    def key(self):
+        return f'{self.package} {importlib.metadata.version(self.package)}' if self.package else _key_python()
 
 corpora = {c.name: c for c in [
     Corpus('python', "Python's own standard library: code and docstrings", None, _read_python),
@@ -120,13 +122,15 @@ def default_data() -> list[str]:
     "The packaged corpora to use when nobody names one."
     return list(corpora) if all(c.available for c in corpora.values()) else ['python']
 
-# %% ../../nbs/data/text.ipynb #3cc53860
+# %% ../../nbs/data/text.ipynb #a74e60f6
 def _decode(data, path, offset=0):
     if b'\0' in data:
-        raise ValueError(f"{path} looks like a binary file (a zero byte at offset {offset+data.index(0)}): expected UTF-8 text")
+        raise ValueError(f"{path} looks like a binary file (a zero byte at offset {offset+data.index(0)}): "
+                         "expected UTF-8 text")
     try: return data.decode('utf-8')
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 (byte 0x{data[e.start]:02x} at offset {offset+e.start}): convert it to UTF-8 first") from None
+        raise ValueError(f"{path} is not UTF-8 (byte 0x{data[e.start]:02x} at offset {offset+e.start}): "
+                         "convert it to UTF-8 first") from None
 
 # %% ../../nbs/data/text.ipynb #47e36618
 _PART = 1<<24
@@ -154,42 +158,45 @@ def _zst_lines(path):
     if frame: raise EOFError('compressed file ended before the end of a frame')
     if rest: yield rest
 
-# %% ../../nbs/data/text.ipynb #c00ad01a
+# %% ../../nbs/data/text.ipynb #6037fbbc
 def _read_lines(path):
     "Lines with number and offset, from a file that may be compressed."
     try: from zstandard import ZstdError
     except ImportError: ZstdError = EOFError
     offset = 0
     try:
-        f = _zst_lines(path) if path.suffix == '.zst' else gzip.open(path, 'rb') if path.suffix == '.gz' else open(path, 'rb')
-        with closing(f):
+        with closing({'.zst': _zst_lines, '.gz': gzip.open}.get(path.suffix.lower(), partial(open, mode='rb'))(path)) as f:
             for n,line in enumerate(f, 1): yield n, offset, line; offset += len(line)
-    except (EOFError, gzip.BadGzipFile, zlib.error, ZstdError) as e: raise ValueError(f'{path} is damaged or not what its name says: {e}') from None
+    except (EOFError, gzip.BadGzipFile, zlib.error, ZstdError) as e:
+        raise ValueError(f'{path} is damaged or not what its name says: {e}') from None
 
-# %% ../../nbs/data/text.ipynb #88b4a2e9
+# %% ../../nbs/data/text.ipynb #48157a13
 def _field(record, name, arg, where):
     value = record
     for k in [name] if isinstance(record, dict) and name in record else name.split('.'):
         if not isinstance(value, dict) or k not in value:
             found = ', '.join(map(repr, record)) if isinstance(record, dict) else f'a {type(record).__name__}'
-            raise ValueError(f"{where} has no field {arg}={name!r}: found {found or 'no fields'}; name the right one with {arg}=")
+            raise ValueError(f"{where} has no field {arg}={name!r}: found {found or 'no fields'}; "
+                             f"name the right one with {arg}=")
         value = value[k]
     if value is None or isinstance(value, str): return value or ''
     raise ValueError(f"{where}: field {arg}={name!r} is a {type(value).__name__}, expected a string")
 
 def _record(record, domain, text_field, domain_field, where):
-    return Document(_field(record, text_field, 'text_field', where), _field(record, domain_field, 'domain_field', where) if domain_field else domain, where)
+    if domain_field: domain = _field(record, domain_field, 'domain_field', where)
+    return Document(_field(record, text_field, 'text_field', where), domain, where)
 
-# %% ../../nbs/data/text.ipynb #b05f8ec0
+# %% ../../nbs/data/text.ipynb #2cfbac02
 def _read_jsonl(path, domain, text_field, domain_field):
     for n,offset,line in _read_lines(path):
         if not line.strip(): continue
         where = f'{path} line {n}'
         try: record = json.loads(_decode(line, where, offset).lstrip('\ufeff'))
-        except json.JSONDecodeError as e: raise ValueError(f'{where} is not valid JSON: {e.msg} at column {e.colno}') from None
+        except json.JSONDecodeError as e:
+            raise ValueError(f'{where} is not valid JSON: {e.msg} at column {e.colno}') from None
         yield _record(record, domain, text_field, domain_field, where)
 
-# %% ../../nbs/data/text.ipynb #dc00d735
+# %% ../../nbs/data/text.ipynb #05322808
 def _parquet_rows(path, fields):
     import pyarrow as pa, pyarrow.parquet as pq
     try:
@@ -198,16 +205,16 @@ def _parquet_rows(path, fields):
             columns = {n if n in names else n.split('.')[0] for n in fields.values() if n} & set(names)
             for b in file.iter_batches(256, columns=sorted(columns)):
                 for r in b.to_pylist(): yield {**dict.fromkeys(names), **r}
-    except (pa.ArrowException, OSError) as e: raise ValueError(f'{path} is damaged or no Parquet file: {str(e).splitlines()[0]}') from None
+    except (pa.ArrowException, OSError) as e:
+        raise ValueError(f'{path} is damaged or no Parquet file: {str(e).splitlines()[0]}') from None
 
 def _read_parquet(path, domain, text_field, domain_field):
     for n,r in enumerate(_parquet_rows(path, dict(text=text_field, domain=domain_field)), 1):
         yield _record(r, domain, text_field, domain_field, f'{path} row {n}')
 
-# %% ../../nbs/data/text.ipynb #ed4cc168
+# %% ../../nbs/data/text.ipynb #3d418de2
 _suffixes = ('.txt', '.md', '.py', '.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet')
-
-def _suffix(path): return next((s for s in sorted(_suffixes, key=len, reverse=True) if str(path).lower().endswith(s)), None)
+def _suffix(path): return next((s for s in _suffixes if str(path).lower().endswith(s)), None)
 
 def _read_file(path, domain, text_field='text', domain_field=None):
     path, suffix = Path(path), _suffix(path)
@@ -217,7 +224,7 @@ def _read_file(path, domain, text_field='text', domain_field=None):
         else: yield from (Document(t, domain, str(path)) for t in _read_text(path))
     except OSError as e: raise ValueError(f'{path} cannot be read: {e.strerror or e}') from None
 
-# %% ../../nbs/data/text.ipynb #a3f5ec8b
+# %% ../../nbs/data/text.ipynb #e30285a6
 def _text_files(folder):
     for root, dirs, files in os.walk(folder):
         dirs[:] = [d for d in dirs if not d.startswith(('.', '__'))]
@@ -227,24 +234,25 @@ def _text_files(folder):
 def _file_source(domain, full, root, names, text_field, domain_field):
     def read(domain):
         for n in _mixed(names): yield from _read_file(root/n, domain, text_field, domain_field)
-    return _Source(domain, read, full=full, key=lambda: _hash(text_field, domain_field, *(f'{n} {_file_digest(root/n)}' for n in sorted(names))))
+    def key(): return _hash(text_field, domain_field, *(f'{n} {_file_digest(root/n)}' for n in sorted(names)))
+    return _Source(domain, read, key, full)
 
-# %% ../../nbs/data/text.ipynb #b8f6ba5f
+# %% ../../nbs/data/text.ipynb #56330cf0
 def _path_sources(path, text_field='text', domain_field=None):
-    path = Path(path).expanduser()
-    make = partial(_file_source, text_field=text_field, domain_field=domain_field)
-    if not path.exists(): raise ValueError(f'data={str(path)!r} is a link to nowhere: expected a file or a folder')
-    if not os.access(path, os.R_OK): raise ValueError(f'data={str(path)!r} cannot be read: permission denied')
+    path, kinds = Path(path).expanduser(), ', '.join(_suffixes)
+    make, no = partial(_file_source, text_field=text_field, domain_field=domain_field), f'data={str(path)!r}'
+    if not path.exists(): raise ValueError(f'{no} is a link to nowhere: expected a file or a folder')
+    if not os.access(path, os.R_OK): raise ValueError(f'{no} cannot be read: permission denied')
     if not path.is_dir():
-        if not _suffix(path): raise ValueError(f'data={str(path)!r} is of an unknown kind: expected a folder or one of {", ".join(_suffixes)}')
-        if path.stat().st_size == 0: raise ValueError(f'data={str(path)!r} is an empty file: expected text')
+        if not _suffix(path): raise ValueError(f'{no} is of an unknown kind: expected a folder or one of {kinds}')
+        if path.stat().st_size == 0: raise ValueError(f'{no} is an empty file: expected text')
         return [make(path.name[:-len(_suffix(path))], str(path), path.parent, [path.name])]
     groups = {}
     for n in sorted(_text_files(path)): groups.setdefault(n.split('/')[0] if '/' in n else '', []).append(n)
-    if not groups: raise ValueError(f'data={str(path)!r} is a folder without text: expected non-empty files of {", ".join(_suffixes)} in it')
+    if not groups: raise ValueError(f'{no} is a folder without text: expected non-empty files of {kinds} in it')
     return [make(d or path.resolve().name, f'{path}/{d}'.rstrip('/'), path, ns) for d,ns in groups.items()]
 
-# %% ../../nbs/data/text.ipynb #2537a144
+# %% ../../nbs/data/text.ipynb #f8228c57
 def _parse_hf(name):
     name, config, split, *_ = [*name.removeprefix('hf:').split(':'), '', '']
     return name, config or None, split or 'train'
@@ -256,11 +264,13 @@ def _hf_source(spec, text_field='text', domain_field=None):
         for n,r in enumerate(_hf_rows(spec), 1):
             yield _record(r, domain, text_field, domain_field, f'{spec} row {n}')
     files = sorted(str(p) for p in Path(name).rglob('*') if p.is_file()) if Path(name).is_dir() else []
-    return _Source(domain, read, lambda: _hash(spec, text_field, domain_field, *(f'{p} {_file_digest(p)}' for p in files)), spec)
+    def key(): return _hash(spec, text_field, domain_field, *(f'{p} {_file_digest(p)}' for p in files))
+    return _Source(domain, read, key, spec)
 
-# %% ../../nbs/data/text.ipynb #6c3bd19e
+# %% ../../nbs/data/text.ipynb #72de0972
 def _near(name): return ''.join(f'did you mean {n!r}? ' for n in difflib.get_close_matches(name, corpora, 1))
-def _offline_help(): return f"available without a network: {', '.join(n for n,c in corpora.items() if c.available)}, local files and folders"
+def _offline_help():
+    return f"available without a network: {', '.join(n for n,c in corpora.items() if c.available)}, local files and folders"
 
 def _no_network():
     "Can the Hub's address not even be looked up? (`datasets` would retry for half a minute)"
@@ -271,48 +281,54 @@ def _no_network():
 def _hf_rows(spec):
     name, config, split = _parse_hf(spec)
     if not Path(name).is_dir() and _no_network():
-        raise ValueError(f'data={spec!r} is no file, folder or packaged corpus here, and there is no network to fetch it from the Hugging Face Hub '
-                         f'(HF_HUB_OFFLINE=1 uses a downloaded copy); {_near(name)}{_offline_help()}')
+        raise ValueError(f'data={spec!r} is no file, folder or packaged corpus here, and there is no network to fetch it from '
+                         f'the Hugging Face Hub (HF_HUB_OFFLINE=1 uses a downloaded copy); {_near(name)}{_offline_help()}')
     import datasets
     try: yield from datasets.load_dataset(name, config, split=split, streaming=True)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         first = ' '.join(str(e).split())[:160]
         if 'split' in first.lower() or 'config' in first.lower(): raise ValueError(f'data={spec!r}: {first}') from None
-        raise ValueError(f'data={spec!r} is no file, folder or packaged corpus here, and the Hugging Face Hub gave no dataset of that name '
-                         f'({type(e).__name__}: {first}); {_near(name)}{_offline_help()}') from None
+        raise ValueError(f'data={spec!r} is no file, folder or packaged corpus here, and the Hugging Face Hub gave no dataset '
+                         f'of that name ({type(e).__name__}: {first}); {_near(name)}{_offline_help()}') from None
 
-# %% ../../nbs/data/text.ipynb #059c9798
-def _is_path(s): return s.startswith(('/', '.', '~', '\\')) or _suffix(s) or s.count('/') > 1 or not re.fullmatch(r'[\w.\-]+(/[\w.\-]+)?(:[\w.\-]*){0,2}', s)
+# %% ../../nbs/data/text.ipynb #4db7e532
+_hub_name = re.compile(r'[\w.\-]+(/[\w.\-]+)?(:[\w.\-]*){0,2}')
+def _is_path(s): return s.startswith(('/', '.', '~')) or bool(_suffix(s)) or not _hub_name.fullmatch(s)
 
 def _sources_of(name, **kw):
     if name in corpora:
         c = corpora[name]
-        if not c.available: raise ValueError(f"data={name!r} needs the package {c.package}: pip install 'libmoe-nb[demo]'")
+        if not c.available:
+            raise ValueError(f"data={name!r} needs the package {c.package}: pip install 'libmoe-nb[demo]'")
         return [_Source(name, lambda _: c.read(), c.key, name)]
     if name.startswith('hf:'): return [_hf_source(name, **kw)]
     if os.path.lexists(Path(name).expanduser()): return _path_sources(name, **kw)
-    if _is_path(name): raise ValueError(f'data={name!r} does not exist: expected a file, a folder, a packaged corpus ({", ".join(corpora)}) or a Hugging Face dataset')
+    if _is_path(name): raise ValueError(f'data={name!r} does not exist: expected a file, a folder, '
+                                        f'a packaged corpus ({", ".join(corpora)}) or a Hugging Face dataset')
     return [_hf_source(name, **kw)]
 
-# %% ../../nbs/data/text.ipynb #d02932d7
+# %% ../../nbs/data/text.ipynb #61ed5be2
 def _names(data):
     if data is None: return default_data()
     if isinstance(data, os.PathLike): return [os.fspath(data)]
-    if isinstance(data, str): return [data] if os.path.lexists(os.path.expanduser(data)) else [s.strip() for s in data.split(',')]
+    if isinstance(data, str):
+        return [data] if os.path.lexists(os.path.expanduser(data)) else [s.strip() for s in data.split(',')]
     if isinstance(data, (list, tuple)): return [n for d in data for n in _names(d)]
     raise ValueError(f'data={data!r} is a {type(data).__name__}: expected a name, a path, or a list of them')
 
 def _find_sources(data, **kw):
     names = _names(data)
-    if not names or not all(names): raise ValueError(f'data={data!r} names nothing: expected a packaged corpus ({", ".join(corpora)}), a path or a dataset')
-    if twice := sorted({n for n in names if names.count(n) > 1}): raise ValueError(f'data={data!r} names {twice[0]!r} twice: expected each once')
+    if not names or not all(names):
+        raise ValueError(f'data={data!r} names nothing: expected a packaged corpus ({", ".join(corpora)}), a path or a dataset')
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ValueError(f'data={data!r} names {twice[0]!r} twice: expected each once')
     sources = [s for n in names for s in _sources_of(n, **kw)]
     domains = [s.domain for s in sources]
     return [replace(s, domain=s.full) if domains.count(s.domain) > 1 else s for s in sources]
 
-# %% ../../nbs/data/text.ipynb #1a8eef85
+# %% ../../nbs/data/text.ipynb #3e5083e8
 def load_documents(
-    data=None,                 # packaged corpus, path, dataset name, comma-separated list or list of them; None: `default_data`
+    data=None,                 # packaged corpus, path, dataset name, 'several, of them' or a list; None: `default_data`
     *, text_field='text',      # field of .jsonl, .parquet and datasets that holds the text
     domain_field=None,         # field that holds the domain; None: one domain a source
 ) -> Iterator[Document]:
@@ -330,9 +346,9 @@ def _choose_valid(sizes, numbers, fraction):
         if got < target and got + sizes[i] <= 1.5*target: got += sizes[i]; chosen.append(i)
     return chosen if got >= target/2 and len(chosen) < len(sizes) else None
 
-# %% ../../nbs/data/text.ipynb #8b51f1af
+# %% ../../nbs/data/text.ipynb #b22a76f6
 def _cut_at(data, at):
-    "The last good place to cut bytes of UTF-8 at or before `at`: after a line end, else after a space, else between characters."
+    "The last good place at or before `at`: after a line end, else after a space, else between characters."
     for sep in (b'\n', b' '):
         if (i := data.rfind(sep, at//2, at)) >= 0: return i+1
     while at > 0 and at < len(data) and 0x80 <= data[at] < 0xC0: at -= 1
@@ -370,24 +386,28 @@ def _interleave(sizes, owners, numbers):
         place[ix] = (c - sizes[ix]/2)/c[-1]
     return np.lexsort((owners, place))
 
-# %% ../../nbs/data/text.ipynb #92fa62da
+# %% ../../nbs/data/text.ipynb #8aea9ba7
+def _cut_longest(text, start, stop, nbytes, domain):
+    "Where to cut the document `text[start:stop]` so that its last `nbytes` or so validate."
+    cut = start + _cut_at(text[start:stop], max(1, int(stop-start - min(nbytes, (stop-start)/2))))
+    if text[start:cut].strip() and text[cut:stop].strip(): return cut
+    raise ValueError(f'data: domain {domain!r} has too few and too short documents (the longest of {stop-start} bytes) '
+                     'to split into train and validation')
+
 def _split(ends, owners, digests, domains, text, seed, fraction):
-    "Pieces (start, stop, domain) of the spooled text for the two sides, in their final order."
-    numbers, sides = [_number(d, seed) for d in digests], dict(train=[], valid=[])
-    sizes = np.diff(ends)
+    "Pieces (start, stop, domain, number) of the spooled text for the two sides, in their final order."
+    numbers, sizes, sides = [_number(d, seed) for d in digests], np.diff(ends), dict(train=[], valid=[])
     for d,name in enumerate(domains):
         ix = np.flatnonzero(owners == d)
         chosen = _choose_valid(sizes[ix].tolist(), [numbers[i] for i in ix], fraction)
-        cut, longest = None, ix[sizes[ix].argmax()]
-        if chosen is None:
-            a, b = int(ends[longest]), int(ends[longest+1])
-            cut = a + _cut_at(text[a:b], max(1, int((b-a) - min(fraction*sizes[ix].sum(), (b-a)/2))))
-            if cut in (a, b) or not text[a:cut].strip() or not text[cut:b].strip(): raise ValueError(
-                f'data: domain {name!r} has {len(ix)} document(s), too few and too short ({sizes[ix].sum()} bytes) to split into train and validation')
-            sides['valid'].append((cut, b, d, numbers[longest]))
-        valid = {int(ix[i]) for i in chosen or []}
-        for i in ix.tolist(): sides['valid' if i in valid else 'train'].append((int(ends[i]), cut if cut and i == longest else int(ends[i+1]), d, numbers[i]))
-    return {k: [v[i] for i in _interleave([b-a for a,b,*_ in v], [d for *_,d,_ in v], [n for *_,n in v])] for k,v in sides.items()}
+        valid, longest, cut = {int(ix[i]) for i in chosen or []}, int(ix[sizes[ix].argmax()]), None
+        if chosen is None: cut = _cut_longest(text, int(ends[longest]), int(ends[longest+1]), fraction*sizes[ix].sum(), name)
+        for i in ix.tolist():
+            a, b = int(ends[i]), int(ends[i+1])
+            if cut and i == longest: sides['valid'].append((cut, b, d, numbers[i])); b = cut
+            sides['valid' if i in valid else 'train'].append((a, b, d, numbers[i]))
+    def woven(ps): return [ps[i] for i in _interleave([b-a for a,b,*_ in ps], [p[2] for p in ps], [p[3] for p in ps])]
+    return {side: woven(ps) for side,ps in sides.items()}
 
 # %% ../../nbs/data/text.ipynb #e00473e8
 END_OF_TEXT = '<|endoftext|>'
@@ -429,9 +449,9 @@ def _write_tokens(tok, eos, text, pieces, dtype, path):
         f.write(np.array([eos], dtype=dtype).tobytes())
     return np.array(starts)
 
-# %% ../../nbs/data/text.ipynb #c2b506b7
+# %% ../../nbs/data/text.ipynb #4162b2ea
 class PackedDataset:
-    "Blocks of a token stream; items are dicts of int64 tensors `input_ids`, `labels` (already shifted) and `domain`, each [S]."
+    "Blocks of a token stream: dicts of int64 tensors `input_ids`, `labels` (already shifted) and `domain`, each [S]."
     def __init__(self,
         tokens,                # [P+1] stream: an array, or the path of a raw file of `dtype`
         starts,                # [D+1] where each document starts, and the end
@@ -450,10 +470,13 @@ class PackedDataset:
         return self._tokens
     @property
     def num_tokens(self): return int(self.starts[-1])
-    def __len__(self): return (self.num_tokens // self.sequence_length) if self.drop_last else -(-self.num_tokens//self.sequence_length)
+    def __len__(self): return (self.num_tokens if self.drop_last else self.num_tokens+self.sequence_length-1)//self.sequence_length
+    def domains_of(self, a, b):
+        "Domain of each of the positions a to b of the stream."
+        return self.doc_domain[np.searchsorted(self.starts, np.arange(a, b), 'right')-1]
     def __getstate__(self): return {**self.__dict__, '_tokens': None if self._path else self._tokens}
 
-# %% ../../nbs/data/text.ipynb #3034e41a
+# %% ../../nbs/data/text.ipynb #5ad0ff4d
 @patch
 def __getitem__(self:PackedDataset, i):
     if not -len(self) <= i < len(self): raise IndexError(f'block {i} of {len(self)}')
@@ -463,10 +486,15 @@ def __getitem__(self:PackedDataset, i):
     got = torch.from_numpy(np.asarray(self.tokens[a:a+S+1]).astype(np.int64))
     n = len(got)-1
     block[:n+1], labels[:n] = got, got[1:]
-    domain[:n] = torch.from_numpy(self.doc_domain[np.searchsorted(self.starts, np.arange(a, a+n), 'right')-1].astype(np.int64))
+    domain[:n] = torch.from_numpy(self.domains_of(a, a+n).astype(np.int64))
     return dict(input_ids=block[:S], labels=labels, domain=domain)
 
-# %% ../../nbs/data/text.ipynb #5532aa32
+# %% ../../nbs/data/text.ipynb #9f13e03f
+def _check_int(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f'{name}={value!r}: expected a whole number of at least {least}')
+
+# %% ../../nbs/data/text.ipynb #fb0e74e8
 @patch
 def collate(self:PackedDataset, index):
     "The blocks at `index` as one batch: tensors [B, S]."
@@ -476,7 +504,8 @@ def collate(self:PackedDataset, index):
 @patch
 def batches(self:PackedDataset, batch_size, seed=0, start=0):
     "Endless shuffled batches from number `start` on; batch n depends on `seed` and n alone."
-    if len(self) == 0: raise ValueError(f'there is no block of sequence_length={self.sequence_length} in {self.num_tokens} tokens')
+    _check_int('batch_size', batch_size, 1); _check_int('start', start, 0)
+    if len(self) == 0: raise ValueError(f'sequence_length={self.sequence_length}: no such block in {self.num_tokens} tokens')
     place, N, epoch, perm = start*batch_size, len(self), None, None
     while True:
         index = []
@@ -511,33 +540,9 @@ def cache_folder(
     if cache_dir or (cache_dir := os.environ.get('LIBMOE_CACHE')): return Path(cache_dir).expanduser()
     return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'libmoe-nb'
 
-# %% ../../nbs/data/text.ipynb #b7faf19a
+# %% ../../nbs/data/text.ipynb #89d592d7
 _FORMAT, _SAMPLE = 1, 6_000_000
 
-def _build(folder, sources, tokenizer, *, vocab_size, seed, valid_fraction, max_bytes):
-    "Fill `folder`; meta.json comes last."
-    ends, owners, digests, domains = _spool(sources, max_bytes, folder/'spool')
-    text = _Bytes(np.memmap(folder/'spool', np.uint8, 'r').data)
-    sides = _split(ends, owners, digests, domains, text, seed, valid_fraction)
-    tok = _plain(tokenizer) if tokenizer else _fit_tokenizer(text, sides['train'], vocab_size)
-    eos = tokenizer.eos_token_id if tokenizer else tok.token_to_id(END_OF_TEXT)
-    dtype = np.uint16 if vocab_size <= 1<<16 else np.uint32
-    tok.save(str(folder/'tokenizer.json'))
-    info = []
-    for side,pieces in sides.items():
-        starts = _write_tokens(tok, eos, text, pieces, dtype, folder/f'{side}.tokens')
-        domain = np.array([d for *_,d,_ in pieces])
-        np.save(folder/f'{side}.starts.npy', starts); np.save(folder/f'{side}.domain.npy', domain)
-        for d,name in enumerate(domains):
-            info.append(dict(split=side, domain=name, documents=int((domain==d).sum()), bytes=sum(b-a for a,b,o,_ in pieces if o==d),
-                             tokens=int(np.diff(starts)[domain==d].sum())))
-    del text; os.unlink(folder/'spool')
-    files = {p.name: _file_digest(p) for p in sorted(folder.iterdir())}
-    meta = dict(format=_FORMAT, domains=domains, vocab_size=vocab_size, eos_token_id=eos, dtype=np.dtype(dtype).name, info=info, files=files,
-                fingerprint=_hash(json.dumps([files, domains])))
-    (folder/'meta.json').write_text(json.dumps(meta, indent=1))
-
-# %% ../../nbs/data/text.ipynb #639f5023
 class _Bytes:
     "Slices of a mapped file as bytes."
     def __init__(self, data): self.data = data
@@ -556,19 +561,49 @@ def _fit_tokenizer(text, pieces, vocab_size):
         if total < _SAMPLE: sample.append(p); total += p[1]-p[0]
     tok = train_tokenizer((t for b in _batches_of_text(text, sample) for t in b), vocab_size)
     if (n := tok.get_vocab_size()) < vocab_size:
-        raise ValueError(f'vocab_size={vocab_size} is more than this corpus supports: its {total} bytes of training text give {n} pieces; use at most {n}, or more text')
+        raise ValueError(f'vocab_size={vocab_size} is more than this corpus supports: its {total} bytes of training text give '
+                         f'{n} pieces; use at most {n}, or more text')
     return tok
 
-# %% ../../nbs/data/text.ipynb #4cc6d781
+# %% ../../nbs/data/text.ipynb #aea09e13
+def _write_side(folder, side, tok, eos, text, pieces, dtype):
+    starts = _write_tokens(tok, eos, text, pieces, dtype, folder/f'{side}.tokens')
+    domain = np.array([p[2] for p in pieces])
+    np.save(folder/f'{side}.starts.npy', starts); np.save(folder/f'{side}.domain.npy', domain)
+    sizes = np.array([b-a for a,b,*_ in pieces])
+    return [dict(split=side, domain=int(d), documents=int((domain==d).sum()), bytes=int(sizes[domain==d].sum()),
+                 tokens=int(np.diff(starts)[domain==d].sum())) for d in np.unique(domain)]
+
+def _build(folder, sources, tokenizer, *, vocab_size, seed, valid_fraction, max_bytes):
+    "Fill `folder`; meta.json comes last."
+    ends, owners, digests, domains = _spool(sources, max_bytes, folder/'spool')
+    text = _Bytes(np.memmap(folder/'spool', np.uint8, 'r').data)
+    sides = _split(ends, owners, digests, domains, text, seed, valid_fraction)
+    tok = _plain(tokenizer) if tokenizer else _fit_tokenizer(text, sides['train'], vocab_size)
+    eos = tokenizer.eos_token_id if tokenizer else tok.token_to_id(END_OF_TEXT)
+    dtype = np.uint16 if vocab_size <= 1<<16 else np.uint32
+    tok.save(str(folder/'tokenizer.json'))
+    info = [row for side,pieces in sides.items() for row in _write_side(folder, side, tok, eos, text, pieces, dtype)]
+    for row in info: row['domain'] = domains[row['domain']]
+    del text; os.unlink(folder/'spool')
+    files = {p.name: _file_digest(p) for p in sorted(folder.iterdir())}
+    meta = dict(format=_FORMAT, domains=domains, vocab_size=vocab_size, eos_token_id=eos, dtype=np.dtype(dtype).name,
+                info=info, files=files, fingerprint=_hash(json.dumps([files, domains])))
+    (folder/'meta.json').write_text(json.dumps(meta, indent=1))
+
+# %% ../../nbs/data/text.ipynb #31a07b91
 def _load_meta(folder):
     "The cache's meta.json where the folder is complete and undamaged, else None."
     try:
         meta = json.loads((folder/'meta.json').read_text())
-        return meta if meta['format'] == _FORMAT and all(_file_digest(folder/n) == d for n,d in meta['files'].items()) else None
+        whole = meta['format'] == _FORMAT and all(_file_digest(folder/n) == d for n,d in meta['files'].items())
+        return meta if whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return None
 
-# %% ../../nbs/data/text.ipynb #bccfa23d
-def _unwritable(root, e): return ValueError(f'cache_dir={str(root.parent)!r} cannot be written ({e.strerror or e}): name a writable folder, or set LIBMOE_CACHE')
+# %% ../../nbs/data/text.ipynb #f5bbb986
+def _unwritable(root, e):
+    return ValueError(f'cache_dir={str(root.parent)!r} cannot be written ({e.strerror or e}): name a writable folder, '
+                      'or set LIBMOE_CACHE')
 
 def _cached(root, key, build, rebuild=False):
     "The folder `root/key` and its meta, built by `build(temporary folder)` where it is missing or damaged."
@@ -579,7 +614,7 @@ def _cached(root, key, build, rebuild=False):
     except OSError as e: raise _unwritable(root, e) from None
     try:
         if not rebuild and (meta := _load_meta(folder)): return folder, meta
-        for old in root.glob(f'.{key}.*'): shutil.rmtree(old, ignore_errors=True)    # left by killed processes: we hold the lock
+        for old in root.glob(f'.{key}.*'): shutil.rmtree(old, ignore_errors=True)    # left by killed processes
         new = Path(tempfile.mkdtemp(prefix=f'.{key}.', dir=root))
         try:
             build(new)
@@ -589,7 +624,7 @@ def _cached(root, key, build, rebuild=False):
     finally: lock.release()
     return folder, _load_meta(folder)
 
-# %% ../../nbs/data/text.ipynb #cd664ce5
+# %% ../../nbs/data/text.ipynb #2d5da6dd
 class TextData:
     "Train and validation blocks, their tokenizer and their domains."
     def __init__(self, folder, meta, sequence_length, drop_last=False, tokenizer=None):
@@ -597,26 +632,22 @@ class TextData:
         self.domains, self.vocab_size, self.eos_token_id = meta['domains'], meta['vocab_size'], meta['eos_token_id']
         self.fingerprint, self.info, self._given = meta['fingerprint'], meta['info'], tokenizer
         load = lambda n: np.load(folder/n, allow_pickle=False)
-        self.train, self.valid = (PackedDataset(folder/f'{s}.tokens', load(f'{s}.starts.npy'), load(f'{s}.domain.npy'), sequence_length,
-            self.eos_token_id, meta['dtype'], drop_last and s == 'train') for s in ('train', 'valid'))
+        self.train, self.valid = (PackedDataset(folder/f'{s}.tokens', load(f'{s}.starts.npy'), load(f'{s}.domain.npy'),
+            sequence_length, self.eos_token_id, meta['dtype'], drop_last and s == 'train') for s in ('train', 'valid'))
     @cached_property
     def tokenizer(self):
         "The tokenizer as transformers knows it."
         if self._given: return self._given
         from transformers import PreTrainedTokenizerFast
-        return PreTrainedTokenizerFast(tokenizer_file=str(self.folder/'tokenizer.json'), eos_token=END_OF_TEXT, bos_token=END_OF_TEXT,
-                                       pad_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
-    def __repr__(self): return (f'TextData({", ".join(self.domains)}: {self.train.num_tokens:,} train and {self.valid.num_tokens:,} validation tokens, '
-        f'vocab_size {self.vocab_size}, sequence_length {self.sequence_length})')
+        special, path = dict.fromkeys(['eos_token', 'bos_token', 'pad_token'], END_OF_TEXT), str(self.folder/'tokenizer.json')
+        return PreTrainedTokenizerFast(tokenizer_file=path, clean_up_tokenization_spaces=False, **special)
+    def __repr__(self):
+        return (f'TextData({", ".join(self.domains)}: {self.train.num_tokens:,} train and {self.valid.num_tokens:,} validation '
+                f'tokens, vocab_size {self.vocab_size}, sequence_length {self.sequence_length})')
 
-# %% ../../nbs/data/text.ipynb #9f13e03f
-def _check_int(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f'{name}={value!r}: expected a whole number of at least {least}')
-
-# %% ../../nbs/data/text.ipynb #4c432c17
+# %% ../../nbs/data/text.ipynb #221f9163
 def text_data(
-    data=None,               # packaged corpus, path, dataset name, comma-separated list or list of them; None: `default_data`
+    data=None,               # packaged corpus, path, dataset name, 'several, of them' or a list; None: `default_data`
     *, vocab_size=8000,      # pieces of the tokenizer
     sequence_length=256,     # S, tokens a block
     seed=0,                  # of the split and the order of documents
@@ -632,26 +663,31 @@ def text_data(
     "Tokenized, split and packed text, the same for the same content, options and seed."
     if tokenizer is not None:
         if getattr(tokenizer, 'backend_tokenizer', None) is None or tokenizer.eos_token_id is None:
-            raise ValueError(f'tokenizer={type(tokenizer).__name__}: expected a fast tokenizer with an end-of-text token (eos_token)')
+            raise ValueError(f'tokenizer={type(tokenizer).__name__}: expected a fast tokenizer with an eos_token')
         vocab_size = len(tokenizer)
-    _check_int('vocab_size', vocab_size, 257); _check_int('sequence_length', sequence_length, 1); _check_int('seed', seed, 0)
+    for name,value,least in [('vocab_size', vocab_size, 257), ('sequence_length', sequence_length, 1), ('seed', seed, 0)]:
+        _check_int(name, value, least)
     if max_bytes is not None: _check_int('max_bytes', max_bytes, 1)
-    if not isinstance(valid_fraction, (int, float)) or not 0 < valid_fraction < 1: raise ValueError(f'valid_fraction={valid_fraction!r}: expected a number between 0 and 1')
+    if not isinstance(valid_fraction, (int, float)) or not 0 < valid_fraction < 1:
+        raise ValueError(f'valid_fraction={valid_fraction!r}: expected a number between 0 and 1')
     sources = _find_sources(data, text_field=text_field, domain_field=domain_field)
     options = dict(vocab_size=int(vocab_size), seed=int(seed), valid_fraction=float(valid_fraction), max_bytes=max_bytes)
-    key = _hash(_FORMAT, json.dumps(options), _plain(tokenizer).to_str() if tokenizer else '', *(f'{s.domain} {s.key()}' for s in sources))
-    folder, meta = _cached(cache_folder(cache_dir)/'text', key, lambda new: _build(new, sources, tokenizer, **options), rebuild)
+    own = _plain(tokenizer).to_str() if tokenizer else ''
+    key = _hash(_FORMAT, json.dumps(options), own, *(f'{s.domain} {s.key()}' for s in sources))
+    def build(new): _build(new, sources, tokenizer, **options)
+    folder, meta = _cached(cache_folder(cache_dir)/'text', key, build, rebuild)
     res = TextData(folder, meta, int(sequence_length), drop_last, tokenizer)
     if res.train.num_tokens < sequence_length:
-        raise ValueError(f'sequence_length={sequence_length} is longer than the corpus: it has {res.train.num_tokens} training tokens')
+        raise ValueError(f'sequence_length={sequence_length} is longer than the corpus: it has {res.train.num_tokens} '
+                         'training tokens')
     return res
 
-# %% ../../nbs/data/text.ipynb #e1091fce
+# %% ../../nbs/data/text.ipynb #b2d51ea9
 def _chunks(ds, size=1<<20):
     "Labels and domains of the whole stream, a stretch at a time."
     for a in range(0, ds.num_tokens, size):
         b = min(a+size, ds.num_tokens)
-        yield np.asarray(ds.tokens[a+1:b+1]).astype(np.int64), ds.doc_domain[np.searchsorted(ds.starts, np.arange(a, b), 'right')-1]
+        yield np.asarray(ds.tokens[a+1:b+1]).astype(np.int64), ds.domains_of(a, b)
 
 # %% ../../nbs/data/text.ipynb #066b11c5
 def unigram_loss(train, valid, vocab_size, num_domains):
