@@ -65,6 +65,7 @@ def build(renderer):
     from nbdev.serve import proc_nbs
     cfg = get_config(ROOT)
     proc = ROOT/'_proc'
+    sys.path.insert(0, str(ROOT))
     shutil.rmtree(proc, ignore_errors=True)
     proc_nbs(str(cfg.nbs_path), n_workers=0)
     command = ['smalldocs', 'render', '_proc'] if renderer == 'smalldocs' else ['quarto', 'render', '_proc', '--no-execute']

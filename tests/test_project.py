@@ -1,0 +1,201 @@
+"The project as a whole: what holds between its files, whatever the library computes."
+import ast, configparser, json, os, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+try: import tomllib
+except ImportError: import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT/'nbs'
+sys.path.insert(0, str(ROOT/'tools'))
+from build_site import check_site  # noqa: E402
+
+def read(path): return (ROOT/path).read_text(encoding='utf-8')
+def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
+def source(cell): return ''.join(cell['source'])
+
+NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(NBS).parts))
+each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(NBS)))
+QUARTO = yaml.safe_load(read('_quarto.yml'))
+PYPROJECT = tomllib.loads(read('pyproject.toml'))
+EXPORT = re.compile(r'^#\s*\|\s*(export|exports|exporti)\b', re.M)
+
+def sidebar(contents, section=None):
+    "(section, title, notebook) of every page in the sidebar, in reading order"
+    for entry in contents:
+        if 'section' in entry: yield from sidebar(entry['contents'], entry['section'])
+        else: yield section, entry['text'], entry['href']
+
+PAGES = list(sidebar(QUARTO['website']['sidebar']['contents']))
+MODULES = [title for section, title, _ in PAGES if section == 'Library']
+
+def module_path(name): return ROOT/'libmoe_nb'/(name.replace('.', '/') + '.py')
+
+def imports(path, package):
+    "Names imported anywhere in a file, relative ones made absolute"
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit('.', node.level - 1)[0] if node.level else ''
+            module = '.'.join(filter(None, [base, node.module]))
+            yield module
+            yield from (f'{module}.{a.name}' for a in node.names)
+
+def imported(name): return set(imports(module_path(name), f'libmoe_nb.{name}'.rsplit('.', 1)[0]))
+
+def python(code): return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+
+# imports
+
+HEAVY = ['torch', 'transformers', 'fastai', 'datasets', 'lm_eval', 'matplotlib', 'pandas', 'tokenizers', 'accelerate', 'rich']
+
+@pytest.mark.parametrize('module, allowed', [('libmoe_nb', []), ('libmoe_nb.config', []), ('libmoe_nb.cli', ['rich']),
+                                             ('libmoe_nb.tracing, libmoe_nb.layers', ['torch'])])
+def test_light_imports(module, allowed):
+    loaded = set(python(f'import sys, {module}; print(*sys.modules)').split())
+    assert not loaded & set(HEAVY) - set(allowed)
+
+@pytest.mark.parametrize('name', MODULES)
+def test_imports_go_one_way(name):
+    later = MODULES[MODULES.index(name)+1:]
+    assert not [m for m in later if f'libmoe_nb.{m}' in imported(name)], f'{name} imports a module that comes after it'
+
+ONLY_IN = dict(fastai={'training', 'experiments'}, lm_eval={'evaluation'}, matplotlib={'plots'},
+               transformers=set(MODULES[MODULES.index('upcycling'):]), datasets={'data.text'}, typer={'cli'})
+
+@pytest.mark.parametrize('library', ONLY_IN)
+def test_libraries_stay_in_their_place(library):
+    users = {m for m in MODULES if any(i.split('.')[0] == library for i in imported(m))}
+    assert users <= ONLY_IN[library]
+
+def test_every_module_is_in_the_sidebar():
+    there = {str(p.relative_to(ROOT/'libmoe_nb').with_suffix('')).replace(os.sep, '.') for p in (ROOT/'libmoe_nb').rglob('*.py') if p.name[0] != '_'}
+    assert there == set(MODULES)
+
+# metadata
+
+def test_versions_agree():
+    version = re.search(r'__version__\s*=\s*[\'"](.+?)[\'"]', read('libmoe_nb/__init__.py'))[1]
+    citation = yaml.safe_load(read('CITATION.cff'))
+    settings = configparser.ConfigParser(delimiters=['='])
+    settings.read(ROOT/'settings.ini')
+    assert citation['version'] == version
+    assert settings['DEFAULT'].get('version', version) == version
+    assert PYPROJECT['project'].get('version', version) == version and 'version' in PYPROJECT['project']['dynamic']
+    assert re.search(r'^## (\S+)', read('CHANGELOG.md'), re.M)[1] == version
+    assert PYPROJECT['project']['requires-python'] == '>=' + settings['DEFAULT']['min_python']
+    assert PYPROJECT['project']['license'] == citation['license'] == 'Apache-2.0' and 'Apache License' in read('LICENSE')
+
+def test_addresses_agree():
+    urls, site = PYPROJECT['project']['urls'], QUARTO['website']
+    assert urls['Repository'] == site['repo-url'] == yaml.safe_load(read('CITATION.cff'))['repository-code']
+    assert urls['Documentation'] == site['site-url'] == yaml.safe_load(read('CITATION.cff'))['url']
+
+def test_requirements_are_ranges():
+    settings = configparser.ConfigParser(delimiters=['='])
+    settings.read(ROOT/'settings.ini')
+    for key in settings['DEFAULT']:
+        if key.endswith('requirements'): assert '==' not in settings['DEFAULT'][key].replace('python_version ==', '')
+
+# notebooks
+
+def test_sidebar_and_notebooks_agree():
+    listed = [href for _, _, href in PAGES]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {p.relative_to(NBS).as_posix() for p in NOTEBOOKS}
+
+def test_quarto_configuration_is_one_file(): assert (NBS/'_quarto.yml').resolve() == ROOT/'_quarto.yml'
+
+@each_notebook
+def test_no_stored_failures(path):
+    for cell in cells(path):
+        for output in cell.get('outputs', []):
+            assert output['output_type'] != 'error', source(cell)
+            text = ''.join(output.get('text', [])) + ''.join(''.join(v) for k, v in output.get('data', {}).items() if k.startswith('text/'))
+            assert not re.search(r'Traceback \(most recent|\b\w*Warning:', text), source(cell)
+            assert not re.search(r'(?<![\w.:/])/(tmp|home|root|Users|work|opt|var)/', text), source(cell)
+
+@each_notebook
+def test_notebook_begins_with_title_and_summary(path):
+    title = next(source(c) for c in cells(path) if c['cell_type'] == 'markdown')
+    assert re.match(r'# \S.*\n+> \S', title), f'{path.name}: {title[:80]!r}'
+
+@each_notebook
+def test_exported_cells_are_short(path):
+    for cell in cells(path):
+        if cell['cell_type'] == 'code' and EXPORT.search(source(cell)):
+            lines = [line for line in source(cell).splitlines() if line.strip() and not re.match(r'#\s*\|', line)]
+            assert len(lines) <= 50, lines[0]
+
+@each_notebook
+def test_imports_have_cells_of_their_own(path):
+    for cell in cells(path):
+        text = source(cell)
+        if cell['cell_type'] != 'code' or '#| hide' in text or text.lstrip().startswith('%'): continue
+        kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(re.sub(r'^[%!].*$', '', text, flags=re.M)).body}
+        assert len(kinds) < 2, text
+
+# README and continuous integration
+
+def shell_blocks(text): return re.findall(r'^```sh\n(.*?)^```', text, re.M|re.S)
+
+def test_ci_runs_the_commands_of_the_readme():
+    blocks = shell_blocks(read('README.md'))
+    home = '\n'.join(source(c) for c in cells(NBS/'index.ipynb') if c['cell_type'] == 'markdown')
+    assert blocks == shell_blocks(home) and len(blocks) == 2 and all(len(b.splitlines()) == 1 for b in blocks)
+    ci = read('.ci/run')
+    function = re.search(r'^readme\(\).*$', ci, re.M)[0]
+    for n, block in enumerate(blocks, 1):
+        said = subprocess.run(['bash', '-c', f'{function}\nreadme {n}'], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+        assert said == block
+        assert f'$(readme {n}' in ci
+    assert ci.count('eval "$run"') == 2
+    for own in ('pip install -e', 'nbdev-test --', 'pytest -'): assert own not in ci
+
+def test_readme_is_up_to_date():
+    subprocess.run([sys.executable, 'tools/readme.py', '--check'], cwd=ROOT, check=True)
+
+def test_readme_links_to_files_that_exist():
+    for target in re.findall(r'\]\(([^)\s]+)\)', read('README.md')):
+        if '://' not in target: assert (ROOT/target).exists(), target
+
+def test_no_machine_is_named():
+    hosts = ['py'+'pi.org', 'python'+'hosted.org', 'npm'+'js.org', 'npm'+'js.com', 'ana'+'conda.org', 'download.py'+'torch.org']
+    found = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode: pytest.skip('not a git checkout')
+    for name in filter(None, found.stdout.split('\0')):
+        try: text = read(name)
+        except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError): continue
+        assert not [h for h in hosts if h in text], name
+        assert not re.search(r'(?<![\w.:/])/(home|root|Users|work)/\w', text), name
+
+# the link check of the site
+
+SITE, SOURCE = 'https://example.org/site', 'https://github.com/a/b'
+
+@pytest.fixture
+def site(tmp_path):
+    (tmp_path/'sub').mkdir()
+    (tmp_path/'repo').mkdir()
+    (tmp_path/'repo'/'m.py').write_text('one\ntwo\n')
+    def make(body):
+        head = '<html><head><title>t</title></head><body>'
+        (tmp_path/'out'/'sub').mkdir(parents=True, exist_ok=True)
+        (tmp_path/'out'/'sub'/'p.html').write_text(head + '<h2 id="there">x</h2></body></html>')
+        (tmp_path/'out'/'index.html').write_text(head + body + '</body></html>')
+        return check_site(tmp_path/'out', SITE, SOURCE, tmp_path/'repo')
+    return make
+
+@pytest.mark.parametrize('good', ['<a href="sub/p.html">', '<a href="sub/p.html#there">', '<a href="#top">', f'<a href="{SITE}/sub/p.html#there">', '<a href="/">',
+                                  '<a href="https://elsewhere.org/x">', '<a href="mailto:x@y.z">', f'<a href="{SOURCE}/blob/main/m.py#L2">', f'<a href="{SOURCE}/issues">'])
+def test_good_links_pass(site, good): assert site(good) == (2, [])
+
+@pytest.mark.parametrize('bad', ['<a href="nowhere.html">', '<a href="sub/p.html#nowhere">', '<a href="#nowhere">', f'<a href="{SITE}/nowhere.html">',
+                                 f'<a href="{SITE}/sub/p.html#no">', '<img src="images/x.png">', '<script src="x.js"></script>', '<a href="../../etc">',
+                                 f'<a href="{SOURCE}/blob/main/x.py">', f'<a href="{SOURCE}/blob/main/m.py#L3">'])
+def test_broken_links_are_found(site, bad):
+    count, broken = site(bad)
+    assert count == 2 and len(broken) == 1 and 'index.html:1' in broken[0]
