@@ -203,6 +203,13 @@ def test_domains_of_paths(tmp_path):
     assert prep(f"{tmp_path/'x/train.txt'}, {tmp_path/'z/top.txt'}").domains == ['train', 'top']
     (tmp_path/'a,b.txt').write_text(words(300, 0)); assert prep(str(tmp_path/'a,b.txt')).domains == ['a,b']
 
+def test_linked_folders_once(corpus, tmp_path):
+    (tmp_path/'linked').mkdir()
+    for d in 'ab': os.symlink(corpus/d, tmp_path/'linked'/d)
+    os.symlink(tmp_path/'linked', corpus/'a'/'loop'); os.symlink(corpus/'a', corpus/'b'/'again')
+    got = list(load_documents(tmp_path/'linked'))
+    assert len(got) == 60 and {d.domain for d in got} == {'a', 'b'}
+
 def test_odd_text(tmp_path):
     texts = [f'ends {END_OF_TEXT} here', 'e\u0301 \u200b \x01\x7f\x85', '\r\nold\rlines\r\n', '🐈‍⬛🇨🇭', ' '*50 + 'x', *[words(80, i) for i in range(20)]]
     (tmp_path/'odd.jsonl').write_text('\n'.join(json.dumps(dict(text=t)) for t in texts))

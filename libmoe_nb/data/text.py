@@ -224,10 +224,12 @@ def _read_file(path, domain, text_field='text', domain_field=None):
         else: yield from (Document(t, domain, str(path)) for t in _read_text(path))
     except OSError as e: raise ValueError(f'{path} cannot be read: {e.strerror or e}') from None
 
-# %% ../../nbs/data/text.ipynb #e30285a6
+# %% ../../nbs/data/text.ipynb #89ba14fe
 def _text_files(folder):
-    for root, dirs, files in os.walk(folder):
-        dirs[:] = [d for d in dirs if not d.startswith(('.', '__'))]
+    seen = {os.path.realpath(folder)}
+    for root, dirs, files in os.walk(folder, followlinks=True):
+        dirs[:] = [d for d in sorted(dirs) if not d.startswith(('.', '__')) and (r := os.path.realpath(f'{root}/{d}')) not in seen
+                   and not seen.add(r)]
         yield from (p.relative_to(folder).as_posix() for f in files if _suffix(f) and not f.startswith('.')
                     and (p := Path(root)/f).is_file() and p.stat().st_size)
 
