@@ -22,7 +22,7 @@ from .layers import MoELayer, aux_loss, build_layer, recipe_options
 from .tracing import moe_layers, record_routing
 from .upcycling import find_ffns, moeify, _indices
 
-# %% ../nbs/models.ipynb #5906b5c2
+# %% ../nbs/models.ipynb #885f0e1f
 class MoEConfig(PreTrainedConfig):
     "A base model's configuration, and which of its feed-forward networks become what."
     model_type = 'libmoe'
@@ -36,6 +36,7 @@ class MoEConfig(PreTrainedConfig):
         output_router_logits:bool=False, # always return router logits and the auxiliary loss
         **kwargs,                   # for `PreTrainedConfig`
     ):
+        if aux_loss_reduction not in ('mean', 'sum'): raise ValueError(f"aux_loss_reduction must be 'mean' or 'sum', got {aux_loss_reduction!r}")
         base = base_config or LlamaConfig()
         self.base_config = AutoConfig.for_model(**base) if isinstance(base, dict) else base
         self.moe = _plain(MoESpec() if moe is None else moe)
@@ -95,7 +96,7 @@ AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM, exist_ok=True)
 class MoECausalLMOutput(MoeCausalLMOutputWithPast):
     "`loss` (with `aux_loss` in it), `aux_loss` (weighted total), `logits`, `past_key_values`, `hidden_states`, `attentions`, `router_logits` (one for each layer)."
 
-# %% ../nbs/models.ipynb #51548d49
+# %% ../nbs/models.ipynb #59a7a8a2
 @patch
 @can_return_tuple
 def forward(self:MoEForCausalLM,
@@ -112,6 +113,7 @@ def forward(self:MoEForCausalLM,
 )->MoECausalLMOutput:
     "Logits, and with `labels` the loss."
     if output_router_logits is None: output_router_logits = self.config.output_router_logits
+    if use_cache is None and self.training: use_cache = False
     with record_routing(self) if self.training or output_router_logits else nullcontext() as records:
         out = self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True, **kwargs)
@@ -119,16 +121,18 @@ def forward(self:MoEForCausalLM,
     if records is not None:
         aux = self._aux_loss(records, _padding_mask(attention_mask, input_ids if inputs_embeds is None else inputs_embeds), out.logits)
         if loss is not None: loss = loss + aux.to(loss) * _share(labels, kwargs.get('num_items_in_batch'))
-        if output_router_logits: logits = tuple(r.router_logits for rs in records.values() for r in rs)
+        if output_router_logits: logits = tuple(r.router_logits for n in _own_layers(self) for r in records[n])
     return MoECausalLMOutput(loss=loss, aux_loss=aux, logits=out.logits, past_key_values=out.past_key_values,
         hidden_states=out.hidden_states, attentions=out.attentions, router_logits=logits)
 
-# %% ../nbs/models.ipynb #3eb91de3
+# %% ../nbs/models.ipynb #99d38ae0
+def _own_layers(model): return {n: m for n, m in model.named_modules() if isinstance(m, MoELayer)}
+
 @patch
 def _aux_loss(self:MoEForCausalLM, records, mask, like):
     "The weighted auxiliary loss of one forward pass; zero where there is no router"
-    layers = moe_layers(self)
-    total, _ = aux_loss([(layers[n], r) for n, rs in records.items() for r in rs], mask, self.config.aux_loss_reduction)
+    layers = _own_layers(self)
+    total, _ = aux_loss([(l, r) for n, l in layers.items() for r in records[n]], mask, self.config.aux_loss_reduction)
     return total if torch.is_tensor(total) else torch.zeros((), device=like.device)
 
 # %% ../nbs/models.ipynb #4fb9ed6a
@@ -192,12 +196,12 @@ def _delegate(name):
 for _n in ('get_input_embeddings set_input_embeddings get_output_embeddings set_output_embeddings get_decoder set_decoder '
            'resize_token_embeddings prepare_inputs_for_generation').split(): _delegate(_n)
 
-# %% ../nbs/models.ipynb #b0391742
+# %% ../nbs/models.ipynb #2151e2e4
 @patch
 def _set_gradient_checkpointing(self:MoEForCausalLM, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
     if enable and getattr(gradient_checkpointing_func, 'keywords', {}).get('use_reentrant', True):
         raise ValueError('use_reentrant must be False: with reentrant checkpointing routers get no gradient from their auxiliary losses, got True')
-    linked = [l for l in moe_layers(self).values() if l.router.uses_previous_logits]
+    linked = [l for l in _own_layers(self).values() if l.router.uses_previous_logits]
     PreTrainedModel._set_gradient_checkpointing(self, enable, partial(_checkpoint, gradient_checkpointing_func, linked), **kwargs)
 
 # %% ../nbs/models.ipynb #b3617345
@@ -266,22 +270,28 @@ def _seeded(seed):
         if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(seed)
         yield
 
-# %% ../nbs/models.ipynb #99b5219f
+# %% ../nbs/models.ipynb #46289002
 def count_parameters(
     model:nn.Module, # a causal language model, on any device
 )->dict:             # total, active, and the parts that total is made of
     "Number of parameters: all, those that one token uses, and by part of the model."
-    parts, layers = _parts(model), list(moe_layers(model).values())
+    parts, layers = _parts(model), _checked_layers(model).values()
     idle = sum(_numel(l.experts) * (1 - l.router.top_k / l.router.num_experts) for l in layers if l.router.top_k < l.router.num_experts)
     total = sum(parts.values())
     return dict(total=total, active=total - round(idle)) | parts
 
-# %% ../nbs/models.ipynb #dbf61a59
+# %% ../nbs/models.ipynb #930ff1e3
+def _checked_layers(model):
+    "Our layers; an error if there are mixture-of-experts layers of another make, of which we cannot say what is active"
+    for n, m in moe_layers(model).items():
+        if not isinstance(m, MoELayer): raise ValueError(f'model must be dense or hold layers of libmoe_nb, but {n} is {type(m).__name__}')
+    return _own_layers(model)
+
 def _numel(m): return sum(p.numel() for p in m.parameters())
 
 def _parts(model):
     "Part of the model -> number of parameters; what is in two parts counts in the one that is named first"
-    layers, ffns = moe_layers(model).values(), find_ffns(model).values()
+    layers, ffns = _own_layers(model).values(), find_ffns(model).values()
     find = lambda *names: [m for m in model.modules() if any(n in type(m).__name__ for n in names)]
     parts = dict(embedding=[model.get_input_embeddings()], head=[model.get_output_embeddings()], attention=find('Attention'), norm=find('Norm'))
     for part, name in dict(router='router', experts='experts', shared_experts='shared_experts', zero_experts='zero_experts').items():
@@ -294,14 +304,14 @@ def _parts(model):
         counts[part] = sum(new.values())
     return counts
 
-# %% ../nbs/models.ipynb #96ea5ea4
+# %% ../nbs/models.ipynb #2c1232c2
 def count_flops(
     model:nn.Module,     # a causal language model, on any device
     sequence_length:int, # S, tokens of context
     routings:dict=None,  # what `record_routing` recorded; None: each token meets K experts
 )->float:                # floating-point operations of the forward pass for one token
     "Work for one token: twice the weights that it meets, and attention."
-    layers, config = moe_layers(model), model.config.get_text_config()
+    layers, config = _checked_layers(model), model.config.get_text_config()
     tables = {id(w) for l in layers.values() for w in l.experts.stacked} | {id(model.get_input_embeddings().weight)}
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in tables)
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight: weights += model.get_input_embeddings().weight.numel()
