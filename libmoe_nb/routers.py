@@ -258,7 +258,7 @@ def weigh(self:TernaryRouter, scores, top_k_index):
         w = w / (chosen + scores[:, first_null:].sum(-1, keepdim=True)).clamp_min(torch.finfo(w.dtype).tiny)
     return w if self.routed_scaling_factor == 1 else w * self.routed_scaling_factor
 
-# %% ../nbs/routers.ipynb #3061b3a2
+# %% ../nbs/routers.ipynb #047dd9cd
 @delegates()
 class ResidualRouter(SoftmaxRouter):
     "MoE++: softmax over experts and zero-computation experts, with a gating residual from the previous router."
@@ -277,6 +277,8 @@ class ResidualRouter(SoftmaxRouter):
     def logits(self, x, previous_logits=None):
         l = super().logits(x)
         if previous_logits is None or self.gating_residual is None: return l
+        if previous_logits.shape != l.shape:
+            raise ValueError(f'previous_logits must be {tuple(l.shape)}, for the same tokens and choices, got {tuple(previous_logits.shape)}')
         return l + F.linear(previous_logits.to(l.dtype), self.gating_residual.to(l.dtype))
 
 # %% ../nbs/routers.ipynb #0e501bc9
