@@ -411,13 +411,13 @@ def _split(ends, owners, digests, domains, text, seed, fraction):
     def woven(ps): return [ps[i] for i in _interleave([b-a for a,b,*_ in ps], [p[2] for p in ps], [p[3] for p in ps])]
     return {side: woven(ps) for side,ps in sides.items()}
 
-# %% ../../nbs/data/text.ipynb #e00473e8
+# %% ../../nbs/data/text.ipynb #dadbcb6d
 END_OF_TEXT = '<|endoftext|>'
 
 def train_tokenizer(
     texts,                # iterable of strings
     vocab_size=8000,      # pieces, the 256 bytes and the end of text included
-) -> 'tokenizers.Tokenizer':
+):  # a `tokenizers.Tokenizer`
     "A byte-level BPE tokenizer for `texts`."
     from tokenizers import Tokenizer, models, pre_tokenizers, decoders, trainers
     tok = Tokenizer(models.BPE())
