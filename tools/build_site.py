@@ -68,6 +68,9 @@ def build(renderer):
     sys.path.insert(0, str(ROOT))
     shutil.rmtree(proc, ignore_errors=True)
     proc_nbs(str(cfg.nbs_path), n_workers=0)
+    for nb in proc.rglob('*.ipynb'):  # signatures name the classes of their own notebook `__main__.X`
+        text = nb.read_text(encoding='utf-8')
+        if '__main__.' in text: nb.write_text(text.replace('__main__.', ''), encoding='utf-8')
     command = ['smalldocs', 'render', '_proc'] if renderer == 'smalldocs' else ['quarto', 'render', '_proc', '--no-execute']
     sys.stdout.flush()
     subprocess.run(command, cwd=ROOT, check=True)
