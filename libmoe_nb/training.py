@@ -24,11 +24,12 @@ from .config import Preset, get_preset
 from .routers import Routing, tokens_per_expert, update_expert_bias
 from .tracing import moe_layers, record_routing
 
-# %% ../nbs/training.ipynb #0295bf36
+# %% ../nbs/training.ipynb #217f9a90
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')
     from fastai.basics import (Callback, CancelBackwardException, CancelEpochException, CancelStepException, DataLoaders, Learner, Metric, OptimWrapper,
-                               ValueMetric, L, default_device, set_seed)
+                               ValueMetric, L, default_device, noop, set_seed)
+    from fastai.callback.progress import ProgressCallback
     from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin
     from fastai.callback.training import GradientClip
 
@@ -50,7 +51,7 @@ def _as_batch(b):
     if not real.all(): x['attention_mask'] = real.long()
     return x, b['labels'], b['domain']
 
-# %% ../nbs/training.ipynb #c8efef5c
+# %% ../nbs/training.ipynb #ed6e22c4
 class TrainBatches:
     "Endless training batches for fastai, `steps` of them an epoch."
     n_inp = 1
@@ -62,12 +63,13 @@ class TrainBatches:
     ):
         store_attr()
         self.position, self.skip = 0, 0  # number of the next batch; how many batches of the coming epoch are done already
+        self.rank, self.world = 0, 1     # which part of each batch this process takes
     def __len__(self): return self.steps
     def __iter__(self):
         todo, self.skip = self.steps - self.skip, 0
         for b in islice(self.dataset.batches(self.batch_size, self.seed, self.position), todo):
             self.position += 1
-            yield _as_batch(b)
+            yield _as_batch({k: v[self.rank::self.world] for k, v in b.items()})
     def one_batch(self): return _as_batch(next(self.dataset.batches(self.batch_size, self.seed, self.position)))
     def to(self, device): return self
     def new(self, **kwargs): return self
@@ -369,7 +371,7 @@ def _check_model(model, data):
     _check(V is None or V >= data.vocab_size, 'vocab_size of the model', V, f'at least that of the data, {data.vocab_size}')
     _check(S is None or S >= data.sequence_length, 'max_position_embeddings of the model', S, f'at least the sequence_length of the data, {data.sequence_length}')
 
-# %% ../nbs/training.ipynb #96fe7c53
+# %% ../nbs/training.ipynb #44b2d79f
 def moe_learner(
     model,                          # a `MoEForCausalLM`, or any causal language model of transformers
     data,                           # a `TextData`
@@ -403,7 +405,7 @@ def moe_learner(
     _check_model(model, data)
     dls = DataLoaders(TrainBatches(data.train, batch_size, steps, seed), ValidBatches(data.valid, valid_batch_size or batch_size, valid_steps),
                       device=torch.device(device) if device else default_device())
-    opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=tuple(pick(betas, 'betas'))))
+    opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=tuple(pick(betas, 'betas')), fused=dls.device.type in ('cpu', 'cuda')))
     learn = MoELearner(dls, model, grad_accum=grad_accum, bf16=bf16, seed=seed, opt_func=opt, lr=lr, wd=wd, **kwargs)
     learn.schedule, learn.fingerprint = (pick(warmup_steps, 'warmup_steps'), pick(final_lr_fraction, 'final_lr_fraction')), getattr(data, 'fingerprint', None)
     return _equip(learn, data, pick(grad_clip, 'grad_clip'), expert_bias_rate, domains, cbs)
@@ -416,6 +418,13 @@ def _equip(learn, data, grad_clip, bias_rate, domains, cbs):
     columns = [Perplexity(i, n) for i, n in enumerate(data.domains)] if domains else []
     learn.metrics = [Perplexity(), *columns, ValueMetric(lambda: aux.value, 'aux_loss'), ValueMetric(lambda: speed.value and round(speed.value), 'tokens/s'), *learn.metrics]
     return learn
+
+# %% ../nbs/training.ipynb #0d9bc85c
+@patch
+def history(self:MoELearner)->pd.DataFrame:
+    "The progress table of the last fit."
+    r = self.recorder
+    return pd.DataFrame([list(v) for v in r.values], columns=r.metric_names[1:1 + len(r.values[0])] if r.values else None).rename_axis('epoch')
 
 # %% ../nbs/training.ipynb #f7bcbde2
 @patch
@@ -750,3 +759,26 @@ def _load_checkpoint(learn, path, info):
     learn.resumed = dict(s, place=info['place'], train_iter=info['train_iter'])
     for cb in learn.cbs:
         if hasattr(type(cb), 'load_state') and cb.name in s['callbacks']: cb.load_state(s['callbacks'][cb.name])
+
+# %% ../nbs/training.ipynb #71450291
+class _Distributed(Callback):
+    "The model in `DistributedDataParallel` for the duration of a fit"
+    order = 11
+    def __init__(self, accelerator): self.accelerator = accelerator
+    def before_fit(self): self.learn.model = self.accelerator.prepare_model(self.learn.model.to(self.accelerator.device))
+    def after_fit(self): self.learn.model = _unwrap(self.learn.model)
+
+# %% ../nbs/training.ipynb #edd5b30c
+@patch
+def distribute(self:MoELearner,
+    **kwargs, # for accelerate's `Accelerator`
+)->MoELearner:
+    "Train on the processes that `accelerate launch` started; where there is one, change nothing."
+    from accelerate import Accelerator
+    a, train = Accelerator(**kwargs), self.dls.train
+    _check(train.batch_size % a.num_processes == 0, 'batch_size', train.batch_size, f'a multiple of the number of processes, {a.num_processes}')
+    train.rank, train.world, self.dls.device = a.process_index, a.num_processes, a.device
+    if not a.is_main_process:
+        self.logger = noop
+        self.remove_cbs([ProgressCallback, MetricsWriter, Checkpoint])
+    return self.add_cb(_Distributed(a)) if a.num_processes > 1 else self
