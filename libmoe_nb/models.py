@@ -280,11 +280,11 @@ def count_parameters(
     total = sum(parts.values())
     return dict(total=total, active=total - round(idle)) | parts
 
-# %% ../nbs/models.ipynb #930ff1e3
+# %% ../nbs/models.ipynb #a3ec7858
 def _checked_layers(model):
     "Our layers; an error if there are mixture-of-experts layers of another make, of which we cannot say what is active"
-    for n, m in moe_layers(model).items():
-        if not isinstance(m, MoELayer): raise ValueError(f'model must be dense or hold layers of libmoe_nb, but {n} is {type(m).__name__}')
+    for n, m in find_ffns(model).items():
+        if hasattr(m, 'experts') and not isinstance(m, MoELayer): raise ValueError(f'model must be dense or hold layers of libmoe_nb, but {n} is {type(m).__name__}')
     return _own_layers(model)
 
 def _numel(m): return sum(p.numel() for p in m.parameters())

@@ -315,7 +315,7 @@ def test_trainer(recipe, checkpointed, tmp_path):
     m, x = make(recipe), tokens(B=8, S=12)
     data = [dict(input_ids=r, labels=r, attention_mask=torch.ones_like(r)) for r in x]
     before = {n: p.clone() for n, p in m.named_parameters()}
-    key = 'activation_checkpointing' if hasattr(TrainingArguments, 'activation_checkpointing') or 'activation_checkpointing' in TrainingArguments.__dataclass_fields__ else 'gradient_checkpointing'
+    key = next(k for k in ('activation_checkpointing', 'gradient_checkpointing') if k in TrainingArguments.__dataclass_fields__)
     args = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, report_to=[],
                              use_cpu=True, save_strategy='no', logging_steps=1, disable_tqdm=True, **{key: checkpointed})
     trainer = Trainer(m, args, train_dataset=data, eval_dataset=data)
@@ -389,8 +389,31 @@ def test_attention_implementation(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).base.config._attn_implementation == 'sdpa'
     torch.testing.assert_close(back(tokens()).logits, m(tokens()).logits)
 
+def test_lm_eval_finds_its_way():
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    vocab = {c: i for i, c in enumerate(['<end>', '[UNK]', *'abcdefghijklmnopqrstuvwxyz '])}
+    tok = Tokenizer(models.WordLevel(vocab, unk_token='[UNK]'))
+    tok.pre_tokenizer = pre_tokenizers.Split('', 'isolated')
+    tok = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='<end>', pad_token='<end>')
+    m = make('moe_plus_plus')
+    lm = HFLM(pretrained=m, tokenizer=tok, batch_size=2)
+    assert lm.max_length == m.config.max_position_embeddings
+    pairs = [('a cat', ' sat'), ('no', ' dog at all')]
+    got = lm.loglikelihood([Instance('loglikelihood', {}, a, i) for i, a in enumerate(pairs)], disable_tqdm=True)
+    for (context, more), (value, _) in zip(pairs, got):
+        ids = tok(context + more, return_tensors='pt').input_ids
+        logp = m(ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[0, len(context) - 1:, 0].sum()
+        assert value == pytest.approx(logp.item(), rel=1e-4)
+
 # ---- bad input
 def test_errors():
+    mixtral = AutoConfig.for_model('mixtral', vocab_size=96, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    with pytest.raises(ValueError, match='a mixture of experts already: MixtralSparseMoeBlock'): from_scratch('smoe', 'tiny', base=mixtral)
+    with pytest.raises(ValueError, match='MixtralSparseMoeBlock'): count_parameters(AutoModelForCausalLM.from_config(mixtral))
+    bert = AutoConfig.for_model('bert', vocab_size=96, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
+    with pytest.raises(ValueError, match='none was found'): from_scratch('smoe', 'tiny', base=bert)
     with pytest.raises(ValueError, match="did you mean 'smoe'"): from_scratch('smo', 'tiny')
     with pytest.raises(ValueError, match="did you mean 'tiny'"): from_scratch('smoe', 'tinny')
     with pytest.raises(ValueError, match="did you mean 'num_experts'"): from_scratch('smoe', 'tiny', num_expert=3)
