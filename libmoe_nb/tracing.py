@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from .layers import MoELayer
 
-# %% ../nbs/tracing.ipynb #70e9f89f
+# %% ../nbs/tracing.ipynb #da92e291
 class MoEAdapter:
     "How layers of one family route; this one is for `MoELayer`, other families override its methods."
     def router(self, layer): return layer.router
@@ -29,6 +29,12 @@ class MoEAdapter:
     def expert_parameters(self, layer):
         "Parameters of the N experts, each stacked in its first dimension"
         return dict(layer.experts.named_parameters())
+    @contextmanager
+    def expert_inputs(self, layer, seen):
+        "Append the hidden states [T, d] that the experts get to the list `seen`, for the duration of a block"
+        h = layer.experts.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+        try: yield
+        finally: h.remove()
 
 # %% ../nbs/tracing.ipynb #14b67b4f
 _own, _families = MoEAdapter(), {}  # class name of a router -> adapter
@@ -105,7 +111,7 @@ def intervene(
         return lambda routing, args: f(routing) if layers is None or name in layers else None
     with _hooked(model, make_hook): yield
 
-# %% ../nbs/tracing.ipynb #faefbdc0
+# %% ../nbs/tracing.ipynb #b434ad4e
 @contextmanager
 def swap_routers(
     model,
@@ -117,5 +123,5 @@ def swap_routers(
         if n not in layers: raise ValueError(f'places must name mixture-of-experts layers of the model ({", ".join(layers)}), got {n}')
     def make_hook(name, layer, adapter):
         other = layers.get(places.get(name))
-        return lambda routing, args: None if other is None else adapter.decide(other, args)
+        return lambda routing, args: None if other is None else adapter.decide(other, args).replace(shape=routing.shape)
     with _hooked(model, make_hook): yield
