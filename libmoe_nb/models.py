@@ -7,7 +7,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models.html.md"""
 # %% auto #0
 __all__ = ['MoEConfig', 'MoEForCausalLM', 'MoECausalLMOutput', 'from_scratch', 'count_parameters', 'count_flops']
 
-# %% ../nbs/models.ipynb #999e5cd0
+# %% ../nbs/models.ipynb #3fb3f322
 import copy, dataclasses, torch
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -19,7 +19,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from .config import MoESpec, Preset, get_preset, did_you_mean
 from .layers import MoELayer, aux_loss, build_layer, recipe_options
-from .tracing import moe_layers, record_routing
+from .tracing import record_routing
 from .upcycling import find_ffns, moeify, _indices
 
 # %% ../nbs/models.ipynb #885f0e1f
