@@ -10,7 +10,7 @@ import naive
 from libmoe_nb.config import MoESpec
 from libmoe_nb.layers import aux_loss, build_layer
 from libmoe_nb.losses import load_balancing_loss, null_reward, router_z_loss
-from libmoe_nb.routers import Routing, SigmoidRouter, SoftmaxRouter, TernaryRouter
+from libmoe_nb.routers import Routing, TernaryRouter
 
 close = torch.testing.assert_close
 quick = settings(derandomize=True, deadline=None, max_examples=50, database=None)
