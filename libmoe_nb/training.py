@@ -657,7 +657,7 @@ def _write_folder(folder, model, info, tensors):
     (folder/'checkpoint.json').write_text(json.dumps(dict(info, seal=_seal(info))))
     for p in [*folder.iterdir(), folder]: _fsync(p)
 
-# %% ../nbs/training.ipynb #1cb82c3a
+# %% ../nbs/training.ipynb #c546d5e8
 def save_checkpoint(
     learn,          # a `MoELearner`
     folder,         # where checkpoints are kept
@@ -672,27 +672,33 @@ def save_checkpoint(
     new, path = folder/f'.tmp-{os.getpid()}', folder/f'step-{learn.step:08d}'
     new.mkdir()
     _write_folder(new, _unwrap(learn.model), info, tensors)
-    if path.exists(): path.rename(folder/'.trash')
+    old = path.with_name(f'{path.name}-old')
+    if path.exists(): _remove(old); path.rename(old)
     new.rename(path)
-    _fsync(folder); _clear(folder)
+    _fsync(folder); _remove(old)
     return path
 
-# %% ../nbs/training.ipynb #3e8b2134
+# %% ../nbs/training.ipynb #b6169dbf
 def _clear(folder):
     "Remove what killed processes left"
     for p in [*folder.glob('.tmp-*'), *folder.glob('.trash')]: shutil.rmtree(p, ignore_errors=True)
 
-def _prune(folder, keep_last):
-    for p in checkpoints(folder)[keep_last:]:
-        p.rename(p.with_name('.trash')); _clear(p.parent)
+def _remove(path):
+    "Remove a checkpoint; its name goes first, so that none is ever seen half removed"
+    if path.exists():
+        trash = path.rename(path.with_name('.trash'))
+        shutil.rmtree(trash, ignore_errors=True)
 
-# %% ../nbs/training.ipynb #75b15b21
+def _prune(folder, keep_last):
+    for p in checkpoints(folder)[keep_last:]: _remove(p)
+
+# %% ../nbs/training.ipynb #3a1495f7
 def checkpoints(
     folder, # where checkpoints are kept
 )->list:    # their paths
     "The checkpoints in a folder, newest first."
-    found = [p for p in Path(folder).glob('step-*') if p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+    found = {p: p.name[5:].removesuffix('-old') for p in Path(folder).glob('step-*')}
+    return sorted((p for p, n in found.items() if n.isdigit()), key=lambda p: (int(found[p]), not p.name.endswith('-old')), reverse=True)
 
 # %% ../nbs/training.ipynb #aaa427fc
 class Checkpoint(Callback):
