@@ -8,13 +8,13 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/layers.html.md"""
 __all__ = ['MoELayer', 'default_losses', 'aux_loss', 'link_layers', 'recipe_options', 'build_router', 'build_layer', 'dense',
            'sharede_v2', 'sharede_v3', 'tcmoe', 'moe_plus_plus']
 
-# %% ../nbs/layers.ipynb #4f6c6cb5
+# %% ../nbs/layers.ipynb #b6c5635f
 import inspect, torch
 from functools import partial
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import nn, Tensor
-from .config import MoESpec, recipe, recipes, get_recipe, did_you_mean
+from .config import MoESpec, recipe, get_recipe, did_you_mean
 from .routers import Router, SoftmaxRouter, SigmoidRouter, CosineRouter, TernaryRouter, ResidualRouter
 from .experts import Experts, FeedForward, ZeroComputationExperts
 from .losses import load_balancing_loss, router_z_loss, null_reward
