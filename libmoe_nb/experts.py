@@ -241,8 +241,8 @@ def _round_up(n, alone=False, half=False):
     step = max(32, 2**n.bit_length() >> 5) if half else 1 if alone else 8
     return -(-n//step) * step
 
-# %% ../nbs/experts.ipynb #fd6c3676
-def _group(order, counts, cap, half):
+# %% ../nbs/experts.ipynb #6af048f5
+def _group(order, counts, cap, spare, half):
     "Cut the experts of `order` into groups: [(experts, rows)]"
     groups,i = [],0
     while i < len(order):
@@ -250,20 +250,22 @@ def _group(order, counts, cap, half):
         while i + 2*g <= len(order) and 2*g <= 16:
             loads = [counts[e] for e in order[i:i+2*g]]
             r = _round_up(max(loads), False, half)
-            if 2*g*r > cap or 2*g*r > 1.25*sum(loads) + 32*g: break
+            if 2*g*r > cap or 2*g*r > 1.25*sum(loads) + spare*g: break
             g,rows = 2*g,r
         groups.append((order[i:i+g], rows))
         i += g
     return groups
 
-# %% ../nbs/experts.ipynb #4518f804
-def _blocks(counts, cap, half):
+# %% ../nbs/experts.ipynb #b7930c07
+def _blocks(counts, cap, spare, half):
     "Blocks of at most about `cap` slots for the experts that have tokens"
-    used = [e for e,n in enumerate(counts) if n]
-    near,even = (_group(order, counts, cap, half) for order in (used, sorted(used, key=lambda e: -counts[e])))
-    size = lambda groups: sum(len(es)*rows for es,rows in groups)
+    used,size = [e for e,n in enumerate(counts) if n],lambda groups: sum(len(es)*rows for es,rows in groups)
+    groups = _group(used, counts, cap, spare, half)
+    if size(groups) > 1.15*sum(counts) or len(groups) > 1.5*size(groups)/cap + 1:
+        even = _group(sorted(used, key=lambda e: -counts[e]), counts, cap, spare, half)
+        if size(groups) > 1.1*size(even) or len(groups) > 1.5*len(even): groups = even
     blocks,pos = [],0
-    for es,rows in near if size(near) <= 1.1*size(even) and len(near) <= 1.5*len(even) else even:
+    for es,rows in groups:
         parts = -(-rows // max(cap, 1024)) if len(es) == 1 else 1
         part = _round_up(-(-rows//parts), True, half)
         for i in range(0, rows, part):
@@ -271,45 +273,38 @@ def _blocks(counts, cap, half):
             pos += len(es)*blocks[-1].rows
     return blocks
 
-# %% ../nbs/experts.ipynb #3778213b
+# %% ../nbs/experts.ipynb #05918dbb
 @dataclass
 class _Plan:
     blocks: list
     num_slots: int        # S
-    padded: bool          # Are there slots without a token?
-    token: torch.Tensor   # [S] int32: the token in each slot (T: padding)
+    padded: bool          # Are there slots of padding?
+    token: torch.Tensor   # [S] int32: the token in each slot
     slot: torch.Tensor    # [T*K] int32: the slot of each choice (S: no expert)
     offsets: torch.Tensor # [T] int32: where each token's choices begin
 
-# %% ../nbs/experts.ipynb #b288d15b
-def _plan(expert_index, num_experts, cap, half):
+# %% ../nbs/experts.ipynb #2209495c
+def _plan(expert_index, num_experts, cap, spare, half):
     (T,K),N = expert_index.shape,num_experts
     flat = expert_index.reshape(-1).numpy()
     counts = np.bincount(flat, minlength=N+1)
     loads = counts.tolist()[:N]
     order = flat.astype(np.uint8 if N < 256 else np.int16 if N < 2**15 else np.int32).argsort(kind='stable')
-    blocks,real = _blocks(loads, cap, half),sum(loads)
+    sorted_tokens = (order // max(K, 1)).astype(np.int32)
+    blocks,real = _blocks(loads, cap, spare, half),sum(loads)
     S = blocks[-1].slots.stop if blocks else 0
-    first = {e: b.start + i*b.rows for b in reversed(blocks) for i,e in enumerate(b.experts)}
-    moved,pos = [],0
-    for e,n in enumerate(loads):
-        moved.append(first.get(e, pos) - pos)
-        pos += n
-    slots = np.arange(T*K, dtype=np.int32) + np.repeat(np.array(moved + [0], np.int32), counts)
+    slots,token = np.arange(T*K, dtype=np.int32),sorted_tokens[:real]
+    if S > real:
+        begins = np.cumsum(counts) - counts # of each expert in the sorted choices
+        es,rows = np.array([(e, b.rows) for b in blocks for e in b.experts]).T
+        starts = dict(zip(es[::-1].tolist(), (np.cumsum(rows) - rows)[::-1].tolist())) # of each expert among the slots
+        slots += np.repeat(np.array([starts.get(e, 0) for e in range(N+1)]) - begins, counts).astype(np.int32)
+        token = np.repeat(sorted_tokens[begins[es]], rows)
+        token[slots[:real]] = sorted_tokens[:real]
     slots[real:] = S
-    slot,token = np.empty(T*K, np.int32),np.full(S, T, np.int32)
+    slot = np.empty(T*K, np.int32)
     slot[order] = slots
-    token[slots[:real]] = order[:real] // max(K, 1)
     return _Plan(blocks, S, S > real, *map(torch.from_numpy, (token, slot, np.arange(T, dtype=np.int32)*K)))
-
-# %% ../nbs/experts.ipynb #5c20570e
-def _with_zero_row(plan, x, name):
-    "`x` with a row of zeros behind its last where the plan needs one"
-    if not plan.padded: return x.contiguous()
-    buffer = _workspace(name, x, len(x)+1, x.shape[1])
-    buffer[:-1].copy_(x)
-    buffer[-1].zero_()
-    return buffer
 
 # %% ../nbs/experts.ipynb #6e51f0cc
 def _gather(plan, x, s, name): return torch.index_select(x, 0, plan.token[s], out=_workspace(name, x, s.stop-s.start, x.shape[1]))
@@ -396,19 +391,19 @@ def _hidden_back(grad, p, act, gated):
     _act_back(act, grad.mul_(p[:,h:]), p[:,:h], out[:,:h])
     return out
 
-# %% ../nbs/experts.ipynb #5bda5efa
+# %% ../nbs/experts.ipynb #1e5557a9
 class _Sorted(torch.autograd.Function):
     "The layer as one function of tokens, weights and stacked parameters"
     @staticmethod
-    def forward(ctx, x, weights, up, down, up_bias, down_bias, index, act, gated, keep, cap):
-        plan = _plan(index, len(up), cap, x.element_size() < 4)
-        S,tokens = plan.num_slots,_with_zero_row(plan, x, 'tokens')
+    def forward(ctx, x, weights, up, down, up_bias, down_bias, index, act, gated, keep, cap, spare):
+        plan,x = _plan(index, len(up), cap, spare, x.element_size() < 4),x.contiguous()
+        S = plan.num_slots
         rows = _workspace('rows', x, S+1, x.shape[1])
         pre = x.new_empty(S, up.shape[1]) if keep else None
         for b in plan.blocks:
             s = b.slots
             p = pre[s] if keep else _workspace('p', x, s.stop-s.start, up.shape[1])
-            _product(b, _gather(plan, tokens, s, 'x'), up, p, up_bias, transposed=True)
+            _product(b, _gather(plan, x, s, 'x'), up, p, up_bias, transposed=True)
             _product(b, _hidden(p, act, gated, inplace=True), down, rows[s], down_bias, transposed=True)
         if keep:
             ctx.save_for_backward(x, weights, up, down, up_bias, down_bias, pre, plan.token, plan.slot, plan.offsets)
@@ -418,7 +413,7 @@ class _Sorted(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return _sorted_backward(ctx, grad)
 
-# %% ../nbs/experts.ipynb #312d3d55
+# %% ../nbs/experts.ipynb #b052fc34
 @torch.autograd.function.once_differentiable
 def _sorted_backward(ctx, grad):
     x,weights,up,down,up_bias,down_bias,pre,*indices = ctx.saved_tensors
@@ -431,14 +426,15 @@ def _sorted_backward(ctx, grad):
     for g in grads:
         if g is not None and idle: g[idle] = 0
     g_up,g_down,g_up_bias,g_down_bias = grads
-    tokens,douts = _with_zero_row(plan, x, 'tokens'),_with_zero_row(plan, grad.to(x.dtype), 'douts')
-    w = _workspace('w', x, S+1, 1).zero_()
+    grad = grad.to(x.dtype).contiguous()
+    w = _workspace('w', x, S+1, 1)
+    if plan.padded: w.zero_()
     w[:,0].index_copy_(0, plan.slot.long(), weights.detach().reshape(-1).to(x.dtype))
     dw = x.new_zeros(S+1)
     rows = _workspace('rows', x, S+1, x.shape[1])
     for b in plan.blocks:
         s,n = b.slots,b.slots.stop-b.slots.start
-        p,g = pre[s],_gather(plan, douts, s, 'g')
+        p,g = pre[s],_gather(plan, grad, s, 'g')
         h = _hidden(p, act, gated)
         dh = _product(b, g, down, _workspace('dh', x, *h.shape))
         scratch = _workspace('scratch', x, *h.shape)
@@ -449,33 +445,35 @@ def _sorted_backward(ctx, grad):
         if g_down_bias is not None: _sums(b, g, g_down_bias, w[s])
         if not (need_x or g_up is not None or g_up_bias is not None): continue
         dp = _hidden_back(dh.mul_(w[s]), p, act, gated)
-        if g_up is not None: _outer(b, dp, _gather(plan, tokens, s, 'x'), g_up)
+        if g_up is not None: _outer(b, dp, _gather(plan, x, s, 'x'), g_up)
         if g_up_bias is not None: _sums(b, dp, g_up_bias)
         if need_x: _product(b, dp, up, rows[s])
     dx = _combine(plan, rows) if need_x else None
     if need_w: dw = dw.index_select(0, plan.slot).view_as(weights).to(weights.dtype)
-    return dx,dw if need_w else None,*grads,None,None,None,None,None
+    return dx,dw if need_w else None,*grads,None,None,None,None,None,None
 
-# %% ../nbs/experts.ipynb #329dd649
+# %% ../nbs/experts.ipynb #fb4ed79c
 def _slots_per_block(experts, dtype):
-    d,h = experts.hidden_size,experts.intermediate_size
-    return int((40e6 if dtype.itemsize < 4 else 20e6) / ((2*d + (1+experts.gated)*h + h) * dtype.itemsize))
+    "(slots that fit the cache, slots of padding that cost as much as a product's set-up)"
+    d,h,half = experts.hidden_size,experts.intermediate_size,dtype.itemsize < 4
+    h_up = h * (1+experts.gated)
+    return int((40e6 if half else 20e6) / ((2*d + h_up + h) * dtype.itemsize)),8 + int((1e7 if half else 2e6) / (d*h_up))
 
-# %% ../nbs/experts.ipynb #ea6446c8
+# %% ../nbs/experts.ipynb #0e11f50d
 @register_kernel('sorted')
 def sorted_kernel(experts, hidden_states, expert_index, weights):
     "Sorts choices by expert and computes on contiguous blocks; the fast one on CPUs"
     dtype = _compute_dtype(hidden_states)
     x,*params = (t if t is None else t.to(dtype) for t in (hidden_states, *experts.stacked))
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *params))
-    return _Sorted.apply(x, weights, *params, expert_index, experts.act, experts.gated, keep, _slots_per_block(experts, dtype))
+    return _Sorted.apply(x, weights, *params, expert_index, experts.act, experts.gated, keep, *_slots_per_block(experts, dtype))
 
 # %% ../nbs/experts.ipynb #539de646
 def _fits_grouped_mm(experts, dtype):
     sizes = experts.hidden_size,experts.intermediate_size
     return hasattr(F, 'grouped_mm') and dtype in (torch.float32, torch.bfloat16, torch.float16) and all(n*dtype.itemsize % 16 == 0 for n in sizes)
 
-# %% ../nbs/experts.ipynb #f71e4f21
+# %% ../nbs/experts.ipynb #bd1b2d1e
 @register_kernel('grouped_mm')
 def grouped_mm_kernel(experts, hidden_states, expert_index, weights):
     "`torch.nn.functional.grouped_mm` on the choices sorted by expert; the one for GPUs"
@@ -489,7 +487,7 @@ def grouped_mm_kernel(experts, hidden_states, expert_index, weights):
     real,e = (e < N)[:,None],e.clamp(max=N-1)
     def linear(rows, W, b):
         out = F.grouped_mm(rows.masked_fill(~real, 0), W.mT, offs=ends)
-        return (out if b is None else out + b[e]).masked_fill(~real, 0)
+        return (out if b is None else out + b.float()[e].to(dtype)).masked_fill(~real, 0)
     p = linear(x[order.div(max(K, 1), rounding_mode='floor')], up, up_bias)
     h = experts.act(p) if not experts.gated else experts.act(p[:,:p.shape[1]//2]) * p[:,p.shape[1]//2:]
     out = linear(h, down, down_bias) * weights.flatten()[order,None]
@@ -502,7 +500,7 @@ def _auto_kernel(experts, x):
     grouped = x.device.type == 'cuda' and dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
     return 'grouped_mm' if grouped and _fits_grouped_mm(experts, dtype) else 'loop'
 
-# %% ../nbs/experts.ipynb #9b51c323
+# %% ../nbs/experts.ipynb #86f4ce01
 class ZeroComputationExperts(nn.Module):
     "MoE++'s zero, copy and constant experts, in this order"
     def __init__(self,
@@ -533,7 +531,7 @@ class ZeroComputationExperts(nn.Module):
         _,copied,constant = weights.split([self.num_zero, self.num_copy, self.num_constant], -1)
         keep,dtype = copied.sum(-1, keepdim=True),_compute_dtype(hidden_states)
         if not self.num_constant: return (keep * hidden_states).to(dtype)
-        a = F.linear(hidden_states, self.constant_gate.flatten(0, 1)).unflatten(-1, (-1, 2)).float().softmax(-1) # [T, C, 2]
+        a = F.linear(hidden_states, self.constant_gate.flatten(0, 1)).unflatten(-1, (-1, 2)).to(torch.promote_types(dtype, torch.float32)).softmax(-1) # [T, C, 2]
         mix = (constant[...,None] * a).to(torch.promote_types(dtype, weights.dtype))
         return ((keep + mix[...,0].sum(-1, keepdim=True)) * hidden_states + mix[...,1].to(self.constant.dtype) @ self.constant).to(dtype)
 
