@@ -117,12 +117,12 @@ def find_adapter(
     raise ValueError(f'no adapter knows how {type(module).__name__} routes: register its router with libmoe_nb.adapters.register_moe({routers[0]!r}, ...); '
                      f'known are {", ".join(sorted(_families))}')
 
-# %% ../nbs/adapters.ipynb #ad27933b
+# %% ../nbs/adapters.ipynb #c9a0bd02
 register_moe('MixtralTopKRouter MiniMaxTopKRouter Qwen3_5MoeTopKRouter Qwen3VLMoeTextTopKRouter Qwen3OmniMoeTextTopKRouter HunYuanMoEV1Gate '
              'GptOssTopKRouter GraniteMoeTopKRouter GraniteMoeSWATopKRouter GraniteMoeHybridTopKRouter GraniteMoeSharedTopKRouter AriaTextTopKRouter')
 register_moe('OlmoeTopKRouter Qwen2MoeTopKRouter Qwen3MoeTopKRouter Qwen3NextTopKRouter FlexOlmoTopKRouter MellumTopKRouter Qwen4ExpTextTopKRouter '
              'Qwen3OmniMoeThinkerTextTopKRouter Qwen3OmniMoeTalkerTextTopKRouter')                        # softmax, norm_topk_prob says the rest
-register_moe('JambaTopKRouter LongcatFlashTopkRouter', norm=False)
+register_moe('JambaTopKRouter', norm=False)
 register_moe('DeepseekV2TopkRouter DeepseekOcr2TextTopkRouter UnlimitedOcrTextTopkRouter', norm_topk_prob=False, group_best=1,
              n_group=lambda r: 1 if r.topk_method == 'greedy' else r.num_group, topk_group=lambda r: 1 if r.topk_method == 'greedy' else r.topk_group)
 register_moe('DeepseekV3TopkRouter DeepseekV32TopkRouter AXK1TopkRouter BailingHybridTopkRouter Dots1TopkRouter Dots3NoteTextTopkRouter ExaoneMoeTopkRouter '
@@ -182,6 +182,17 @@ class _GemmaAdapter(TopKAdapter):
 
 register_moe('Gemma4TextRouter DiffusionGemmaTextRouter',
              _GemmaAdapter(rules=_GemmaRules, top_k=lambda r: r.config.top_k_experts, per_expert_scale=lambda r: r.per_expert_scale))
+
+# %% ../nbs/adapters.ipynb #23ea21f2
+def _two(x, value=None): return x if x.shape[-1] > 1 else torch.cat([x, x if value is None else torch.full_like(x, value)], -1)
+
+class _LongcatAdapter(TopKAdapter):
+    def write(self, layer, output, r): return output[0], _two(r.top_k_weights.to(output[1].dtype), 0), _two(r.top_k_index)
+    def run_expert(self, layer, hidden_states, expert_index):
+        i = _two(expert_index[:, None])
+        return layer.experts(hidden_states, i, _two(torch.ones_like(i[:, :1], dtype=hidden_states.dtype), 0))
+
+register_moe('LongcatFlashTopkRouter', _LongcatAdapter(norm=False))
 
 # %% ../nbs/adapters.ipynb #ad320a11
 _tiny = dict(hidden_size=32, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=2, num_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=8, vocab_size=96,
