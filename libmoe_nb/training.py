@@ -10,7 +10,7 @@ __all__ = ['next_token_loss', 'TrainBatches', 'ValidBatches', 'MoELearner', 'eva
            'routing_stats', 'RoutingTelemetry', 'MetricsWriter', 'read_metrics', 'save_checkpoint', 'checkpoints',
            'Checkpoint', 'resume']
 
-# %% ../nbs/training.ipynb #92f77ada
+# %% ../nbs/training.ipynb #419668d2
 import contextlib, json, math, os, random, shutil, time, warnings
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from functools import partial
@@ -21,6 +21,7 @@ from torch import nn, Tensor
 from safetensors.torch import load_file, load_model, save_file, save_model
 from fastcore.all import patch, delegates, store_attr
 from .config import Preset, get_preset
+from .layers import MoELayer
 from .routers import Routing, tokens_per_expert, update_expert_bias
 from .tracing import moe_layers, record_routing
 
@@ -294,7 +295,7 @@ class AuxLoss(Callback):
     def state(self): return dict(total=self.total, count=self.count)
     def load_state(self, s): self.total, self.count = s['total'], s['count']
 
-# %% ../nbs/training.ipynb #ca249bb6
+# %% ../nbs/training.ipynb #2f276c58
 class ExpertBiasUpdate(Callback):
     "Moves expert biases once a step, by the loads of the whole step."
     order, run_valid, uses_routing = 31, False, True
@@ -302,8 +303,10 @@ class ExpertBiasUpdate(Callback):
     def after_step(self):
         layers = moe_layers(_unwrap(self.learn.model))
         for name, records in self.learn.routings.items():
-            router = layers[name].router
-            if router.expert_bias is not None: update_expert_bias(router, _summed(tokens_per_expert(r, m, choices=True) for r, m in records), self.rate)
+            if not _has_bias(layers[name]): continue
+            update_expert_bias(layers[name].router, _summed(tokens_per_expert(r, m, choices=True) for r, m in records), self.rate)
+
+def _has_bias(layer): return isinstance(layer, MoELayer) and layer.router.expert_bias is not None
 
 def _summed(loads):
     "Sum over parts and processes"
@@ -410,10 +413,10 @@ def moe_learner(
     learn.schedule, learn.fingerprint = (pick(warmup_steps, 'warmup_steps'), pick(final_lr_fraction, 'final_lr_fraction')), getattr(data, 'fingerprint', None)
     return _equip(learn, data, pick(grad_clip, 'grad_clip'), expert_bias_rate, domains, cbs)
 
-# %% ../nbs/training.ipynb #4f6a3e28
+# %% ../nbs/training.ipynb #c7b62d33
 def _equip(learn, data, grad_clip, bias_rate, domains, cbs):
-    aux, speed = AuxLoss(), Throughput()
-    biased = any(l.router.expert_bias is not None for l in moe_layers(learn.model).values())
+    aux, speed = AuxLoss(getattr(getattr(learn.model, 'config', None), 'router_aux_loss_coef', 1.)), Throughput()
+    biased = any(_has_bias(l) for l in moe_layers(learn.model).values())
     learn.add_cbs([aux, speed, *([GradientClip(grad_clip)] if grad_clip else []), *([ExpertBiasUpdate(bias_rate)] if biased else [])]).add_cbs(cbs)
     columns = [Perplexity(i, n) for i, n in enumerate(data.domains)] if domains else []
     learn.metrics = [Perplexity(), *columns, ValueMetric(lambda: aux.value, 'aux_loss'), ValueMetric(lambda: speed.value and round(speed.value), 'tokens/s'), *learn.metrics]
@@ -474,7 +477,7 @@ def _joined(records):
     masks = [torch.ones(r.shape, dtype=torch.bool, device=r.scores.device) if m is None else m for r, m in records]
     return r.replace(**cat, shape=(sum(r.shape[0] for r in rs), *r.shape[1:])), None if all(m is None for _, m in records) else torch.cat(masks)
 
-# %% ../nbs/training.ipynb #6c8eceef
+# %% ../nbs/training.ipynb #ccc07099
 class RoutingTelemetry(Callback):
     "Keeps numbers on each router in step 1 and every `every`-th step."
     order, run_valid = 30, False
@@ -486,7 +489,7 @@ class RoutingTelemetry(Callback):
     @torch.no_grad()
     def _row(self, i, name, records):
         (r, mask), layer = _joined(records), moe_layers(_unwrap(self.learn.model))[name]
-        losses = {n: v.item() for n, v in layer.aux_losses(r, mask).items()}
+        losses = {n: v.item() for n, v in layer.aux_losses(r, mask).items()} if isinstance(layer, MoELayer) else {}
         return dict(step=self.learn.step, tokens=self.learn.step * self.learn.yb[0].numel(), layer=i, **routing_stats(r, mask), **losses)
     def table(self): return pd.DataFrame(self.rows)
     def state(self): return dict(rows=self.rows)
@@ -657,6 +660,20 @@ def _write_folder(folder, model, info, tensors):
     (folder/'checkpoint.json').write_text(json.dumps(dict(info, seal=_seal(info))))
     for p in [*folder.iterdir(), folder]: _fsync(p)
 
+# %% ../nbs/training.ipynb #b6169dbf
+def _clear(folder):
+    "Remove what killed processes left"
+    for p in [*folder.glob('.tmp-*'), *folder.glob('.trash')]: shutil.rmtree(p, ignore_errors=True)
+
+def _remove(path):
+    "Remove a checkpoint; its name goes first, so that none is ever seen half removed"
+    if path.exists():
+        trash = path.rename(path.with_name('.trash'))
+        shutil.rmtree(trash, ignore_errors=True)
+
+def _prune(folder, keep_last):
+    for p in checkpoints(folder)[keep_last:]: _remove(p)
+
 # %% ../nbs/training.ipynb #c546d5e8
 def save_checkpoint(
     learn,          # a `MoELearner`
@@ -677,20 +694,6 @@ def save_checkpoint(
     new.rename(path)
     _fsync(folder); _remove(old)
     return path
-
-# %% ../nbs/training.ipynb #b6169dbf
-def _clear(folder):
-    "Remove what killed processes left"
-    for p in [*folder.glob('.tmp-*'), *folder.glob('.trash')]: shutil.rmtree(p, ignore_errors=True)
-
-def _remove(path):
-    "Remove a checkpoint; its name goes first, so that none is ever seen half removed"
-    if path.exists():
-        trash = path.rename(path.with_name('.trash'))
-        shutil.rmtree(trash, ignore_errors=True)
-
-def _prune(folder, keep_last):
-    for p in checkpoints(folder)[keep_last:]: _remove(p)
 
 # %% ../nbs/training.ipynb #3a1495f7
 def checkpoints(

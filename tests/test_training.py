@@ -325,6 +325,17 @@ def test_any_causal_language_model_trains(data):
     learn = fit(T.moe_learner(model, data, preset='tiny', batch_size=8, steps=10, valid_steps=2), 'fit_one_cycle', 1, lr_max=1e-2)
     assert T.evaluate_perplexity(model, data, steps=2)['loss'] < before - .5 and learn.history().aux_loss[0] == 0
 
+def test_mixtures_of_transformers_train_and_are_watched(data):
+    from transformers import MixtralConfig, MixtralForCausalLM
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=300, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=.5, max_position_embeddings=32, bos_token_id=None, eos_token_id=None))
+    telemetry = T.RoutingTelemetry(2)
+    learn = fit(T.moe_learner(model, data, preset='tiny', batch_size=4, steps=4, valid_steps=2, cbs=telemetry), epochs=1)
+    assert learn.aux_loss.weight == .5 and learn.history().aux_loss[0] > .9
+    table = telemetry.table()
+    assert len(table) == 2 * 3 and (table.load_max_mean >= 1).all() and (abs(table.weight_sum - 1) < 1e-5).all()
+    assert T.routing_loads(model, data, steps=2).groupby('layer').share.sum().round(6).tolist() == [1., 1.]
+
 def test_perplexity_by_domain_adds_up(data, tmp_path, cache):
     for n in 'ab': (tmp_path/f'{n}.txt').write_text('\n\n'.join(f'{n} {i} ' + 'word ' * (i % 7 + 3) for i in range(2000)))
     two = text_data([str(tmp_path/'a.txt'), str(tmp_path/'b.txt')], vocab_size=280, sequence_length=32, cache_dir=cache, valid_fraction=.2)
