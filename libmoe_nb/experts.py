@@ -36,7 +36,7 @@ def activation(
     if hidden_act in _activations: return _activations[hidden_act]
     raise ValueError(f"hidden_act={hidden_act!r} is not known; expected a function or one of {', '.join(sorted(_activations))}")
 
-# %% ../nbs/experts.ipynb #c3e89789
+# %% ../nbs/experts.ipynb #c57ec0ba
 def ffn(
     hidden_states, # [T, d]
     up,            # [h, d], or gated [2h, d]: the gate's rows, then the up projection's
@@ -47,12 +47,13 @@ def ffn(
     gated=False,   # Multiply the activated half by the other half?
 ): # [T, d]
     "The feed-forward network that every expert is"
-    h = F.linear(hidden_states, up, up_bias)
-    if gated:
-        gate, h = h.chunk(2, -1)
-        h = act(gate) * h
-    else: h = act(h)
-    return F.linear(h, down, down_bias)
+    return F.linear(_activated(F.linear(hidden_states, up, up_bias), act, gated), down, down_bias)
+
+def _activated(h, act, gated):
+    "Pre-activations [..., h] or gated [..., 2h] to hidden values [..., h]"
+    if not gated: return act(h)
+    gate, h = h.chunk(2, -1)
+    return act(gate) * h
 
 # %% ../nbs/experts.ipynb #0650cbb1
 def _normal(tensor, std, generator=None):
@@ -62,7 +63,7 @@ def _positive(**sizes):
     for name,n in sizes.items():
         if not isinstance(n, int) or n < 1: raise ValueError(f"{name}={n!r} is not a size; expected an integer of at least 1")
 
-# %% ../nbs/experts.ipynb #46abb903
+# %% ../nbs/experts.ipynb #bb6cb33d
 class FeedForward(nn.Module):
     "One dense FFN: `down_proj(act(up_proj(x)))`, or gated"
     def __init__(self,
@@ -82,8 +83,8 @@ class FeedForward(nn.Module):
         self.reset_parameters()
 
     def forward(self, hidden_states): # [..., d] -> [..., d]
-        up,down = getattr(self, self.up_name),self.down_proj
-        return ffn(hidden_states, up.weight, down.weight, up.bias, down.bias, self.act, self.gated)
+        h = getattr(self, self.up_name)(hidden_states) # the modules themselves, so that whatever wraps or hooks them is heard
+        return self.down_proj(_activated(h, self.act, self.gated))
 
     def reset_parameters(self,
         generator=None, # Source of the random numbers

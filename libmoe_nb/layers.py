@@ -19,7 +19,7 @@ from .routers import Router, SoftmaxRouter, SigmoidRouter, CosineRouter, Ternary
 from .experts import Experts, FeedForward, ZeroComputationExperts
 from .losses import load_balancing_loss, router_z_loss, null_reward
 
-# %% ../nbs/layers.ipynb #167684f1
+# %% ../nbs/layers.ipynb #8777a456
 class MoELayer(nn.Module):
     "A router and its experts in the place of a feed-forward network."
     def __init__(self,
@@ -28,6 +28,7 @@ class MoELayer(nn.Module):
         num_shared_experts:int=0,                  # N_s, of the spec's moe_intermediate_size each
         zero_experts:ZeroComputationExperts=None,  # behind the router's choices N, N+1, ...
         shared_weight:float=None,                  # s: y = s * shared + (1 - s) * routed; None: their plain sum
+        shared_gate:bool=False,                    # multiply the shared experts' output by a learned gate, sigmoid(v x) (Qwen2-MoE)
         losses:dict=None,                          # name -> (weight, function of routing and mask); by default `default_losses`
     ):
         super().__init__()
@@ -39,6 +40,7 @@ class MoELayer(nn.Module):
         self.shared_experts = None
         if num_shared_experts:
             self.shared_experts = FeedForward(spec.hidden_size, num_shared_experts * spec.moe_intermediate_size, *ffn)
+        self.shared_gate = nn.Linear(spec.hidden_size, 1, bias=False) if num_shared_experts and shared_gate else None
         self.losses = default_losses(spec) if losses is None else losses
         self._previous, self._logits = (), None
         self.reset_parameters()
@@ -53,7 +55,7 @@ def default_losses(
     if spec.router_z_loss_coef: losses['router_z_loss'] = (spec.router_z_loss_coef, router_z_loss)
     return losses
 
-# %% ../nbs/layers.ipynb #4515627b
+# %% ../nbs/layers.ipynb #bfecbfcd
 @patch
 def reset_parameters(self:MoELayer, generator=None):
     "Draw all weights anew; routers draw from the global generator of torch."
@@ -61,9 +63,10 @@ def reset_parameters(self:MoELayer, generator=None):
     for m in (self.experts, self.shared_experts):
         if m is not None: m.reset_parameters(generator, up_std=up, down_std=down)
     self.router.reset_parameters()
+    if self.shared_gate is not None: nn.init.normal_(self.shared_gate.weight, 0., self.spec.router_init_std)
     if self.zero_experts is not None: self.zero_experts.reset_parameters(generator)
 
-# %% ../nbs/layers.ipynb #da70b162
+# %% ../nbs/layers.ipynb #bfb399ae
 @patch
 def combine(self:MoELayer, hidden_states, routing):
     "Run the experts that `routing` chose on hidden_states [..., d]"
@@ -73,6 +76,7 @@ def combine(self:MoELayer, hidden_states, routing):
     y = y.reshape(hidden_states.shape)
     if self.shared_experts is None: return y
     shared, s = self.shared_experts(hidden_states), self.shared_weight
+    if self.shared_gate is not None: shared = self.shared_gate(hidden_states).sigmoid() * shared
     return y + shared if s is None else (1 - s) * y + s * shared
 
 @patch
@@ -170,25 +174,25 @@ recipe('smoe', title='SMoE')(SoftmaxRouter)
 recipe('smoe_sigmoid', title='SMoE-Sigmoid')(SigmoidRouter)
 recipe('xmoe', title='XMoE')(CosineRouter);
 
-# %% ../nbs/layers.ipynb #da769527
-def _with_shared(cls, spec, shared_weight, options):
+# %% ../nbs/layers.ipynb #066b5a19
+def _with_shared(cls, spec, shared, options):
     if not spec.num_shared_experts: raise ValueError(f'num_shared_experts must be at least 1 for {spec.recipe}, got 0')
     router = build_router(cls, spec, spec.num_shared_experts, **options)
-    return MoELayer(spec, router, spec.num_shared_experts, shared_weight=shared_weight)
+    return MoELayer(spec, router, spec.num_shared_experts, **shared)
 
-# %% ../nbs/layers.ipynb #f76d6020
+# %% ../nbs/layers.ipynb #a178dd8a
 @recipe('sharede_v2', title='SharedE-V2')
 @delegates(SoftmaxRouter)
-def sharede_v2(spec, *, shared_weight=None, **options):
+def sharede_v2(spec, *, shared_weight=None, shared_gate=False, **options):
     "Softmax routing beside shared experts (DeepSeek-V2)."
-    return _with_shared(SoftmaxRouter, spec, shared_weight, options)
+    return _with_shared(SoftmaxRouter, spec, dict(shared_weight=shared_weight, shared_gate=shared_gate), options)
 
-# %% ../nbs/layers.ipynb #1a674405
+# %% ../nbs/layers.ipynb #333c1a93
 @recipe('sharede_v3', title='SharedE-V3')
 @delegates(SigmoidRouter)
-def sharede_v3(spec, *, shared_weight=None, **options):
+def sharede_v3(spec, *, shared_weight=None, shared_gate=False, **options):
     "Sigmoid routing beside shared experts (DeepSeek-V3)."
-    return _with_shared(SigmoidRouter, spec, shared_weight, options)
+    return _with_shared(SigmoidRouter, spec, dict(shared_weight=shared_weight, shared_gate=shared_gate), options)
 
 # %% ../nbs/layers.ipynb #8234f621
 @recipe('tcmoe', title='TC-MoE')

@@ -1,11 +1,13 @@
 "Models as Hugging Face models: files, processes, families, trainers. What a reader need not see in the chapter."
-import copy, json, os, pickle, subprocess, sys
+import copy, json, os, pickle, subprocess, sys, types
 import pytest, torch, transformers
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from libmoe_nb.config import presets, recipes
-from libmoe_nb.models import MoEConfig, MoEForCausalLM, count_flops, count_parameters, from_scratch
+from libmoe_nb.models import MoEConfig, MoEForCausalLM, count_flops, count_parameters, from_scratch, model_card
 from libmoe_nb.tracing import moe_layers, record_routing
 
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
@@ -107,6 +109,84 @@ def test_missing_and_misshaped_weights_are_named(recipe, name, tmp_path):
     std = {'self_attn.q_proj.weight': 0.02, 'mlp.zero_experts.constant': 32**-0.5}.get(name, 0.02)
     assert m.state_dict()[full].std().item() == pytest.approx(std, rel=0.5)
 
+def test_unexpected_weights_are_named(tmp_path):
+    make('sharede_v2', num_shared_experts=1).save_pretrained(tmp_path)
+    config = make('smoe', num_experts=5, top_k=2).config
+    with pytest.raises(ValueError, match='mlp.shared_experts.down_proj.weight has no place in the model'): MoEForCausalLM.from_pretrained(tmp_path, config=config)
+
+def test_without_the_import_transformers_says_so(tmp_path):
+    make('smoe').save_pretrained(tmp_path)
+    code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    p = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=dict(os.environ, HF_HUB_OFFLINE='1'))
+    assert p.returncode == 1 and 'model type `libmoe`' in p.stderr and 'does not recognize this architecture' in p.stderr, p.stderr[-2000:]
+    assert not list(tmp_path.glob('*.py')) and 'auto_map' not in (tmp_path/'config.json').read_text()  # nothing to trust
+
+# ---- card and hub
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_card(recipe, tmp_path):
+    m = make(recipe)
+    m.config.training = dict(data=['sotu', 'kjv'], steps=12000, optimizer=dict(name='AdamW', lr=1e-3))
+    m.save_pretrained(tmp_path)
+    card, c = ModelCard.load(tmp_path/'README.md'), count_parameters(m)
+    assert card.data.pipeline_tag == 'text-generation' and recipe in card.data.tags and card.data.base_model is None
+    for fact in (f'`{recipe}`', f"| total | {c['total']:,} |".replace(',', ',' if c['total'] > 9999 else ''), 'import libmoe_nb.models', 'trust_remote_code', '| data | sotu, kjv |',
+                 '| steps | 12,000 |', '| optimizer / lr | 0.001 |', 'base | llama'): assert fact in card.text, fact
+    assert 'Evaluation' not in card.text and ('router_aux_loss_coef' in card.text) == (recipe != 'dense')
+
+def test_card_names_the_base_model(tmp_path):
+    m = make('smoe')
+    m.config.base_config._name_or_path = 'HuggingFaceTB/SmolLM2-135M'
+    assert model_card(m).data.base_model == 'HuggingFaceTB/SmolLM2-135M'
+    m.config.base_config._name_or_path = str(tmp_path)
+    assert model_card(m).data.base_model is None
+
+class Hub:
+    "Stands in for the Hugging Face hub"
+    def __init__(self, card=None): self.card, self.calls = card, []
+    def create_repo(self, api, repo_id, **kw):
+        self.calls.append(('create', repo_id, kw))
+        return types.SimpleNamespace(repo_id=f'me/{repo_id}')
+    def upload_folder(self, api, *, folder_path, repo_id, ignore_patterns=None, **kw):
+        self.files = {f.name: f.read_bytes() for f in Path(folder_path).iterdir() if f.name not in (ignore_patterns or [])}
+        self.calls.append(('upload', repo_id, kw))
+    def load(self, repo_id, **kw):
+        if self.card is None: raise EntryNotFoundError('no card')
+        return ModelCard(self.card)
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr('huggingface_hub.HfApi.create_repo', lambda api, *a, **k: hub.create_repo(api, *a, **k))
+    monkeypatch.setattr('huggingface_hub.HfApi.upload_folder', lambda api, **k: hub.upload_folder(api, **k))
+    monkeypatch.setattr('huggingface_hub.ModelCard.load', lambda *a, **k: hub.load(*a, **k))
+    return hub
+
+def unpack(hub, folder):
+    for n, b in hub.files.items(): (folder/n).write_bytes(b)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+@pytest.mark.parametrize('how', ['push', 'save'])
+def test_push_to_hub(how, hub, tmp_path):
+    m, x = make('sharede_v2'), tokens()
+    if how == 'push': m.push_to_hub('mixture', private=True, commit_message='First', revision='dev', max_shard_size='20KB')
+    else: m.save_pretrained(tmp_path/'saved', push_to_hub=True, repo_id='mixture', private=True, commit_message='First', revision='dev', max_shard_size='20KB')
+    (_, name, made), (_, to, sent) = hub.calls
+    assert (name, made['private'], to) == ('mixture', True, 'me/mixture')
+    assert (sent['commit_message'], sent['revision'], sent['create_pr']) == ('First', 'dev', None)
+    assert set(hub.files) >= {'README.md', 'config.json', 'model.safetensors.index.json', 'generation_config.json'} and not [n for n in hub.files if n.endswith('.py')]
+    assert b"from_pretrained('mixture')" in hub.files['README.md']
+    (tmp_path/'down').mkdir()
+    assert torch.equal(unpack(hub, tmp_path/'down')(x).logits, m(x).logits)
+
+def test_a_card_on_the_hub_is_kept(hub):
+    m = make('smoe')
+    hub.card = 'Somebody wrote this'
+    m.push_to_hub('mixture')
+    assert 'README.md' not in hub.files and 'model.safetensors' in hub.files
+    hub.card = model_card(m).content
+    m.push_to_hub('mixture')
+    assert 'README.md' in hub.files
+
 def test_another_recipes_weights_are_refused(tmp_path):
     make('tcmoe').save_pretrained(tmp_path)
     config = make('smoe').config
@@ -146,11 +226,33 @@ def test_some_layers_only(tmp_path):
     m.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits, m(tokens()).logits)
 
-def test_device_map(tmp_path):
+@pytest.mark.parametrize('device_map', ['cpu', 'auto', 'balanced', 'sequential', {'': 'cpu'}])
+def test_device_map(device_map, tmp_path):
     m = make('moe_plus_plus')
-    m.save_pretrained(tmp_path)
-    back = AutoModelForCausalLM.from_pretrained(tmp_path, device_map='cpu')
+    m.save_pretrained(tmp_path, max_shard_size='20KB')
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
     assert torch.equal(back(tokens()).logits, m(tokens()).logits)
+    assert torch.equal(back.generate(tokens(), max_new_tokens=4, do_sample=False), m.generate(tokens(), max_new_tokens=4, do_sample=False))
+
+@pytest.mark.parametrize('recipe', ['smoe', 'moe_plus_plus', 'sharede_v3'])
+def test_offloaded_to_disk(recipe, tmp_path):
+    m, x = make(recipe, num_hidden_layers=3), tokens()
+    m.save_pretrained(tmp_path/'model')
+    places = {'base.model.embed_tokens': 'cpu', 'base.model.rotary_emb': 'cpu', 'base.model.norm': 'cpu', 'base.lm_head': 'cpu', **{f'base.model.layers.{i}': d for i, d in enumerate(['cpu', 'disk', 'disk'])}}
+    back = AutoModelForCausalLM.from_pretrained(tmp_path/'model', device_map=places, offload_folder=tmp_path/'offload')
+    assert {p.device.type for p in back.base.model.layers[1].mlp.parameters()} == {'meta'}
+    torch.testing.assert_close(back(x).logits, m(x).logits)
+    out = back(x, labels=x, output_router_logits=True)
+    torch.testing.assert_close(out.aux_loss, m(x, output_router_logits=True).aux_loss)
+
+def test_a_layer_is_never_split_over_devices():
+    from accelerate import infer_auto_device_map
+    m = make('sharede_v2', num_hidden_layers=4)
+    assert m._no_split_modules == {'LlamaDecoderLayer'}
+    size = lambda m: 4 * sum(p.numel() for p in m.parameters())
+    budget = size(m.base.model.embed_tokens) + int(2.5 * size(m.base.model.layers[0]))
+    places = infer_auto_device_map(m, max_memory={'cpu': budget, 'disk': 10**9}, no_split_module_classes=list(m._no_split_modules))
+    assert set(places.values()) == {'cpu', 'disk'} and not [n for n in places if 'layers' in n and n.count('.') > 3]
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_copies_and_pickles(recipe):
@@ -412,8 +514,8 @@ def test_errors():
     mixtral = AutoConfig.for_model('mixtral', vocab_size=96, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     with pytest.raises(ValueError, match='a mixture of experts already: MixtralSparseMoeBlock'): from_scratch('smoe', 'tiny', base=mixtral)
     with pytest.raises(ValueError, match='MixtralSparseMoeBlock'): count_parameters(AutoModelForCausalLM.from_config(mixtral))
-    bert = AutoConfig.for_model('bert', vocab_size=96, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
-    with pytest.raises(ValueError, match='none was found'): from_scratch('smoe', 'tiny', base=bert)
+    mamba = AutoConfig.for_model('mamba', vocab_size=96, hidden_size=32, num_hidden_layers=1)
+    with pytest.raises(ValueError, match='none was found'): from_scratch('smoe', 'tiny', base=mamba)
     with pytest.raises(ValueError, match="did you mean 'smoe'"): from_scratch('smo', 'tiny')
     with pytest.raises(ValueError, match="did you mean 'tiny'"): from_scratch('smoe', 'tinny')
     with pytest.raises(ValueError, match="did you mean 'num_experts'"): from_scratch('smoe', 'tiny', num_expert=3)
