@@ -6,10 +6,12 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/plots.html.md"""
 
 # %% auto #0
 __all__ = ['style', 'recipe_style', 'recipe_title', 'plot_curves', 'plot_perplexity', 'plot_domains', 'plot_loads',
-           'plot_balance']
+           'plot_balance', 'plot_comparison', 'figure_uri']
 
-# %% ../nbs/plots.ipynb #f582fa34
+# %% ../nbs/plots.ipynb #516d2038
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
+from base64 import b64encode
+from io import BytesIO
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.ticker import EngFormatter
 from .config import recipes
@@ -33,7 +35,7 @@ def recipe_style(name:str)->dict: # keywords for `Axes.plot`
 
 def recipe_title(name:str)->str: return recipes[name].title if name in recipes else name
 
-# %% ../nbs/plots.ipynb #df465222
+# %% ../nbs/plots.ipynb #c0dc42c6
 def _axes(ax, width=5.2, height=3.2): return plt.subplots(figsize=(width, height), layout='constrained')[1] if ax is None else ax
 
 _names = dict(valid_perplexity='validation perplexity', valid_loss='validation loss (nats per token)', train_loss='training loss (nats per token)',
@@ -41,7 +43,7 @@ _names = dict(valid_perplexity='validation perplexity', valid_loss='validation l
     margin='router margin (best − second score)', entropy='entropy of load (1: uniform)', dead_experts='experts without a token', aux_loss='auxiliary loss')
 def _label(name): return _names.get(name, name.replace('_', ' '))
 
-def _in_order(df): return [r for r in [*recipes, *df.recipe.unique()] if r in set(df.recipe)]
+def _in_order(df): return list(dict.fromkeys(r for r in [*recipes, *df.recipe] if r in set(df.recipe)))
 
 # %% ../nbs/plots.ipynb #745d2107
 def _smooth(s, window): return s if window < 2 else s.rolling(window, min_periods=1).mean()
@@ -127,17 +129,17 @@ def plot_domains(
     fig.supxlabel(_label(x), fontsize=9)
     return fig
 
-# %% ../nbs/plots.ipynb #9da73519
+# %% ../nbs/plots.ipynb #5d0ce096
 def _load_grid(df):
     "[layers, experts] mean over seeds of log2(load), no lower than -3"
     grid = df.groupby(['layer', 'expert'])['load'].mean().unstack('expert')
     return grid.index, np.log2(grid.to_numpy(dtype=float).clip(2.**-3))
 
 def _load_scale(fig, image, axes):
-    bar = fig.colorbar(image, ax=axes, shrink=.9, aspect=14, pad=.02, ticks=range(-3, 4))
-    bar.ax.set_yticklabels(['≤ ⅛', '¼', '½', '1', '2', '4', '≥ 8']); bar.set_label('load (1: uniform)'); bar.outline.set_visible(False)
+    bar = fig.colorbar(image, ax=axes, shrink=.9, aspect=14, pad=.02, ticks=[-3, 0, 3])
+    bar.ax.set_yticklabels(['≤ ⅛', '1', '≥ 8']); bar.set_label('load (1: uniform)'); bar.outline.set_visible(False)
 
-# %% ../nbs/plots.ipynb #c5fb789e
+# %% ../nbs/plots.ipynb #922f55d6
 @plt.rc_context(style)
 def plot_loads(
     df:pd.DataFrame,  # columns layer, domain, expert and load (of one recipe; averaged over seeds)
@@ -154,7 +156,7 @@ def plot_loads(
         ax.set_title(d, fontweight='normal', fontsize=9, parse_math=False); ax.grid(False); ax.spines[:].set_visible(False); ax.tick_params(length=0)
         ax.set_yticks(np.arange(L) + .5, layers); ax.set_xticks([.5, N - .5], ['0', f'{N-1}'] if N > 1 else ['0', '']); ax.invert_yaxis()
     axes[0].set_ylabel('layer'); axes[len(axes)//2].set_xlabel('expert'); _load_scale(fig, image, list(axes))
-    if title: fig.suptitle(title, fontweight='bold', fontsize=10)
+    if title: fig.suptitle(title, fontweight='bold', fontsize=10, x=.01, ha='left')
     return fig
 
 # %% ../nbs/plots.ipynb #70e47a12
@@ -174,3 +176,27 @@ def plot_balance(
         ax.set_title(ax.get_ylabel(), fontweight='normal', fontsize=9); ax.set_ylabel('')
         if i < len(ys) - 1 and ax.get_legend(): ax.get_legend().remove()
     return fig
+
+# %% ../nbs/plots.ipynb #ac415f57
+@plt.rc_context(style)
+def plot_comparison(
+    curves:pd.DataFrame,  # for `plot_curves`
+    runs:pd.DataFrame,    # for `plot_perplexity`
+    unigram:float=None,   # perplexity of the unigram model
+    fig=None,             # a Figure or SubFigure to draw in
+):                        # Figure
+    "Validation curves beside perplexity bars."
+    if fig is None: fig = plt.figure(figsize=(10, 3.6), layout='constrained')
+    left, right = fig.subplots(1, 2, width_ratios=[1.1, 1])
+    plot_curves(curves, floor=unigram, log=True, ax=left)
+    left.yaxis.set_major_formatter('{x:.0f}'); left.yaxis.set_minor_formatter('{x:.0f}'); left.get_legend().remove()
+    plot_perplexity(runs, unigram=unigram, ax=right)
+    return fig
+
+# %% ../nbs/plots.ipynb #c95405a2
+def figure_uri(fig)->str:
+    "A figure as a `data:` address of an SVG image; the figure is closed."
+    out = BytesIO()
+    with plt.rc_context(dict(style, **{'svg.hashsalt': 'libmoe'})): fig.savefig(out, format='svg', metadata=dict(Date=None))
+    plt.close(fig)
+    return 'data:image/svg+xml;base64,' + b64encode(out.getvalue()).decode()
