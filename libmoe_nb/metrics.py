@@ -10,12 +10,12 @@ __all__ = ['trace_metrics', 'random_trace', 'expert_change_rate', 'router_satura
            'dead_experts', 'domain_specialisation', 'vocabulary_specialisation', 'expert_output_similarity',
            'expert_parameter_similarity', 'balance_loss', 'routing_perturbation', 'over_checkpoints']
 
-# %% ../nbs/metrics.ipynb #e33d436e
+# %% ../nbs/metrics.ipynb #dcc8f5c7
 import math
 from contextlib import ExitStack
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from .losses import load_balancing_loss
-from .traces import Trace, LayerTrace, _evaluating, _run
+from .traces import Trace, make_trace, _evaluating, _run
 from .tracing import adapter_of, intervene, moe_layers, record_routing
 
 # %% ../nbs/metrics.ipynb #243bc519

@@ -295,12 +295,18 @@ def read_trace(
     except (ValueError, KeyError, TypeError, SafetensorError) as e: raise ValueError(f'{path} is a damaged trace: {e}') from None
     return t
 
-# %% ../nbs/traces.ipynb #e866a1fa
+# %% ../nbs/traces.ipynb #6269c38c
 def _check(t):
     "Does the header agree with the arrays?"
     m, (L, T, R) = t.meta, t.choice.shape
+    for k, kind in dict(model=str, recipe=str, layers=list, domains=list, info=dict, extra=int, num_tokens=int, num_experts=list, num_choices=list, top_k=list).items():
+        if not isinstance(m[k], kind): raise ValueError(f'{k} must be a {kind.__name__}, got {m[k]!r}')
+    for k in ('layers', 'domains'):
+        if not all(isinstance(n, str) for n in m[k]): raise ValueError(f'{k} must be names, got {m[k]!r}')
     for k in ('layers', 'num_experts', 'num_choices', 'top_k'):
         if len(m[k]) != L: raise ValueError(f'{k} must tell of {L} layers, got {len(m[k])}')
     if not (T == m['num_tokens'] == len(t.token) == len(t.position) == len(t.domain)): raise ValueError(f'arrays disagree on the number of tokens, {T} and {m["num_tokens"]}')
+    if not all(1 <= K <= M <= t.expert_of.shape[1] and 1 <= N <= M for K, M, N in zip(m['top_k'], m['num_choices'], m['num_experts'])) or t.sign_of.shape != t.expert_of.shape:
+        raise ValueError('num_experts, num_choices, top_k and expert_of do not fit each other')
     if t.weight.shape != (L, T, R) or t.score.shape != (L, T, R): raise ValueError('choice, weight and score must have one shape')
     if R != max(min(k + m['extra'], M) for k, M in zip(m['top_k'], m['num_choices'])): raise ValueError(f'{R} ranks do not fit the header')
