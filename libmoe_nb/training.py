@@ -273,13 +273,13 @@ class Perplexity(TokenLoss):
     @property
     def name(self): return self.title
 
-# %% ../nbs/training.ipynb #c53f8094
+# %% ../nbs/training.ipynb #d6830512
 class AuxLoss(Callback):
     "Adds the model's auxiliary loss to the gradient, and shows its mean over the epoch."
     order, run_valid = -6, False
     def __init__(self, weight:float=1.): self.weight, self.total, self.count, self.last = weight, 0., 0, 0.
     def before_train(self):
-        if not self.dl.skip: self.total, self.count = 0., 0
+        if not getattr(self.dl, 'skip', 0): self.total, self.count = 0., 0
     def before_batch(self): self.last = 0.
     def after_loss(self):
         aux = getattr(self.learn.output, 'aux_loss', None)
