@@ -8,7 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/experiments.html.md"""
 __all__ = ['run_config', 'run_hash', 'run_name', 'train_run', 'use_threads', 'Comparison', 'verdict', 'print_progress', 'compare',
            'read_comparison', 'train']
 
-# %% ../nbs/experiments.ipynb #2e80265d
+# %% ../nbs/experiments.ipynb #d99879a2
 import contextlib, dataclasses, json, math, os, platform, shlex, shutil, tempfile, time
 import fastcore.xml as ft, pandas as pd, torch
 from datetime import datetime, timezone
@@ -19,7 +19,7 @@ from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from . import __version__
-from .config import MoESpec, Preset, did_you_mean, get_preset, get_recipe, recipes
+from .config import MoESpec, Preset, did_you_mean, get_preset, get_recipe, presets, recipes
 from .data.text import TextData, text_data
 from .layers import build_layer
 from .models import count_parameters, from_scratch
@@ -251,8 +251,8 @@ def _granted():
         n = min(n, max(round(int(quota) / int(period)), 1))
     return n
 
-# %% ../nbs/experiments.ipynb #4527bb22
-def _prepare(names, data, preset, out, progress, options=None, bf16=False, device=None, threads=None, command=None, max_bytes=4_000_000, text_field='text', domain_field=None,
+# %% ../nbs/experiments.ipynb #03adfba6
+def _prepare(names, data, preset, out, progress, options=None, bf16=False, device=None, threads=None, max_bytes=4_000_000, text_field='text', domain_field=None,
              cache_dir=None, **overrides):
     "Data, a function (recipe, seed) -> configuration, names of recipes, and information"
     preset, layer = _budget(preset, overrides)
@@ -266,15 +266,15 @@ def _prepare(names, data, preset, out, progress, options=None, bf16=False, devic
     elif data.sequence_length != preset.sequence_length: preset = dataclasses.replace(preset, sequence_length=data.sequence_length)
     if data.vocab_size != preset.vocab_size: preset = dataclasses.replace(preset, vocab_size=data.vocab_size)
     config = lambda r, s: run_config(r, s, preset, data, layer, options.get(r), bf16, device)
-    return data, config, names, _info(data, source, command, threads)
+    return data, config, names, _info(data, source, threads, dict(max_bytes=max_bytes, text_field=text_field, domain_field=domain_field))
 
-# %% ../nbs/experiments.ipynb #2070634a
-def _info(data, source, command, threads):
+# %% ../nbs/experiments.ipynb #324abd7e
+def _info(data, source, threads, reading):
     "What is worth knowing of a run but does not determine it"
     unigram = dict(perplexity=data.unigram_perplexity(), domains=data.unigram_perplexity(by_domain=True))
     name = None if source is None or isinstance(source, TextData) else [str(s) for s in source] if isinstance(source, (list, tuple)) else str(source)
     return dict(libmoe_nb=__version__, torch=torch.__version__, python=platform.python_version(), machine=f'{platform.system()} {platform.machine()}', threads=threads,
-                command=command, data=dict(source=name, parts=data.info, train_tokens=data.train.num_tokens, valid_tokens=data.valid.num_tokens), unigram=unigram)
+                data=dict(source=name, reading=reading, parts=data.info, train_tokens=data.train.num_tokens, valid_tokens=data.valid.num_tokens), unigram=unigram)
 
 # %% ../nbs/experiments.ipynb #44717e3d
 class Comparison:
@@ -430,25 +430,30 @@ def _results_html(self:Comparison):
             'Parameters count embeddings, attention, experts and routers; active are those that one token uses. The unigram model knows how often each token comes, and nothing else.')
     return ft.Section(ft.H2('Results'), table, ft.P(note, cls='soft'), ft.P(verdict(self.runs), cls='verdict'))
 
-# %% ../nbs/experiments.ipynb #4d87a579
-_flags = 'steps batch_size learning_rate sequence_length vocab_size num_experts top_k num_shared_experts moe_intermediate_size'.split()
+# %% ../nbs/experiments.ipynb #6bcc6b31
+_flags = ('steps batch_size learning_rate sequence_length vocab_size num_experts top_k num_shared_experts moe_intermediate_size '
+          'max_bytes text_field domain_field').split()
+_eight = 'dense smoe smoe_sigmoid xmoe sharede_v2 sharede_v3 tcmoe moe_plus_plus'.split()
 
+def _changed(self):
+    "What is not as the preset and `text_data` have it"
+    p, reading = self.config['preset'], self.info['data']['reading']
+    base = json.loads(json.dumps(dataclasses.asdict(presets[p['name']]))) if p['name'] in presets else {}
+    usual = dict(base, max_bytes=4_000_000, text_field='text')
+    return {k: v for k, v in {**p, **self.config['layer'], **reading}.items() if usual.get(k) != v and k != 'name'}
+
+# %% ../nbs/experiments.ipynb #d9100849
 @patch
 def command(self:Comparison)->str:
-    "The command that makes these runs again."
-    if self.info.get('command'): return self.info['command']
-    c, p, names = self.config, self.config['preset'], dict.fromkeys(c['recipe'] for c in self.configs)
-    base = _as_json(dataclasses.asdict(get_preset(p['name']))) if p['name'] in _preset_names() else {}
-    changed = {k: v for k, v in {**p, **c['layer']}.items() if base.get(k) != v and k != 'name'}
-    source = self.info['data']['source'] or self.domain_names
-    words = ['libmoe', 'compare', '--data', ','.join(source) if isinstance(source, list) else source, '--preset', p['name'], '--recipes', ','.join(names), '--seeds', str(max(self.seeds) + 1)]
-    for k, v in changed.items(): words += [f'--{k.replace("_", "-")}', str(v)] if k in _flags else ['--set', f'{k}={json.dumps(v) if isinstance(v, (list, bool)) else v}']
-    return shlex.join(words + ['--bf16'] * c['bf16'] + ['--out', str(self.out)])
-
-def _as_json(o): return json.loads(json.dumps(o))
-def _preset_names():
-    from libmoe_nb.config import presets
-    return presets
+    "The command, or the line of Python, that makes these runs again."
+    c, names, changed = self.config, list(dict.fromkeys(c['recipe'] for c in self.configs)), _changed(self)
+    data, options = self.info['data']['source'] or self.domain_names, {c['recipe']: c['options'] for c in self.configs if c['options']}
+    if options or not {*names} <= {*_eight} or self.seeds != list(range(len(self.seeds))):
+        more = dict(out=str(self.out), **({'options': options} if options else {}), **({'bf16': True} if c['bf16'] else {}), **changed)
+        return f"compare({names}, {data!r}, {c['preset']['name']!r}, seeds={self.seeds}, " + ', '.join(f'{k}={v!r}' for k, v in more.items()) + ')'
+    words = ['libmoe', 'compare', '--data', data if isinstance(data, str) else ','.join(data), '--preset', c['preset']['name'], '--recipes', ','.join(names), '--seeds', str(len(self.seeds))]
+    for k, v in changed.items(): words += [f'--{k.replace("_", "-")}', str(v)] if k in _flags else ['--set', f'{k}={v if isinstance(v, str) else json.dumps(v)}']
+    return shlex.join([*words, *['--bf16'] * c['bf16'], '--out', str(self.out)])
 
 # %% ../nbs/experiments.ipynb #1ea25164
 @patch
@@ -532,7 +537,7 @@ def print_progress(event, name=None, result=None, reused=False, **kwargs):
     "One line a run."
     if event == 'finish': print(f"{name}: perplexity {_number(result['perplexity'])}, " + ('finished before' if reused else f"{result['seconds']:.0f} s of training"), flush=True)
 
-# %% ../nbs/experiments.ipynb #e0942624
+# %% ../nbs/experiments.ipynb #6d532073
 def compare(
     recipes=None,          # names, as a list or with commas; None: all
     data=None,             # a `TextData`, or what `text_data` takes; None: the packaged corpora that are installed
@@ -546,12 +551,11 @@ def compare(
     threads:int=None,      # see `use_threads`
     progress=print_progress, # told what happens; None: nobody
     keep_models:bool=True, # save the trained models
-    command:str=None,      # how the report says that this was run
     **kwargs,              # fields of `Preset` and `MoESpec`, and options of `text_data`: max_bytes, text_field, domain_field, cache_dir
 ):                         # a `Comparison`
     "Train recipes under one budget, and report. Runs that are finished in `out` are not repeated."
     out, progress, seeds = Path(out), progress or (lambda *a, **k: None), _seed_list(seeds)
-    data, config, names, info = _prepare(recipes, data, preset, out, progress, options, bf16, device, threads, command, steps=steps, **kwargs)
+    data, config, names, info = _prepare(recipes, data, preset, out, progress, options, bf16, device, threads, steps=steps, **kwargs)
     plan = [config(r, s) for s in seeds for r in names]
     with _owned(out):
         progress('plan', names=[run_name(c) for c in plan], done=[(out/run_name(c)/'result.json').exists() for c in plan], steps=plan[0]['preset']['steps'])
@@ -569,11 +573,13 @@ def _run(folder, config, data, info, progress, keep_model):
     result = train_run(config, data, folder, tell, info, keep_model)
     progress('finish', folder.name, result=result, reused=reused)
 
-# %% ../nbs/experiments.ipynb #c0070853
+# %% ../nbs/experiments.ipynb #5c1df821
 def _finished(out):
     "Folders of finished runs, each under the name that its configuration gives it"
     for f in sorted(Path(out).glob('*/config.json')):
-        name = run_name(_read_json(f).get('run') or dict(recipe=None, seed=None))
+        saved = _read_json(f)
+        if 'run' not in saved or saved.get('info', {}).get('single'): continue        # of something else, or of `train`
+        name = run_name(saved['run'])
         if f.parent.name != name: raise ValueError(f'{f.parent} holds the run {name}, not the one that it is named after: its config.json was changed, or the folder renamed')
         if (f.parent/'result.json').exists(): yield f.parent
 
@@ -593,7 +599,7 @@ def read_comparison(
     place = lambda f: (int(f.name.split('-')[1]), order.index(r) if (r := f.name.split('-')[0]) in order else len(order), f.name)
     return Comparison(sorted((f for f, (group, _) in runs.items() if group == last), key=place))
 
-# %% ../nbs/experiments.ipynb #5436c3ed
+# %% ../nbs/experiments.ipynb #a0629371
 @delegates(compare, but=['recipes', 'seeds', 'keep_models'])
 def train(
     recipe:str,
@@ -611,5 +617,5 @@ def train(
     c = config(names[0], seed)
     with _owned(out):
         progress('plan', names=[out.name], done=[(out/'result.json').exists()], steps=c['preset']['steps'])
-        _run(out, c, data, info, progress, True)
+        _run(out, c, data, dict(info, single=True), progress, True)
     return dict(_read_json(out/'result.json'), out=str(out), model=str(out/'model'), unigram=info['unigram'])
