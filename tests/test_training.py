@@ -9,7 +9,6 @@ from libmoe_nb import training as T  # noqa: E402
 from libmoe_nb.config import recipes  # noqa: E402
 from libmoe_nb.data.text import text_data  # noqa: E402
 from libmoe_nb.models import from_scratch  # noqa: E402
-from libmoe_nb.routers import tokens_per_expert  # noqa: E402
 from libmoe_nb.tracing import moe_layers, record_routing  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
