@@ -1,10 +1,10 @@
 "Kernels against the loop, over random sizes, dtypes and routings; and what surrounds a layer in real training"
-import copy, math, pickle, subprocess, sys, threading
+import copy, pickle, subprocess, sys, threading
 import pytest, torch
 from torch.utils.checkpoint import checkpoint
 from hypothesis import given, settings, strategies as st
 from libmoe_nb import experts as module
-from libmoe_nb.experts import Experts, FeedForward, ZeroComputationExperts, activation, ffn, free_workspaces, kernels
+from libmoe_nb.experts import Experts, FeedForward, ZeroComputationExperts, ffn, free_workspaces, kernels
 
 fast = [k for k in kernels if k != 'loop']
 

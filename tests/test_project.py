@@ -1,5 +1,5 @@
 "The project as a whole: what holds between its files, whatever the library computes."
-import ast, configparser, json, os, re, subprocess, sys
+import ast, builtins, configparser, json, os, re, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -131,13 +131,24 @@ def test_exported_cells_are_short(path):
             lines = [line for line in source(cell).splitlines() if line.strip() and not re.match(r'#\s*\|', line)]
             assert len(lines) <= 50, lines[0]
 
+def is_import(node): return isinstance(node, (ast.Import, ast.ImportFrom))
+
 @each_notebook
 def test_imports_have_cells_of_their_own(path):
+    "The site's build executes exported cells and those that import something: other code in them must not need the rest"
+    known = set(dir(builtins))
     for cell in cells(path):
         text = source(cell)
-        if cell['cell_type'] != 'code' or '#| hide' in text or text.lstrip().startswith('%'): continue
-        kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(re.sub(r'^[%!].*$', '', text, flags=re.M)).body}
-        assert len(kinds) < 2, text
+        if cell['cell_type'] != 'code' or 'nbdev_export()' in text or text.lstrip().startswith('%'): continue
+        tree = ast.parse(re.sub(r'^[%!].*$', '', text, flags=re.M))
+        kinds = {is_import(n) for n in tree.body}
+        if True not in kinds and not EXPORT.search(text): continue
+        imported_names = {(a.asname or a.name).split('.')[0] for n in ast.walk(tree) if is_import(n) for a in n.names}
+        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
+        known |= imported_names | {n.id for n in names if isinstance(n.ctx, ast.Store)} | {n.name for n in tree.body if hasattr(n, 'name')}
+        if EXPORT.search(text) or len(kinds) < 2: continue
+        assert '#| hide' in text, f'imports and other code in a shown cell: {text}'
+        assert '*' in known or {n.id for n in names} <= known, f'imports and code that needs other cells: {text}'
 
 # README and continuous integration
 

@@ -1,6 +1,4 @@
 "Upcycling: every family with every recipe, what is read and swapped, saving, and a real model."
-import copy, math, os
-from pathlib import Path
 
 import pytest, torch
 from torch import nn
@@ -11,7 +9,7 @@ from libmoe_nb.experts import Experts
 from libmoe_nb.layers import MoELayer, aux_loss
 from libmoe_nb.models import MoEForCausalLM, count_parameters, from_scratch
 from libmoe_nb.tracing import moe_layers, record_routing
-from libmoe_nb.upcycling import FFNWeights, ffn_families, ffn_weights, find_ffns, initialisations, moeify, register_ffn, upcycle
+from libmoe_nb.upcycling import FFNWeights, ffn_families, ffn_weights, find_ffns, register_ffn, upcycle
 
 SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
 CAUSAL = dict(llama={}, smollm3={}, mistral={}, qwen2={}, qwen3=dict(head_dim=8), olmo2={}, gemma=dict(head_dim=8), gemma2=dict(head_dim=8), phi3={}, phi={}, gpt2=dict(n_inner=48),
