@@ -1,5 +1,5 @@
 """Each family of transformers: its own router logits, an identity that changes no bit, interventions held to an independent computation."""
-import pytest, torch, torch.nn.functional as F, transformers
+import pytest, torch, transformers
 from libmoe_nb.adapters import check_rules, tiny_moe
 from libmoe_nb.interventions import ban_experts, drop_top1, override_top_k, temperature
 from libmoe_nb.tracing import adapter_of, intervene, moe_layers, record_routing, swap_routers
