@@ -148,7 +148,8 @@ def test_imports_have_cells_of_their_own(path):
         for n, a in aliases:
             if a.name == '*': imported_names |= set(dir(importlib.import_module(n.module)))
         names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
-        known |= imported_names | {n.id for n in names if isinstance(n.ctx, ast.Store)} | {n.name for n in tree.body if hasattr(n, 'name')}
+        known |= imported_names | {n.id for n in names if isinstance(n.ctx, ast.Store)} | {n.name for n in tree.body if hasattr(n, 'name')} \
+            | {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
         if EXPORT.search(text) or len(kinds) < 2: continue
         assert '#| hide' in text, f'imports and other code in a shown cell: {text}'
         assert {n.id for n in names} <= known, f'imports and code that needs other cells: {text}'
