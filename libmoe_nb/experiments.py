@@ -76,7 +76,7 @@ def _seed_list(seeds):
     if not res or not all(isinstance(s, int) and s >= 0 for s in res): raise ValueError(f'seeds must be a number of at least 1 or a list of whole numbers, got {seeds!r}')
     return list(dict.fromkeys(res))
 
-# %% ../nbs/experiments.ipynb #f678d597
+# %% ../nbs/experiments.ipynb #b7c28e40
 def run_config(
     recipe:str,
     seed:int,          # of the weights and of the order of the data
@@ -86,11 +86,12 @@ def run_config(
     options:dict=None, # of the recipe
     bf16:bool=False,   # train under autocast to bfloat16
     device:str='cpu',  # kind of device
+    valid_tokens:int=65_536, # of the validation set that the result is measured on, at most; None: all
 )->dict:               # ready for JSON
     "Everything that determines the result of a run."
     layer, options = layer or {}, options or {}
     moe = preset.spec(recipe, options=options, **layer).to_dict()
-    config = dict(format=1, recipe=recipe, seed=seed, preset=dataclasses.asdict(preset), layer=layer, options=options, moe=moe, bf16=bf16, device=device,
+    config = dict(format=1, recipe=recipe, seed=seed, preset=dataclasses.asdict(preset), layer=layer, options=options, moe=moe, bf16=bf16, device=device, valid_tokens=valid_tokens,
                   data=dict(fingerprint=data.fingerprint, domains=data.domains, vocab_size=data.vocab_size, sequence_length=data.sequence_length))
     return json.loads(json.dumps(config))
 
@@ -141,13 +142,13 @@ class _Tell(Callback):
             self.checkpoint.save()
             raise
 
-# %% ../nbs/experiments.ipynb #7a55f74b
-def _curve_steps(steps): return {round(steps * f) for f in (.02, .05, .1, .15, .2, .3, .4, .5, .6, .7, .8, .9)} - {0, steps}
+# %% ../nbs/experiments.ipynb #7d05962d
+def _curve_steps(steps): return {round(steps * f) for f in (.05, .1, .15, .2, .3, .45, .6, .8)} - {0, steps}
 
 def _learner(config, preset, data, folder, tell):
     "A learner, its model and callbacks, as a configuration says"
     model = from_scratch(config['recipe'], preset, seed=config['seed'], vocab_size=data.vocab_size, **config['layer'], **config['options'])
-    some, save = dict(batch_size=16, steps=max(8192 // (16 * data.sequence_length), 1)), _Minutely(folder/'checkpoints')
+    some, save = dict(batch_size=16, steps=max(4096 // (16 * data.sequence_length), 1)), _Minutely(folder/'checkpoints')
     cbs = [RoutingTelemetry(max(preset.steps // 40, 1)), MetricsWriter(folder/'metrics.jsonl', every=max(preset.steps // 400, 1)),
            _Curve(data, _curve_steps(preset.steps), bf16=config['bf16'], **some), save, *([_Tell(tell, save)] if tell else [])]
     return moe_learner(model, data, preset=preset, seed=config['seed'], bf16=config['bf16'], valid_batch_size=some['batch_size'], valid_steps=some['steps'],
@@ -175,17 +176,30 @@ def _balance(loads, model, tokens):
     return dict(load_max_mean=float((counts.max(axis=1) / counts.mean(axis=1)).mean()),
                 experts_per_token=float(counts.sum(axis=1).mean() / tokens) + (K.spec.num_shared_experts if shared is not None else 0))
 
-# %% ../nbs/experiments.ipynb #99654946
+# %% ../nbs/experiments.ipynb #a8d9641c
+@contextlib.contextmanager
+def _quietly():
+    "Without the progress bars of transformers"
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: logging.enable_progress_bar()
+
+# %% ../nbs/experiments.ipynb #4ebb988a
 def _finish(learn, config, data, folder, keep_model=True):
     "Evaluate, save, and mark the run as finished"
     start = time.perf_counter()
-    e, t, n = evaluate_perplexity(learn.model, data, routing=True, bf16=config['bf16']), learn.throughput, count_parameters(learn.model)
+    limit = config['valid_tokens'] and max(config['valid_tokens'] // (16 * data.sequence_length), 1)
+    e, t, n = evaluate_perplexity(learn.model, data, 16, steps=limit, routing=True, bf16=config['bf16']), learn.throughput, count_parameters(learn.model)
     _write(folder/'loads.csv', e['routing'].to_csv(index=False))
     if keep_model:
-        learn.model.save_pretrained(folder/'model')
-        data.tokenizer.save_pretrained(folder/'model')
+        with _quietly():
+            learn.model.save_pretrained(folder/'model')
+            data.tokenizer.save_pretrained(folder/'model')
     result = dict(recipe=config['recipe'], title=recipe_title(config['recipe']), seed=config['seed'], parameters=n['total'], active_parameters=n['active'], perplexity=e['perplexity'],
-                  loss=e['loss'], domains={d: v['perplexity'] for d, v in e['domains'].items()}, **_balance(e['routing'], learn.model, e['tokens']), tokens=t.tokens,
+                  loss=e['loss'], valid_tokens=e['tokens'], domains={d: v['perplexity'] for d, v in e['domains'].items()}, **_balance(e['routing'], learn.model, e['tokens']), tokens=t.tokens,
                   tokens_per_second=t.value, seconds=t.seconds, evaluation_seconds=time.perf_counter() - start, finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
     _write_json(folder/'result.json', result)
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
@@ -251,8 +265,8 @@ def _granted():
         n = min(n, max(round(int(quota) / int(period)), 1))
     return n
 
-# %% ../nbs/experiments.ipynb #03adfba6
-def _prepare(names, data, preset, out, progress, options=None, bf16=False, device=None, threads=None, max_bytes=4_000_000, text_field='text', domain_field=None,
+# %% ../nbs/experiments.ipynb #ac5fdf6b
+def _prepare(names, data, preset, out, progress, options=None, bf16=False, device=None, threads=None, valid_tokens=65_536, max_bytes=4_000_000, text_field='text', domain_field=None,
              cache_dir=None, **overrides):
     "Data, a function (recipe, seed) -> configuration, names of recipes, and information"
     preset, layer = _budget(preset, overrides)
@@ -265,7 +279,7 @@ def _prepare(names, data, preset, out, progress, options=None, bf16=False, devic
         data = text_data(data, vocab_size=preset.vocab_size, sequence_length=preset.sequence_length, max_bytes=max_bytes, text_field=text_field, domain_field=domain_field, cache_dir=cache_dir)
     elif data.sequence_length != preset.sequence_length: preset = dataclasses.replace(preset, sequence_length=data.sequence_length)
     if data.vocab_size != preset.vocab_size: preset = dataclasses.replace(preset, vocab_size=data.vocab_size)
-    config = lambda r, s: run_config(r, s, preset, data, layer, options.get(r), bf16, device)
+    config = lambda r, s: run_config(r, s, preset, data, layer, options.get(r), bf16, device, valid_tokens)
     return data, config, names, _info(data, source, threads, dict(max_bytes=max_bytes, text_field=text_field, domain_field=domain_field))
 
 # %% ../nbs/experiments.ipynb #324abd7e
@@ -418,19 +432,19 @@ def _result_row(r, domains):
               _number(r.tokens_per_second, 0), _duration(r.seconds)]
     return ft.Tr(ft.Td('' if pd.isna(r['rank']) else str(r['rank'])), _name_cell(r), *_cells(values, 0), cls='best' if r['rank'] is not pd.NA and r['rank'] == 1 else 'floor' if r.recipe == 'unigram' else '')
 
-# %% ../nbs/experiments.ipynb #6792648d
+# %% ../nbs/experiments.ipynb #0bdc4f0b
 @patch
 def _results_html(self:Comparison):
     many = len(self.domain_names) > 6
     domains = [] if many else self.domain_names
     head = ['', 'recipe', 'parameters', 'active', 'perplexity', *domains, 'busiest / mean', 'experts / token', 'tokens / s', 'training']
     table = _rows(head, [_result_row(r, domains) for _, r in self.results.iterrows()], 2, cls='wide')
-    note = ('Perplexity of the whole validation set, the mean over seeds' + (' ± their standard deviation' if len(self.seeds) > 1 else '') + '; then of each domain alone. '
+    note = ('Perplexity of the validation set, the mean over seeds' + (' ± their standard deviation' if len(self.seeds) > 1 else '') + '; then of each domain alone. '
             'Busiest / mean: load of the busiest expert over the mean load, averaged over layers (1 is balance). Experts / token: those that a token really runs, shared ones included. '
             'Parameters count embeddings, attention, experts and routers; active are those that one token uses. The unigram model knows how often each token comes, and nothing else.')
     return ft.Section(ft.H2('Results'), table, ft.P(note, cls='soft'), ft.P(verdict(self.runs), cls='verdict'))
 
-# %% ../nbs/experiments.ipynb #6bcc6b31
+# %% ../nbs/experiments.ipynb #d6c06f2f
 _flags = ('steps batch_size learning_rate sequence_length vocab_size num_experts top_k num_shared_experts moe_intermediate_size '
           'max_bytes text_field domain_field').split()
 _eight = 'dense smoe smoe_sigmoid xmoe sharede_v2 sharede_v3 tcmoe moe_plus_plus'.split()
@@ -439,10 +453,10 @@ def _changed(self):
     "What is not as the preset and `text_data` have it"
     p, reading = self.config['preset'], self.info['data']['reading']
     base = json.loads(json.dumps(dataclasses.asdict(presets[p['name']]))) if p['name'] in presets else {}
-    usual = dict(base, max_bytes=4_000_000, text_field='text')
-    return {k: v for k, v in {**p, **self.config['layer'], **reading}.items() if usual.get(k) != v and k != 'name'}
+    usual = dict(base, max_bytes=4_000_000, text_field='text', valid_tokens=65_536)
+    return {k: v for k, v in {**p, **self.config['layer'], **reading, 'valid_tokens': self.config['valid_tokens']}.items() if usual.get(k) != v and k != 'name'}
 
-# %% ../nbs/experiments.ipynb #d9100849
+# %% ../nbs/experiments.ipynb #7ac056f7
 @patch
 def command(self:Comparison)->str:
     "The command, or the line of Python, that makes these runs again."
@@ -452,17 +466,18 @@ def command(self:Comparison)->str:
         more = dict(out=str(self.out), **({'options': options} if options else {}), **({'bf16': True} if c['bf16'] else {}), **changed)
         return f"compare({names}, {data!r}, {c['preset']['name']!r}, seeds={self.seeds}, " + ', '.join(f'{k}={v!r}' for k, v in more.items()) + ')'
     words = ['libmoe', 'compare', '--data', data if isinstance(data, str) else ','.join(data), '--preset', c['preset']['name'], '--recipes', ','.join(names), '--seeds', str(len(self.seeds))]
+    if 'max_bytes' in changed: changed['max_bytes'] = changed['max_bytes'] or 0      # the shell's word for all
     for k, v in changed.items(): words += [f'--{k.replace("_", "-")}', str(v)] if k in _flags else ['--set', f'{k}={v if isinstance(v, str) else json.dumps(v)}']
     return shlex.join([*words, *['--bf16'] * c['bf16'], '--out', str(self.out)])
 
-# %% ../nbs/experiments.ipynb #1ea25164
+# %% ../nbs/experiments.ipynb #76d089a8
 @patch
 def _facts_html(self:Comparison):
     c, p, i, d = self.config, self.config['preset'], self.info, self.info['data']
     tokens = p['steps'] * p['batch_size'] * c['data']['sequence_length']
     parts = [f"{x['domain']}: {x['documents']:,} documents, {x['bytes']/1e6:.1f} MB, {x['tokens']:,} tokens" for x in d['parts'] if x['split'] == 'train']
     facts = {'data': '; '.join(parts[:12]) + (f'; and {len(parts) - 12} more' if len(parts) > 12 else ''),
-        'validation': f"{d['valid_tokens']:,} tokens of documents that are not trained on; fingerprint {c['data']['fingerprint'][:12]}",
+        'validation': f"{self.finished[0]['valid_tokens']:,} of {d['valid_tokens']:,} tokens of documents that are not trained on; fingerprint {c['data']['fingerprint'][:12]}",
         'model': f"{p['name']}: {p['num_hidden_layers']} layers, d {p['hidden_size']}, {p['num_attention_heads']} heads of {p['head_dim']}, vocabulary {c['data']['vocab_size']:,}, sequences of {c['data']['sequence_length']}",
         'layer': f"N = {c['moe']['num_experts']} experts of {c['moe']['moe_intermediate_size']}, K = {c['moe']['top_k']} a token, {c['moe']['num_shared_experts']} shared where a recipe has shared ones; the dense layer is K times as wide as an expert",
         'budget': f"{p['steps']:,} steps of {p['batch_size']} sequences: {tokens:,} tokens, {tokens/d['train_tokens']:.2f} epochs; AdamW, peak learning rate {p['learning_rate']:g}, {'bf16' if c['bf16'] else 'float32'}",
@@ -471,14 +486,14 @@ def _facts_html(self:Comparison):
     rows = [ft.Tr(ft.Th(k, cls='l'), ft.Td(v, cls='l w')) for k, v in facts.items()]
     return ft.Section(ft.H2('What was run'), ft.Table(ft.Tbody(*rows)), ft.P('To make it again: ', ft.Code(self.command())))
 
-# %% ../nbs/experiments.ipynb #ea45d3cd
+# %% ../nbs/experiments.ipynb #d0019836
 @patch
 def _curves_html(self:Comparison):
     floor, window = self.unigram['perplexity'], max(self.training.groupby(['recipe', 'seed']).size().max() // 25, 1)
     seeds = ' Bands reach from the lowest to the highest seed.' if len(self.seeds) > 1 else ''
     valid = _figure(plot_curves(self.curves, floor=floor, log=True).figure, 'validation perplexity over training tokens', 'Validation perplexity on a small part of the validation set, logarithmic.' + seeds)
     train = _figure(plot_curves(self.training, 'train_loss', window=window).figure, 'training loss over training tokens', f'Training loss, the mean of {window} neighbouring points.' + seeds)
-    bars = _figure(plot_perplexity(self.runs, unigram=floor).figure, 'validation perplexity by recipe', 'Validation perplexity after training, on the whole validation set; lower is better.')
+    bars = _figure(plot_perplexity(self.runs, unigram=floor).figure, 'validation perplexity by recipe', 'Validation perplexity after training; lower is better.')
     domains = [_figure(plot_domains(self.domains), 'validation perplexity by domain', 'The same by domain. Each panel has a scale of its own, which does not begin at zero.')]
     return ft.Section(ft.H2('Perplexity'), bars, *(domains if 1 < len(self.domain_names) <= 6 else []), ft.H2('Training'), valid, train)
 
@@ -537,7 +552,7 @@ def print_progress(event, name=None, result=None, reused=False, **kwargs):
     "One line a run."
     if event == 'finish': print(f"{name}: perplexity {_number(result['perplexity'])}, " + ('finished before' if reused else f"{result['seconds']:.0f} s of training"), flush=True)
 
-# %% ../nbs/experiments.ipynb #6d532073
+# %% ../nbs/experiments.ipynb #047542ea
 def compare(
     recipes=None,          # names, as a list or with commas; None: all
     data=None,             # a `TextData`, or what `text_data` takes; None: the packaged corpora that are installed
@@ -549,13 +564,14 @@ def compare(
     bf16:bool=False,       # train under autocast to bfloat16
     device=None,           # 'cpu' or 'cuda'; None: a GPU if there is one
     threads:int=None,      # see `use_threads`
+    valid_tokens:int=65_536, # of the validation set that results are measured on, at most; None: all
     progress=print_progress, # told what happens; None: nobody
     keep_models:bool=True, # save the trained models
     **kwargs,              # fields of `Preset` and `MoESpec`, and options of `text_data`: max_bytes, text_field, domain_field, cache_dir
 ):                         # a `Comparison`
     "Train recipes under one budget, and report. Runs that are finished in `out` are not repeated."
     out, progress, seeds = Path(out), progress or (lambda *a, **k: None), _seed_list(seeds)
-    data, config, names, info = _prepare(recipes, data, preset, out, progress, options, bf16, device, threads, steps=steps, **kwargs)
+    data, config, names, info = _prepare(recipes, data, preset, out, progress, options, bf16, device, threads, valid_tokens, steps=steps, **kwargs)
     plan = [config(r, s) for s in seeds for r in names]
     with _owned(out):
         progress('plan', names=[run_name(c) for c in plan], done=[(out/run_name(c)/'result.json').exists() for c in plan], steps=plan[0]['preset']['steps'])
