@@ -11,7 +11,7 @@ except ImportError: import tomli as tomllib
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
 sys.path.insert(0, str(ROOT/'tools'))
-from build_site import check_site  # noqa: E402
+from build_site import check_site, unlink_undocumented  # noqa: E402
 
 def read(path): return (ROOT/path).read_text(encoding='utf-8')
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
@@ -215,3 +215,11 @@ def test_good_links_pass(site, good): assert site(good) == (2, [])
 def test_broken_links_are_found(site, bad):
     count, broken = site(bad)
     assert count == 2 and len(broken) == 1 and 'index.html:1' in broken[0]
+
+def test_names_without_documentation_are_not_links(site, tmp_path):
+    link = '<a href="{}/sub/p.html#{}"><code>{}</code></a>'.format
+    broken = site(link(SITE, 'there', 'there') + link(SITE, 'hidden', 'hidden'))[1]
+    assert len(broken) == 1 and 'hidden' in broken[0]
+    unlink_undocumented(tmp_path/'out', SITE)
+    assert check_site(tmp_path/'out', SITE, SOURCE, tmp_path/'repo') == (2, [])
+    assert link(SITE, 'there', 'there') + '<code>hidden</code>' in (tmp_path/'out'/'index.html').read_text()

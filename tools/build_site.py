@@ -3,7 +3,7 @@
 nbdev prepares the notebooks (documentation, links to the source), smalldocs or Quarto renders them; nothing is executed
 but the documentation cells. `--check FOLDER` only checks a site that is already built.
 """
-import argparse, shutil, subprocess, sys
+import argparse, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -59,6 +59,16 @@ def check_site(site, url='', source_url='', repo=ROOT):
             elif anchor and file in pages and unquote(anchor) not in pages[file].anchors: broken.append(where + 'no such anchor')
     return len(pages), broken
 
+def unlink_undocumented(site, url):
+    "nbdev links every name in backticks that the library defines, also those that have no documentation: keep the name only"
+    site = Path(site).resolve()
+    anchors = {p: Page(p).anchors for p in site.rglob('*.html')}
+    link = re.compile(rf'<a href="{re.escape(url)}/([^"#]+)#([^"]+)"[^>]*>(<code[^>]*>[^<]*</code>)</a>')
+    for page in anchors:
+        text = page.read_text(encoding='utf-8')
+        new = link.sub(lambda m: m[0] if unquote(m[2]) in anchors.get(site/m[1], ()) else m[3], text)
+        if new != text: page.write_text(new, encoding='utf-8')
+
 def build(renderer):
     "The rendered site's folder"
     from nbdev.config import get_config
@@ -74,6 +84,7 @@ def build(renderer):
     command = ['smalldocs', 'render', '_proc'] if renderer == 'smalldocs' else ['quarto', 'render', '_proc', '--no-execute']
     sys.stdout.flush()
     subprocess.run(command, cwd=ROOT, check=True)
+    unlink_undocumented(proc/cfg.doc_path.name, cfg.doc_url.rstrip('/'))
     return proc/cfg.doc_path.name
 
 def main():
