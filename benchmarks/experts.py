@@ -8,7 +8,7 @@
 
 Implementations take turns in one process, in another order and with fresh routing in every round; a ratio is the median over
 the rounds of an implementation's time over the dense FFN's in the same round. Run it on an idle machine. `--json` keeps the rows
-of earlier runs that this run does not measure again.
+of earlier runs that this run does not measure again (with `--no-memory`: their memory too).
 """
 import argparse, json, os, re, statistics, subprocess, sys, time
 from pathlib import Path
@@ -23,7 +23,7 @@ targets = {('A', 'balanced'): (1.6, 1.7, 2.4, 2.7), ('B', 'balanced'): (1., 1., 
            ('A', 'zipf'): (1.84, 1.96, 3., 3.), ('B', 'zipf'): (1.15, 1.15, 1.3, 1.2),
            ('C', 'zipf'): (2.07, 2.07, 3., 3.), ('D', 'zipf'): (1.23, 1.27, 1.2, 1.5)}
 modes = 'forward','forward+backward'
-slow = dict(loop=3, transformers_eager=3, transformers_batched=5, transformers_grouped=3)   # measured every n-th round
+slow = dict(loop=4, transformers_eager=4, transformers_batched=20, transformers_grouped=4)   # measured every n-th round
 
 def target(shape, routing, dtype, mode): return targets[shape, routing][2*(dtype == 'bfloat16') + modes.index(mode)]
 
@@ -150,6 +150,7 @@ def main():
     p.add_argument('--repeats', type=int, default=11, help='rounds (median)')
     p.add_argument('--threads', type=int, default=2)
     p.add_argument('--quick', action='store_true', help='an eighth of the tokens, three rounds, no peak memory')
+    p.add_argument('--no-memory', action='store_true', help='times only; peak memory takes a process for each implementation')
     p.add_argument('--json', type=Path, metavar='FILE', help='write the rows there, beside those of other configurations')
     p.add_argument('--peak', nargs=4, help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -164,13 +165,16 @@ def main():
     for shape in args.shapes:
         for routing in args.routings:
             for dtype in args.dtypes:
-                new = measure(shape, routing, dtype, 3 if args.quick else args.repeats, .125 if args.quick else 1., not args.quick)
+                new = measure(shape, routing, dtype, 3 if args.quick else args.repeats, .125 if args.quick else 1., not (args.quick or args.no_memory))
                 rows += new
                 print(table(new).rsplit('\ntargets', 1)[0], file=sys.stderr, flush=True)
     if args.json:
         key = lambda r: (r['shape'], r['routing'], r['dtype'])
         mine = {key(r) for r in rows}
-        if args.json.exists(): rows = sorted([r for r in json.loads(args.json.read_text()) if key(r) not in mine] + rows, key=key)
+        old = json.loads(args.json.read_text()) if args.json.exists() else []
+        memory = {(*key(r), r['implementation']): {n: r[n] for n in ('saved_mb', 'peak_mb') if n in r} for r in old if r['mode'] == modes[1]}
+        rows = [memory.get((*key(r), r['implementation']), {}) | r if r['mode'] == modes[1] else r for r in rows]
+        rows = sorted([r for r in old if key(r) not in mine] + rows, key=key)
         args.json.write_text('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
     print(table(rows))
 
