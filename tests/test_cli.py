@@ -1,6 +1,5 @@
 "The `libmoe` command as a user types it: results, bad input, exit codes, interruptions."
 import json, os, signal, subprocess, sys, time
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -64,7 +63,7 @@ def test_train_leaves_a_model(texts, tmp_path):
     assert res.exit_code == 0, res.stderr
     result = json.loads(res.stdout)
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    import libmoe_nb.models
+    import libmoe_nb.models  # noqa: F401  (registers the architecture)
     model, tok = AutoModelForCausalLM.from_pretrained(result['model']), AutoTokenizer.from_pretrained(result['model'])
     out = model.generate(**tok('the tales of', return_tensors='pt', return_token_type_ids=False), max_new_tokens=5, do_sample=False)
     assert out.shape[1] > 5 and tok.decode(out[0])
