@@ -178,13 +178,14 @@ def _one_form(layers):
     _refuse(len({(f.shared, f.gate) for f in forms.values()}) > 1 or len({dataclasses.replace(f, bias=False) for f in forms.values()}) > 1, 'layers differ in their sizes or options')
     return dataclasses.replace(next(iter(forms.values())), bias=any(f.bias for f in forms.values()))
 
-# %% ../nbs/export.ipynb #f20dc8cb
+# %% ../nbs/export.ipynb #c32f6509
 @patch
 def _why_not(self:Native, config, form, dense):
     "Reasons against expressing this model in this architecture; None: it has another body altogether"
     if config.model_type not in self.bodies: return None
     whys = self.mismatches(form) + [f'in a {config.model_type} body {w}' for w in _unmet(config, self.bodies[config.model_type][0])]
     if dense and not self.dense: whys.append('no layer can be dense')
+    if dense and self.dense: whys += [f'where layers are dense {w}' for w in _unmet(config, dict(mlp_bias=False, hidden_act=form.hidden_act))]
     try: dense and self.dense and self._dense_layers(dense, config.num_hidden_layers)
     except _NoForm as e: whys.append(str(e))
     return whys
@@ -228,15 +229,17 @@ def _checked(made, model):
     if not worst < most: raise RuntimeError(f'{type(made).__name__} was expected to compute the same function, but its logits differ by {worst:.2g} relative to their size')
     return made
 
-# %% ../nbs/export.ipynb #fead7b3c
+# %% ../nbs/export.ipynb #c00efbe7
 def _filled(config, weights, like):
-    "A transformers model of `config` with `weights`, in the dtype, place and mode of `like`"
+    "A transformers model of `config` with `weights`, in the dtype, place and mode of `like`; buffers keep their own precision"
     made = AutoModelForCausalLM.from_config(config, dtype=like.dtype).to(like.device)
+    for n, b in list(made.named_buffers()):
+        if n in weights: made.get_submodule(n.rpartition('.')[0])._buffers[n.rpartition('.')[2]] = b.to(weights[n].dtype)
     made.load_state_dict({n: w.detach() for n, w in weights.items()}, strict=True)
     made.generation_config = copy.deepcopy(like.generation_config)
     return made.train(like.training)
 
-# %% ../nbs/export.ipynb #451747a7
+# %% ../nbs/export.ipynb #3a16b47b
 @torch.no_grad()
 def to_native(
     model,            # a `MoEForCausalLM`, or a causal language model with `MoELayer`s
@@ -245,12 +248,12 @@ def to_native(
 )->nn.Module:         # a model of transformers that needs nothing of this library
     "The same function as a published architecture; a `ValueError` that says why, where there is none."
     base, ffns = _inside(model)
-    if not any(isinstance(f, MoELayer) for f in ffns.values()): return _to_dense_native(base, ffns, check)
+    if not any(isinstance(f, MoELayer) for f in ffns.values()): return _to_dense_native(model, base, ffns, check)
     n, layers = native_form(model, family), {k: f for k, f in ffns.items() if isinstance(f, MoELayer)}
     form, dense = _one_form(layers), [i for i, f in enumerate(ffns.values()) if not isinstance(f, MoELayer)]
     weights = {k: w for k, w in base.state_dict().items() if not any(k.startswith(f'{p}.') for p in layers)}
     weights |= {f'{p}.{k}': w for p, l in layers.items() for k, w in n._layer_weights(l, form).items()}
-    made = _filled(n._config(base.config, form, dense), weights, base)
+    made = _filled(n._config(base.config, form, dense), weights, model)
     return _checked(made, base) if check else made
 
 # %% ../nbs/export.ipynb #3f16d7c2
@@ -262,8 +265,8 @@ def _dense_weights(f, place):
     if 'gate_up_proj.weight' in names: return {'gate_up_proj.weight': gate_up, 'down_proj.weight': down}
     return dict(zip(('gate_proj.weight', 'up_proj.weight', 'down_proj.weight'), (*gate_up.chunk(2), down)))
 
-# %% ../nbs/export.ipynb #af6627df
-def _to_dense_native(base, ffns, check):
+# %% ../nbs/export.ipynb #d9484014
+def _to_dense_native(model, base, ffns, check):
     own = {n: f for n, f in ffns.items() if isinstance(f, FeedForward)}
     if not own: return base
     sizes = {(f.intermediate_size, f.hidden_act) for f in own.values()} | ({(base.config.intermediate_size, base.config.hidden_act)} if len(own) < len(ffns) else set())
@@ -273,7 +276,7 @@ def _to_dense_native(base, ffns, check):
     with torch.device('meta'): places = find_ffns(AutoModelForCausalLM.from_config(config))
     weights = {k: w for k, w in base.state_dict().items() if not any(k.startswith(f'{n}.') for n in own)}
     weights |= {f'{n}.{k}': w for n, f in own.items() for k, w in _dense_weights(f, places[n]).items()}
-    made = _filled(config, weights, base)
+    made = _filled(config, weights, model)
     return _checked(made, base) if check else made
 
 # %% ../nbs/export.ipynb #6befdfe1
