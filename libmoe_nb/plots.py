@@ -6,14 +6,16 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/plots.html.md"""
 
 # %% auto #0
 __all__ = ['style', 'recipe_style', 'recipe_title', 'plot_curves', 'plot_perplexity', 'plot_domains', 'plot_loads',
-           'plot_balance', 'plot_comparison', 'figure_uri']
+           'plot_balance', 'plot_by_layer', 'plot_over_checkpoints', 'plot_allocation', 'plot_co_activation',
+           'plot_specialisation', 'plot_similarity', 'plot_perturbation', 'token_html', 'plot_comparison', 'figure_uri']
 
-# %% ../nbs/plots.ipynb #516d2038
+# %% ../nbs/plots.ipynb #ddb2303d
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from base64 import b64encode
+from html import escape
 from io import BytesIO
-from matplotlib.colors import Normalize, to_rgb
-from matplotlib.ticker import EngFormatter
+from matplotlib.colors import ListedColormap, Normalize, to_rgb
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from .config import recipes
 
 # %% ../nbs/plots.ipynb #85ecf78b
@@ -35,12 +37,13 @@ def recipe_style(name:str)->dict: # keywords for `Axes.plot`
 
 def recipe_title(name:str)->str: return recipes[name].title if name in recipes else name
 
-# %% ../nbs/plots.ipynb #c0dc42c6
+# %% ../nbs/plots.ipynb #cd1828bf
 def _axes(ax, width=5.2, height=3.2): return plt.subplots(figsize=(width, height), layout='constrained')[1] if ax is None else ax
 
 _names = dict(valid_perplexity='validation perplexity', valid_loss='validation loss (nats per token)', train_loss='training loss (nats per token)',
     train_perplexity='training perplexity', tokens='training tokens', step='steps', perplexity='validation perplexity', load_max_mean='busiest expert / mean load',
-    margin='router margin (best − second score)', entropy='entropy of load (1: uniform)', dead_experts='experts without a token', aux_loss='auxiliary loss')
+    margin='router margin (best − second score)', change_rate='expert change rate (0: nothing changed)', saturation='router saturation (1: as at the end)',
+    loss_change='change of loss (nats per token)', accuracy_change='change of accuracy', entropy='entropy of load (1: uniform)', dead_experts='experts without a token', aux_loss='auxiliary loss')
 def _label(name): return _names.get(name, name.replace('_', ' '))
 
 def _in_order(df): return list(dict.fromkeys(r for r in [*recipes, *df.recipe] if r in set(df.recipe)))
@@ -83,14 +86,14 @@ def plot_curves(
     ax.set(xlabel=_label(x), ylabel=_label(y)); _legend(ax, ends)
     return ax
 
-# %% ../nbs/plots.ipynb #d75e25c3
+# %% ../nbs/plots.ipynb #4788e575
 def _floor(draw, at, ax):
     draw(at, color='#999999', lw=1.2, ls=':')
-    where = dict(x=at, y=1, ha='right', va='top', rotation=90) if draw == ax.axvline else dict(x=1, y=at, ha='right', va='bottom')
+    where = dict(x=at, y=1, ha='right', va='bottom') if draw == ax.axvline else dict(x=1, y=at, ha='right', va='bottom')
     trans = ax.get_xaxis_transform() if draw == ax.axvline else ax.get_yaxis_transform()
     ax.text(**where, s=f'unigram model {at:.0f}', transform=trans, color='#777777', fontsize=8)
 
-# %% ../nbs/plots.ipynb #b4a08a5e
+# %% ../nbs/plots.ipynb #c856edff
 @plt.rc_context(style)
 def plot_perplexity(
     df:pd.DataFrame,     # columns recipe, seed, `x`: one row a run
@@ -105,7 +108,8 @@ def plot_perplexity(
     for i, r in enumerate(mean.index):
         runs = df.loc[df.recipe == r, x].dropna()
         if len(runs) > 1: ax.plot(runs, [i] * len(runs), ls='', marker='o', ms=4, mec='#222222', mfc='white', mew=.8)
-        ax.text(runs.max() if len(runs) else 0, i, f'  {mean[r]:.1f}' + (f' ± {runs.std():.1f}' if len(runs) > 1 else ''), va='center')
+        ax.text(runs.max() if len(runs) else 0, i, f'  {mean[r]:.1f}' + (f' ± {runs.std():.1f}' if len(runs) > 1 else ''), va='center',
+            bbox=dict(facecolor='white', edgecolor='none', pad=.6))
     if unigram is not None: _floor(ax.axvline, unigram, ax)
     ax.set(xlabel=_label(x), xlim=(0, 1.03 * max([unigram or 0, mean.max() * 1.15]))); ax.grid(axis='y', visible=False)
     return ax
@@ -176,6 +180,318 @@ def plot_balance(
         ax.set_title(ax.get_ylabel(), fontweight='normal', fontsize=9); ax.set_ylabel('')
         if i < len(ys) - 1 and ax.get_legend(): ax.get_legend().remove()
     return fig
+
+# %% ../nbs/plots.ipynb #ce34ce5e
+_muted, _marks = ['#cc6677', '#332288', '#ddcc77', '#117733', '#88ccee', '#882255', '#44aa99', '#999933', '#aa4499'], 'osD^vPX*h'
+
+def _by(df, by):
+    "The column that tells lines apart; None: there is one line"
+    if by is None: return next((c for c in ('recipe', 'model', 'trace', 'domain') if c in df and (c != 'domain' or df[c].nunique() > 1)), None)
+    if by not in df: raise ValueError(f"by must name a column of df ({', '.join(map(str, df.columns))}), got {by!r}")
+    return by
+
+def _shade(i, n): return plt.get_cmap('cividis_r')(.12 + .88 * i / max(n - 1, 1))
+
+def _looks_of(by, names):
+    "For each value of a column: keywords for `Axes.plot`"
+    if by == 'recipe': return {n: recipe_style(n) for n in names}
+    if by is None: return {n: dict(color='#333333', linestyle='-', marker='o') for n in names}
+    if all(isinstance(n, (int, float, np.number)) for n in names): return {n: dict(color=_shade(i, len(names)), linestyle='-', marker=None) for i, n in enumerate(names)}
+    return {n: dict(color=_muted[i % 9], linestyle=['-', '--', '-.', ':'][i // 9 % 4], marker=_marks[i % 9]) for i, n in enumerate(names)}
+
+def _values(df, by):
+    "The values of a column in the order of the figure"
+    if by is None: return [None]
+    if by == 'recipe': return _in_order(df)
+    names = list(df[by].unique())
+    return sorted(names) if all(isinstance(n, (int, float, np.number)) for n in names) else names
+
+# %% ../nbs/plots.ipynb #0f31497c
+def _chance(df, value, random):
+    "The values of random routing to draw"
+    if random is None: return []
+    if isinstance(random, pd.DataFrame): return [random[value].mean()]
+    if not isinstance(random, str): return [float(random)]
+    if random != 'auto': raise ValueError(f"random must be 'auto', None, a number or a table, got {random!r}")
+    if value == 'entropy' and 'K' in df: at = [sum(1 / i for i in range(2, k + 1)) / np.log(k) for k in df.K.unique() if k > 1]
+    elif value == 'entropy' and 'N' in df: at = [1.]
+    elif value == 'saturation' and {'k', 'N'} <= {*df}: at = df.k / df.N
+    else: at = []
+    return sorted({round(float(a), 4) for a in at})
+
+# %% ../nbs/plots.ipynb #bf76724e
+_dashes = ['-', (0, (4, 1.6)), (0, (1, 1.2)), '-.']
+
+def _lines(ax, df, x, y, by, dash):
+    "Draw; returns the last mean and line of each value of `by`"
+    for c in (x, y, *([dash] if dash else [])):
+        if c not in df: raise ValueError(f"df must have a column {c!r}, got {', '.join(map(str, df.columns))}")
+    names, ends, ks = _values(df, by), {}, _values(df, dash)
+    df, looks = df if 'seed' in df else df.assign(seed=0), _looks_of(by, names)
+    for n in names:
+        part = df if by is None else df[df[by] == n]
+        for i, k in enumerate(ks):
+            d = _spread(part if k is None else part[part[dash] == k], x, y, 1)
+            if d.empty: continue
+            line, = ax.plot(d.index, d['mean'], **dict(looks[n], **({} if k is None else dict(linestyle=_dashes[i % 4]))), markevery=max(len(d) // 16, 1))
+            if (d.high > d.low).any(): ax.fill_between(d.index, d.low, d.high, color=line.get_color(), alpha=.15, lw=0)
+            ends[n] = d['mean'].iloc[-1], line
+    return ends
+
+# %% ../nbs/plots.ipynb #8550b60f
+def _key(ax, ends, by, chance, dashes=()):
+    "Legend or colour scale, beside the axes"
+    many = len(ends) > 8 and all(isinstance(n, (int, float, np.number)) for n in ends)
+    order = [] if many or by is None else sorted(ends, key=lambda n: n if isinstance(n, (int, float, np.number)) else -ends[n][0])
+    pairs = [(ends[n][1], recipe_title(n) if by == 'recipe' else f'{_label(by)} {n}' if isinstance(n, (int, float, np.number)) else str(n)) for n in order]
+    pairs += [(plt.Line2D([], [], color='#555555', ls=_dashes[i % 4]), d) for i, d in enumerate(dashes)]
+    if chance: pairs.append(([ax.axhline(at, color='#777777', lw=1.2, ls=':', zorder=1) for at in chance][0], 'random routing: ' + ', '.join(f'{at:.3g}' for at in chance)))
+    if pairs: ax.legend(*zip(*pairs), loc='upper left' if many else 'center left', bbox_to_anchor=(0, -.2) if many else (1, .5), handlelength=2.6)
+    if many:
+        at = plt.cm.ScalarMappable(Normalize(min(ends), max(ends)), ListedColormap([_shade(i, 64) for i in range(64)]))
+        bar = ax.figure.colorbar(at, ax=ax, shrink=.9, aspect=16, pad=.02, label=_label(by)); bar.outline.set_visible(False)
+
+# %% ../nbs/plots.ipynb #8c718f6a
+def _plot_lines(df, value, x, by, dash, random, ax):
+    by, ax = _by(df, by), _axes(ax)
+    ends = _lines(ax, df, x, value, by, dash)
+    _key(ax, ends, by, _chance(df, value, random), [k if isinstance(k, str) else f'{_label(dash)} = {k}' for k in _values(df, dash)] if dash else ())
+    ax.set(xlabel=_label(x), ylabel=_label(value))
+    return ax
+
+# %% ../nbs/plots.ipynb #a2df76ce
+@plt.rc_context(style)
+def plot_by_layer(
+    df:pd.DataFrame,  # columns layer and `value`, and perhaps seed: a table of `metrics`, or several under each other
+    value:str,        # the metric's column, for instance 'margin'
+    by:str=None,      # column that tells lines apart; None: recipe, model, trace or domain, where there is one
+    dash:str=None,    # column told by dashes
+    random='auto',    # reference: 'auto', a number, a table of the metric for random routing, or None
+    ax=None,
+):                    # Axes
+    "A metric over depth, with the spread over seeds."
+    ax = _plot_lines(df, value, 'layer', by, dash, random, ax)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    return ax
+
+# %% ../nbs/plots.ipynb #6bdc458e
+@plt.rc_context(style)
+def plot_over_checkpoints(
+    df:pd.DataFrame,  # columns `x` and `value`, and perhaps seed: of `over_checkpoints`, or several under each other
+    value:str,        # the metric's column, for instance 'change_rate'
+    x:str='step',
+    by:str=None,      # column that tells lines apart; None: recipe, model, trace or domain, where there is one
+    dash:str=None,    # column told by dashes; None: whether k is 1 or K, where there are several
+    random='auto',    # reference: 'auto', a number, a table of the metric for random routing, or None
+    ax=None,
+):                    # Axes
+    "A metric over training, with the spread over seeds."
+    if dash is None and 'k' in df and df.k.nunique() > 1: df, dash = df.assign(choices=np.where(df.k == 1, 'k = 1', 'k = K')), 'choices'
+    ax = _plot_lines(df, value, x, by, dash, random, ax)
+    if x == 'tokens': ax.xaxis.set_major_formatter(EngFormatter(sep=''))
+    return ax
+
+# %% ../nbs/plots.ipynb #099ab500
+@plt.rc_context(style)
+def plot_allocation(
+    df:pd.DataFrame,    # columns domain and `value`, and perhaps recipe and seed: of `expert_allocation_entropy`
+    value:str='entropy',
+    by:str=None,        # column told by colours; None: recipe, model or trace, where there is one
+    random='auto',      # reference: 'auto', a number, a table of the metric for random routing, or None
+    ax=None,
+):                      # Axes
+    "A metric by domain, the mean over layers, with the spread over seeds."
+    by, domains = _by(df.drop(columns='domain'), by), list(df.groupby('domain')[value].mean().sort_values().index)
+    names, df = _values(df, by), df if 'seed' in df else df.assign(seed=0)
+    looks, ends, ax = _looks_of(by, names), {}, _axes(ax, 5.2, .9 + len(domains) * (.16 + .1 * len(names)))
+    for i, n in enumerate(names):
+        d = (df if by is None else df[df[by] == n]).groupby(['domain', 'seed'])[value].mean().unstack('seed').reindex(domains)
+        at = np.arange(len(domains)) + (.5 - (i + .5) / len(names)) * .72
+        ax.hlines(at, d.min(axis=1), d.max(axis=1), color=looks[n]['color'], lw=2.2, alpha=.5)
+        line, = ax.plot(d.mean(axis=1), at, **dict(looks[n], linestyle='', marker=looks[n]['marker'] or 'o'), ms=5.5)
+        ends[n] = -i, line
+    for i in range(1, len(domains)): ax.axhline(i - .5, color='#e8e8e8', lw=.8, zorder=0)
+    chance = [(ax.axvline(at, color='#777777', lw=1.2, ls=':', zorder=1), f'random routing: {at:.3g}') for at in _chance(df, value, random)]
+    pairs = [] if by is None else [(l, recipe_title(n) if by == 'recipe' else str(n)) for n, (_, l) in ends.items()]
+    if pairs + chance: ax.legend(*zip(*pairs, *chance), loc='center left', bbox_to_anchor=(1, .5))
+    ax.set_yticks(range(len(domains)), domains, parse_math=False); ax.grid(axis='y', visible=False); ax.tick_params(axis='y', length=0)
+    ax.set(xlabel='entropy of allocation (1: even)' if value == 'entropy' else _label(value), ylim=(-.5, len(domains) - .5))
+    return ax
+
+# %% ../nbs/plots.ipynb #3c22b8a4
+def _one_layer(df, layer, keys):
+    "The rows of one layer, one row for each combination of `keys`"
+    layers = sorted(df.layer.unique())
+    if isinstance(layer, (int, np.integer)) and layer < 0: layer = layers[layer] if -layer <= len(layers) else layer
+    if layer not in layers: raise ValueError(f'layer must be one of {", ".join(map(str, layers))}, got {layer!r}')
+    d = df[df.layer == layer]
+    mixed = [c for c in ('recipe', 'model', 'trace', 'seed', 'step', 'domain') if c in d and c not in keys and d[c].nunique() > 1]
+    if d.duplicated(keys).any(): raise ValueError(f'df must be about one trace, got several rows for the same {" and ".join(keys)}' + (f': choose one {", ".join(mixed)}' if mixed else ''))
+    return layer, d
+
+def _heat(ax, grid, rows, columns, **kw):
+    "Cells with the names of rows and columns; where names would overlap, some are left out"
+    R, C = grid.shape
+    image = ax.pcolormesh(np.ma.masked_invalid(grid), edgecolors='white', lw=.4 if max(R, C) <= 40 else .1, **kw)
+    for axis, names, n in ((ax.xaxis, columns, C), (ax.yaxis, rows, R)):
+        step = -(-n // 36)
+        axis.set_ticks(np.arange(0, n, step) + .5, [str(v) for v in list(names)[::step]], fontsize=8 if n <= 20 else 6.5, parse_math=False)
+    ax.invert_yaxis(); ax.grid(False); ax.spines[:].set_visible(False); ax.tick_params(length=0); ax.set_facecolor('#eeeeee')
+    return image
+
+def _scale(image, ax, label, **kw):
+    bar = ax.figure.colorbar(image, ax=ax, shrink=.9, aspect=16, pad=.02, **kw)
+    bar.set_label(label); bar.outline.set_visible(False)
+    return bar
+
+# %% ../nbs/plots.ipynb #f586dffc
+@plt.rc_context(style)
+def plot_co_activation(
+    df:pd.DataFrame,  # of `co_activation`, for one trace
+    layer:int=0,
+    top:int=15,       # how many of the experts with most tokens
+    experts=None,     # numbers of experts, in the order to show, in the place of the strongest
+    vmax:float=None,  # where the scale ends; None: at the largest value
+    ax=None,
+):                    # Axes
+    "Matrix of the experts that are active together."
+    layer, d = _one_layer(df, layer, ['expert', 'other'])
+    if experts is None: experts = d.drop_duplicates('expert').sort_values('tokens', ascending=False, kind='stable').expert[:top]
+    grid = d.pivot(index='expert', columns='other', values='co_activation').reindex(index=experts, columns=experts)
+    ax = _axes(ax, 1.6 + .19 * min(len(grid), 36), .9 + .19 * min(len(grid), 36))
+    image = _heat(ax, grid.to_numpy(dtype=float), grid.index, grid.columns, cmap='Blues', norm=Normalize(0, vmax or np.nanmax(grid.to_numpy(dtype=float), initial=1e-9)))
+    bar, N = _scale(image, ax, "share of the row's tokens"), d.N.iloc[0]
+    if d.expert.nunique() == N:                       # the table is whole, so a row's sum tells K - 1
+        chance = d.groupby('expert').co_activation.sum(min_count=1).mean() / (N - 1)
+        bar.ax.axhline(chance, color='#d1500a', lw=2); bar.set_label(f"share of the row's tokens (line: random, {chance:.2f})")
+    ax.set(title=f'layer {layer}', xlabel='expert', ylabel='given expert'); ax.set_aspect('equal')
+    return ax
+
+# %% ../nbs/plots.ipynb #cc156cd5
+@plt.rc_context(style)
+def plot_specialisation(
+    df:pd.DataFrame,  # of `domain_specialisation`, for one trace
+    layer:int=0,
+    sort:bool=True,   # experts by the domain they prefer; else by number
+    ax=None,
+):                    # Axes
+    "Which domain uses which expert."
+    layer, d = _one_layer(df, layer, ['domain', 'expert'])
+    domains = list(d.domain.unique())
+    grid = d.pivot(index='domain', columns='expert', values='lift').reindex(domains)
+    if sort:
+        v = grid.to_numpy(dtype=float, na_value=0)
+        grid = grid.iloc[:, np.lexsort((-v.max(0), np.where(v.max(0) > 0, v.argmax(0), len(v))))]
+    ax = _axes(ax, 2.6 + min(max(.2 * grid.shape[1], 2), 9), .9 + .26 * len(grid))
+    image = _heat(ax, np.log2(grid.to_numpy(dtype=float).clip(2.**-3)), domains, grid.columns, cmap='PuOr_r', norm=Normalize(-3, 3))
+    bar = _scale(image, ax, 'lift (1: random)', ticks=[-3, 0, 3]); bar.ax.set_yticklabels(['≤ ⅛', '1', '≥ 8'])
+    ax.set(title=f'layer {layer}', xlabel='expert, sorted by the domain it prefers' if sort else 'expert')
+    return ax
+
+# %% ../nbs/plots.ipynb #205be5b1
+@plt.rc_context(style)
+def plot_similarity(
+    df:pd.DataFrame,  # of `expert_parameter_similarity` for one model, or of `expert_output_similarity`
+    layer:int=0,      # for parameters
+    ax=None,
+    **kw,             # for `plot_by_layer`, for outputs
+):                    # Axes
+    "Matrix of the similarity of experts' parameters, or similarity of outputs over depth."
+    if 'expert' not in df: return plot_by_layer(df, 'similarity', ax=ax, **kw)
+    layer, d = _one_layer(df, layer, ['expert', 'other'])
+    grid = np.full((n := max(d.expert.max(), d.other.max()) + 1, n), np.nan)
+    grid[d.expert, d.other] = grid[d.other, d.expert] = d.similarity
+    ax = _axes(ax, 1.6 + .19 * min(max(n, 8), 36), .9 + .19 * min(max(n, 8), 36))
+    most = max(float(d.similarity.abs().max()), .01)
+    _scale(_heat(ax, grid, range(n), range(n), cmap='RdBu_r', norm=Normalize(-most, most)), ax, 'cosine of parameters')
+    ax.set(title=f'layer {layer}', xlabel='expert', ylabel='expert'); ax.set_aspect('equal')
+    return ax
+
+# %% ../nbs/plots.ipynb #bc566f7c
+@plt.rc_context(style)
+def plot_perturbation(
+    df:pd.DataFrame,            # columns intervention and `value`, and perhaps recipe and seed: of `routing_perturbation`
+    value:str='loss_change',
+    by:str=None,                # column told by colours; None: recipe, model or trace, where there is one
+    ax=None,
+):                              # Axes
+    "What interventions change."
+    df = df[df.intervention != 'none']
+    by, groups = _by(df, by), list(df.intervention.unique())
+    names = _values(df, by)
+    looks, ax, h = _looks_of(by, names), _axes(ax, 5.2, .8 + len(groups) * (.14 + .16 * len(names))), .78 / len(names)
+    for i, n in enumerate(names):
+        d = (df if by is None else df[df[by] == n]).groupby('intervention')[value]
+        at = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * h
+        ax.barh(at, d.mean().reindex(groups), h * .92, color=looks[n]['color'], label=None if by is None else recipe_title(n) if by == 'recipe' else str(n))
+        for y, g in zip(at, groups):
+            if len(v := d.get_group(g) if g in d.groups else []) > 1: ax.plot(v, [y] * len(v), ls='', marker='o', ms=3.5, mec='#222222', mfc='white', mew=.8)
+    if by is not None: ax.legend(loc='center left', bbox_to_anchor=(1, .5))
+    ax.axvline(0, color='#555555', lw=1); ax.set_yticks(range(len(groups)), groups, parse_math=False); ax.invert_yaxis(); ax.grid(axis='y', visible=False)
+    ax.set_xlabel(_label(value)); ax.tick_params(axis='y', length=0)
+    return ax
+
+# %% ../nbs/plots.ipynb #74665383
+_fills = ['#77aadd', '#ee8866', '#eedd88', '#ffaabb', '#99ddff', '#44bb99', '#bbcc33', '#aaaa00']
+_rules = ['', *(f'border-{side}:{kind} #111' for side in ('bottom', 'top') for kind in ('2px solid', '2px dotted', '3px double', '2px dashed'))]
+
+def _chip(expert, num_experts):
+    "Style of a token of an expert; N: of none"
+    if not 0 <= expert < num_experts: return 'border:1px dashed currentColor'
+    return ';'.join(filter(None, [f'background:{_fills[expert % 8]}', 'color:#111', _rules[expert // 8 % 9]]))
+
+# %% ../nbs/plots.ipynb #0c779771
+def _pieces(tokenizer, ids):
+    "The text that each token adds"
+    if tokenizer is None: return [f'{i} ' for i in ids]
+    done, out = 0, []
+    for n in range(len(ids)):
+        text = tokenizer.decode(ids[:n + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        out.append('' if text.endswith('\ufffd') else text[done:])
+        if out[-1]: done = len(text)
+    return out
+
+def _shown(piece):
+    "Escaped, with what cannot be seen made visible"
+    visible = ''.join(c if c == '\n' or c == '\t' or ord(c) >= 32 and ord(c) != 127 else chr(0x2400 + ord(c)) if ord(c) < 32 else '␡' for c in piece)
+    return escape(visible or '·').replace('\n', '↵\n')
+
+# %% ../nbs/plots.ipynb #8ff78586
+def _decisions(l, t):
+    "Experts of token `t` with their weights, in words"
+    name = lambda c: 'none' if l.expert_of[c] >= l.num_experts else f"expert {'−' if l.sign_of[c] < 0 else ''}{l.expert_of[c]}"
+    return ', '.join(f'{name(c)}: {w:.2f}' for c, w in zip(l.chosen[t], l.weight[t]))
+
+def _token_span(l, trace, t, piece, rank, numbers):
+    e, d = l.expert[t, rank], trace.domain[t]
+    where = f', {trace.domains[d]}' if 0 <= d < len(trace.domains) else ''
+    title = escape(f'token {trace.token[t]} at {trace.position[t]}{where}. {_decisions(l, t)}')
+    number = f'<sub style="font-size:.65em">{e if e < l.num_experts else "–"}</sub>' if numbers else ''
+    return f'<span title="{title}" style="{_chip(e, l.num_experts)};border-radius:3px;padding:1px 0">{_shown(piece)}{number}</span>'
+
+# %% ../nbs/plots.ipynb #528607ad
+def token_html(
+    trace,                # `Trace`
+    tokenizer=None,       # with `decode`; None: numbers of tokens in the place of text
+    layer:int=0,
+    start:int=0,          # first token, counted in the trace
+    num_tokens:int=200,
+    rank:int=0,           # colour by this choice: 0 is the first
+    numbers:bool=False,   # print the expert's number at each token?
+)->str:                   # HTML, complete in itself
+    "Text of a probe set, each token coloured by its expert."
+    l, stop = trace.layer(layer), min(start + num_tokens, trace.num_tokens)
+    if not 0 <= start < trace.num_tokens: raise ValueError(f'start must be a token between 0 and {trace.num_tokens - 1}, got {start}')
+    if not 0 <= rank < l.top_k: raise ValueError(f'rank must be between 0 and {l.top_k - 1}, got {rank}')
+    shown, N = l.expert[start:stop, rank], l.num_experts
+    pieces = _pieces(tokenizer, trace.token[start:stop].tolist())
+    text = ''.join(_token_span(l, trace, t, p, rank, numbers) for t, p in zip(range(start, stop), pieces))
+    ids, counts = np.unique(shown, return_counts=True)
+    key = ' '.join(f'<span style="white-space:nowrap;margin-right:.7em"><span style="{_chip(e, N)};border-radius:3px;padding:0 .45em">{e if e < N else "none"}</span> {c}</span>'
+                   for c, e in sorted(zip(counts.tolist(), ids.tolist()), key=lambda p: (-p[0], p[1])))
+    about = f'Layer {layer % len(trace.layers)}, {"first" if rank == 0 else f"number {rank + 1}"} choice of {len(shown)} tokens. Expert and its tokens:'
+    return (f'<div style="color:inherit;line-height:1.75;max-width:60em"><div style="font-size:.85em;margin-bottom:.5em">{about} {key}</div>'
+            f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.9em">{text}</div></div>')
 
 # %% ../nbs/plots.ipynb #ac415f57
 @plt.rc_context(style)
