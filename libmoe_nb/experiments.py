@@ -8,15 +8,16 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/experiments.html.md"""
 __all__ = ['run_config', 'run_hash', 'run_name', 'train_run', 'use_threads', 'Comparison', 'verdict', 'print_progress', 'compare',
            'read_comparison', 'train']
 
-# %% ../nbs/experiments.ipynb #d99879a2
+# %% ../nbs/experiments.ipynb #36bb4d9d
 import contextlib, dataclasses, json, math, os, platform, shlex, shutil, tempfile, time
-import fastcore.xml as ft, pandas as pd, torch
+import fastcore.xml as ft, numpy as np, pandas as pd, torch
 from datetime import datetime, timezone
 from fastcore.all import delegates, patch
 from fastai.callback.core import Callback
 from filelock import FileLock, Timeout
 from functools import cached_property
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from . import __version__
 from .config import MoESpec, Preset, did_you_mean, get_preset, get_recipe, presets, recipes
@@ -24,26 +25,12 @@ from .data.text import TextData, text_data
 from .layers import build_layer
 from .models import count_parameters, from_scratch
 from .tracing import moe_layers
-from .training import Checkpoint, MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, read_metrics, resume
-from .plots import figure_uri, plot_balance, plot_comparison, plot_curves, plot_domains, plot_loads, plot_perplexity, recipe_style, recipe_title
-
-# %% ../nbs/experiments.ipynb #191f5312
-def _write(path, text):
-    "Write a file whole, or not at all"
-    tmp = (path := Path(path)).with_name(f'.{path.name}.{os.getpid()}.tmp')
-    tmp.write_text(text, encoding='utf-8')
-    os.replace(tmp, path)
-
-def _plain(o):
-    if isinstance(o, dict): return {str(k): _plain(v) for k, v in o.items()}
-    if isinstance(o, (list, tuple)): return [_plain(v) for v in o]
-    return None if isinstance(o, float) and not math.isfinite(o) else o
-
-def _write_json(path, o): _write(path, json.dumps(_plain(o), indent=1, allow_nan=False) + '\n')
-
-def _read_json(path):
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise ValueError(f'{path} cannot be read: {e}') from None
+from .traces import read_trace, write_trace
+from .training import Checkpoint, MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, next_token_loss, read_metrics, resume, _as_batch, _autocast
+from .metrics import expert_change_rate, over_checkpoints, router_margin, router_saturation
+from .plots import plot_by_layer, plot_over_checkpoints, plot_balance, plot_comparison, plot_curves, plot_domains, plot_loads, plot_perplexity, recipe_style, recipe_title
+from .reports import report_cells, report_facts, report_figure, report_page, report_table, read_json, write_json, write_whole
+from .reports import _and, _check_writable, _duration, _make_folder, _millions, _number, _plain
 
 # %% ../nbs/experiments.ipynb #326b08af
 _sizes = 'steps batch_size sequence_length vocab_size hidden_size num_hidden_layers num_attention_heads head_dim'.split()
@@ -102,18 +89,37 @@ def run_hash(config:dict)->str:
 
 def run_name(config:dict)->str: return f"{config['recipe']}-{config['seed']}-{run_hash(config)}"
 
-# %% ../nbs/experiments.ipynb #5ce66a50
+# %% ../nbs/experiments.ipynb #f8db2ca5
+def _probe(data, batch_size, tokens):
+    "Validation batches of about `tokens` tokens in all, evenly spread; the first ones are the same for any number of tokens"
+    for b in islice(data.valid.epoch(batch_size), max(tokens // (batch_size * data.sequence_length), 1)): yield dict(b, attention_mask=b['domain'] >= 0)
+
+def _trace_point(model, data, path, tokens, batch_size=16, bf16=False, **kw):
+    "Write a trace to `path`; returns for each batch the losses of its tokens"
+    device, losses = next(model.parameters()).device, []
+    def run(model, batch):
+        x, labels, _ = _as_batch({k: v.to(device) for k, v in batch.items()})
+        with _autocast(device, bf16): logits = model(**x, use_cache=False).logits
+        losses.append(next_token_loss(logits, labels, reduction='none')[labels != -100].double())
+    path.parent.mkdir(exist_ok=True)
+    write_trace(model, _probe(data, batch_size, tokens), path, domains=data.domains, run=run, **kw)
+    return losses
+
+# %% ../nbs/experiments.ipynb #6c1ec6cf
 class _Curve(Callback):
-    "Validation perplexity at the steps `at`"
+    "Validation perplexity at the steps `at`; with a `tracer`, a trace of each point"
     order, run_valid = 66, False
-    def __init__(self, data, at, **kwargs): self.data, self.at, self.kwargs = data, at, kwargs
+    def __init__(self, data, at, tracer=None, **kwargs): self.data, self.at, self.tracer, self.kwargs = data, at, tracer, kwargs
     def before_train(self):
         if self.learn.step == 0: self.point()
     def after_batch(self):
         if self.learn.step in self.at: self.point()
+    def loss(self):
+        if self.tracer is None: return evaluate_perplexity(self.learn.model, self.data, **self.kwargs)['loss']
+        return torch.cat(self.tracer(self.learn.model, self.learn.step)[:self.kwargs['steps']]).mean().item()
     def point(self):
-        e, t = evaluate_perplexity(self.learn.model, self.data, **self.kwargs), self.learn.throughput
-        self.learn.metrics_writer.write('valid', epoch=0, tokens=t.tokens, loss=e['loss'], perplexity=e['perplexity'], seconds=t.seconds)
+        loss, t = self.loss(), self.learn.throughput
+        self.learn.metrics_writer.write('valid', epoch=0, tokens=t.tokens, loss=loss, perplexity=math.exp(loss) if loss < 700 else math.inf, seconds=t.seconds)
         t.pause()
 
 # %% ../nbs/experiments.ipynb #38f4776d
@@ -142,30 +148,42 @@ class _Tell(Callback):
             self.checkpoint.save()
             raise
 
-# %% ../nbs/experiments.ipynb #7d05962d
+# %% ../nbs/experiments.ipynb #c4b17e66
 def _curve_steps(steps): return {round(steps * f) for f in (.05, .1, .15, .2, .3, .45, .6, .8)} - {0, steps}
 
-def _learner(config, preset, data, folder, tell):
+def _learner(config, preset, data, folder, tell, traces=0):
     "A learner, its model and callbacks, as a configuration says"
     model = from_scratch(config['recipe'], preset, seed=config['seed'], vocab_size=data.vocab_size, **config['layer'], **config['options'])
     some, save = dict(batch_size=16, steps=max(4096 // (16 * data.sequence_length), 1)), _Minutely(folder/'checkpoints')
+    tracer = _tracer(model, data, folder, config, traces)
     cbs = [RoutingTelemetry(max(preset.steps // 40, 1)), MetricsWriter(folder/'metrics.jsonl', every=max(preset.steps // 400, 1)),
-           _Curve(data, _curve_steps(preset.steps), bf16=config['bf16'], **some), save, *([_Tell(tell, save)] if tell else [])]
+           _Curve(data, _curve_steps(preset.steps), tracer, bf16=config['bf16'], **some), save, *([_Tell(tell, save)] if tell else [])]
     return moe_learner(model, data, preset=preset, seed=config['seed'], bf16=config['bf16'], valid_batch_size=some['batch_size'], valid_steps=some['steps'],
                        device=config['device'], cbs=cbs)
 
-# %% ../nbs/experiments.ipynb #18abd1b5
-def _make_folder(folder):
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ValueError(f'out={str(folder)!r} cannot be written ({e.strerror or e}): name a folder that can') from None
+# %% ../nbs/experiments.ipynb #3fdae9e4
+def _traced(traces):
+    "Tokens of the probe set: True means 4,096, as many as a point of a curve reads"
+    n = 4096 if traces is True else 0 if traces in (None, False) else traces
+    if not isinstance(n, int) or n < 0: raise ValueError(f'traces must be True, False or a number of tokens, got {traces!r}')
+    return max(n, 4096) if n else 0
 
+def _tracer(model, data, folder, config, traces):
+    "A function (model, step) that writes a trace; None where there is nothing to trace"
+    if not (tokens := _traced(traces)) or not moe_layers(model): return None
+    for p in (folder/'traces').glob('.*'): shutil.rmtree(p, ignore_errors=True)           # half written by a process that was killed
+    about = dict(recipe=config['recipe'], model_id=folder.name, bf16=config['bf16'])
+    place = lambda step: folder/'traces'/f'step-{step:06d}.safetensors'
+    return lambda model, step: _trace_point(model, data, place(step), tokens, info=dict(step=step, seed=config['seed']), **about)
+
+# %% ../nbs/experiments.ipynb #b90b9fdc
 def _claim(folder, config, info):
     "Make the folder of a run, or check that it is this run's"
     _make_folder(folder)
     if (path := folder/'config.json').exists():
-        if _read_json(path).get('run') != config: raise ValueError(f'{folder} holds a run of another configuration: choose another folder, or remove it')
+        if read_json(path).get('run') != config: raise ValueError(f'{folder} holds a run of another configuration: choose another folder, or remove it')
     elif any(p.name[0] != '.' for p in folder.iterdir()): raise ValueError(f'{folder} is neither empty nor the folder of a run: choose another folder')
-    else: _write_json(path, dict(run=config, info=info))
+    else: write_json(path, dict(run=config, info=info))
 
 # %% ../nbs/experiments.ipynb #66a03b30
 def _balance(loads, model, tokens):
@@ -187,13 +205,14 @@ def _quietly():
     finally:
         if shown: logging.enable_progress_bar()
 
-# %% ../nbs/experiments.ipynb #4ebb988a
-def _finish(learn, config, data, folder, keep_model=True):
+# %% ../nbs/experiments.ipynb #1d079ddf
+def _finish(learn, config, data, folder, keep_model=True, traces=0):
     "Evaluate, save, and mark the run as finished"
     start = time.perf_counter()
+    if tracer := _tracer(learn.model, data, folder, config, traces): tracer(learn.model, learn.step)
     limit = config['valid_tokens'] and max(config['valid_tokens'] // (16 * data.sequence_length), 1)
     e, t, n = evaluate_perplexity(learn.model, data, 16, steps=limit, routing=True, bf16=config['bf16']), learn.throughput, count_parameters(learn.model)
-    _write(folder/'loads.csv', e['routing'].to_csv(index=False))
+    write_whole(folder/'loads.csv', e['routing'].to_csv(index=False))
     if keep_model:
         with _quietly():
             learn.model.save_pretrained(folder/'model')
@@ -201,11 +220,11 @@ def _finish(learn, config, data, folder, keep_model=True):
     result = dict(recipe=config['recipe'], title=recipe_title(config['recipe']), seed=config['seed'], parameters=n['total'], active_parameters=n['active'], perplexity=e['perplexity'],
                   loss=e['loss'], valid_tokens=e['tokens'], domains={d: v['perplexity'] for d, v in e['domains'].items()}, **_balance(e['routing'], learn.model, e['tokens']), tokens=t.tokens,
                   tokens_per_second=t.value, seconds=t.seconds, evaluation_seconds=time.perf_counter() - start, finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
-    _write_json(folder/'result.json', result)
+    write_json(folder/'result.json', result)
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
     return _plain(result)
 
-# %% ../nbs/experiments.ipynb #842bb87d
+# %% ../nbs/experiments.ipynb #1e830b8b
 def train_run(
     config:dict,          # of `run_config`
     data:TextData,
@@ -213,18 +232,19 @@ def train_run(
     tell=None,            # called with step=, loss=, tokens_per_second= after each step
     info:dict=None,       # to be kept with the configuration
     keep_model:bool=True, # save the trained model in the folder
+    traces=True,          # write what routers choose on validation tokens, a dozen times; True, False or how many tokens
 )->dict:                  # the result
     "Train one run, or finish it, or read its result if it is finished."
     folder = Path(folder)
     preset = Preset(**{k: tuple(v) if isinstance(v, list) else v for k, v in config['preset'].items()})
     _claim(folder, config, info or {})
-    if (folder/'result.json').exists(): return _read_json(folder/'result.json')
-    learn = _learner(config, preset, data, folder, tell)
+    if (folder/'result.json').exists(): return read_json(folder/'result.json')
+    learn = _learner(config, preset, data, folder, tell, traces)
     resume(learn, folder/'checkpoints')
     with learn.no_bar(), learn.no_logging(): learn.fit_cosine()
-    return _finish(learn, config, data, folder, keep_model)
+    return _finish(learn, config, data, folder, keep_model, traces)
 
-# %% ../nbs/experiments.ipynb #2c58de47
+# %% ../nbs/experiments.ipynb #a2f809ff
 @contextlib.contextmanager
 def _owned(out):
     "Hold the folder `out`, which is made if need be"
@@ -235,16 +255,9 @@ def _owned(out):
         raise ValueError(f'out={str(out)!r} is in use by another process: wait until it ends, or choose another folder') from None
     except OSError as e: raise ValueError(f'out={str(out)!r} cannot be written ({e.strerror or e}): name a folder that can') from None
     try:
-        _write(out/'.owner', str(os.getpid()))
+        write_whole(out/'.owner', str(os.getpid()))
         yield
     finally: lock.release()
-
-# %% ../nbs/experiments.ipynb #4ff9a5c4
-def _check_writable(out):
-    "Raise if `out` is no folder and cannot become one"
-    there = next(p for p in [out, *out.absolute().parents] if p.exists())
-    why = 'it is a file' if there == out and not out.is_dir() else f'{there} is a file' if not there.is_dir() else 'permission denied' if not os.access(there, os.W_OK | os.X_OK) else None
-    if why: raise ValueError(f'out={str(out)!r} cannot be written ({why}): name a folder that can')
 
 # %% ../nbs/experiments.ipynb #3b596f1d
 def use_threads(
@@ -290,16 +303,16 @@ def _info(data, source, threads, reading):
     return dict(libmoe_nb=__version__, torch=torch.__version__, python=platform.python_version(), machine=f'{platform.system()} {platform.machine()}', threads=threads,
                 data=dict(source=name, reading=reading, parts=data.info, train_tokens=data.train.num_tokens, valid_tokens=data.valid.num_tokens), unigram=unigram)
 
-# %% ../nbs/experiments.ipynb #44717e3d
+# %% ../nbs/experiments.ipynb #29c1f462
 class Comparison:
     "Finished runs under one budget, as tables, figures and a report."
     def __init__(self,
         folders, # of finished runs
     ):
         self.folders = [Path(f) for f in folders]
-        saved = [_read_json(f/'config.json') for f in self.folders]
+        saved = [read_json(f/'config.json') for f in self.folders]
         self.configs, self.infos = [s['run'] for s in saved], [s['info'] for s in saved]
-        self.finished = [_read_json(f/'result.json') for f in self.folders]
+        self.finished = [read_json(f/'result.json') for f in self.folders]
         self.config, self.info, self.out = self.configs[0], self.infos[-1], self.folders[0].parent
     seeds = property(lambda self: list(dict.fromkeys(c['seed'] for c in self.configs)))
     domain_names = property(lambda self: self.config['data']['domains'])
@@ -360,6 +373,35 @@ def loads(self):
     "Load of each expert on the validation set, one row a layer, domain and expert"
     return _gather(self, lambda f: pd.read_csv(f/'loads.csv'))
 
+# %% ../nbs/experiments.ipynb #7ce9947a
+@_table
+def traces(self):
+    "Name of each run -> its traces, in the order of training"
+    read = lambda f: [read_trace(p) for p in sorted((f/'traces').glob('step-*.safetensors'))]
+    return {f.name: [t for t in ts if t.same_probe(ts[-1])] for f in self.folders for ts in [read(f)]}
+
+def _over_training(self, metric, against=None, **kw):
+    "A metric of the traces of all runs at each of their checkpoints"
+    p = self.config['preset']
+    df = _gather(self, lambda f: over_checkpoints(self.traces[f.name], metric, against, **kw))
+    return df.assign(tokens=df.step * p['batch_size'] * self.config['data']['sequence_length']) if len(df) else df
+
+# %% ../nbs/experiments.ipynb #74049866
+@_table
+def change_rate(self):
+    "`expert_change_rate` from each checkpoint to the next, one row a layer"
+    return _over_training(self, expert_change_rate, 'previous', by_layer=True)
+
+@_table
+def saturation(self):
+    "`router_saturation` of each checkpoint against the last, one row a layer and k"
+    return _over_training(self, router_saturation, 'last')
+
+@_table
+def margin(self):
+    "`router_margin` at each checkpoint, one row a layer"
+    return _over_training(self, router_margin)
+
 # %% ../nbs/experiments.ipynb #c2c13b4e
 @_table
 def results(self):
@@ -373,7 +415,7 @@ def results(self):
     ints = dict.fromkeys(['rank', 'seeds', 'parameters', 'active_parameters'], 'Int64')
     return pd.concat([pd.DataFrame([u]), df.sort_values('rank').reset_index()])[['rank', 'recipe', *df.columns.drop('rank')]].round(6).astype(ints).reset_index(drop=True)
 
-# %% ../nbs/experiments.ipynb #8488cf03
+# %% ../nbs/experiments.ipynb #2531c7db
 def verdict(
     runs:pd.DataFrame,  # columns recipe, seed, perplexity
 )->str:
@@ -390,55 +432,22 @@ def verdict(
     if not near: return gap + 'Every other recipe lies further from the best than that.'
     return gap + f'{names(near)} {"lies" if len(near) == 1 else "lie"} closer to the best than that: this comparison does not tell them apart from it.'
 
-def _and(words): return words[0] if len(words) == 1 else ', '.join(words[:-1]) + ' and ' + words[-1]
-
-# %% ../nbs/experiments.ipynb #ae50f922
-_css = '''
-:root { color-scheme: light; --line: #e2e2e2; --soft: #666 }
-* { box-sizing: border-box }
-body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #222; background: #fff; max-width: 64rem; margin: 2.5rem auto; padding: 0 1.25rem }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.4rem 0 .5rem; padding-top: .8rem; border-top: 1px solid var(--line) }
-p { max-width: 46rem; margin: .5rem 0 } .soft, figcaption, td small { color: var(--soft) } .lead { font-size: 1.05rem; color: var(--soft) }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums } .wide { width: 100% }
-th, td { padding: .32rem .55rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap } th { font-weight: 600; color: var(--soft); vertical-align: bottom }
-th.l, td.l { text-align: left } td.w { white-space: normal; overflow-wrap: anywhere } tr.best td { font-weight: 600; background: #f4f8f4 } tr.floor td { color: var(--soft) }
-.dot { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .5em; -webkit-print-color-adjust: exact; print-color-adjust: exact }
-.verdict { border-left: 4px solid #0060c0; background: #f3f7fc; padding: .7rem 1rem; max-width: none; -webkit-print-color-adjust: exact; print-color-adjust: exact }
-code { font: .92em ui-monospace, Menlo, Consolas, monospace; background: #f5f5f5; padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere }
-figure { margin: .8rem 0 } figcaption { font-size: .88rem; max-width: 46rem } img { max-width: 100%; height: auto; display: block }
-footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; border-top: 1px solid var(--line); padding-top: .8rem }
-@media print { body { font-size: 10.5pt; margin: 0; max-width: none; padding: 0 } figure, tr, .verdict { break-inside: avoid } h2 { break-after: avoid } .scroll { overflow: visible } table { font-size: 8pt } }
-'''
-
-# %% ../nbs/experiments.ipynb #762e7088
-def _figure(fig, alt, caption=None): return ft.Figure(ft.Img(src=figure_uri(fig), alt=alt), *([ft.Figcaption(caption)] if caption else []))
-
-def _cells(values, left=1, tag=ft.Td): return [tag(v, cls='l') if i < left else tag(v) for i, v in enumerate(values)]
-
-def _rows(head, rows, left=1, **kw): return ft.Div(ft.Table(ft.Thead(ft.Tr(*_cells(head, left, ft.Th))), ft.Tbody(*rows), **kw), cls='scroll')
-
-# %% ../nbs/experiments.ipynb #b58f7301
-def _number(v, digits=1): return '–' if v is None or v != v else f'{v:,.{digits}f}'
-
-def _millions(n): return '–' if pd.isna(n) else f'{n/1e6:,.2f} M' if n < 1e8 else f'{n/1e6:,.0f} M'
-
-def _duration(s): return '–' if s is None or s != s else f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
-
+# %% ../nbs/experiments.ipynb #5859a8d6
 def _name_cell(r): return ft.Td(ft.Span(style=f"background:{recipe_style(r.recipe)['color']}", cls='dot') if r.recipe != 'unigram' else '', r.title, cls='l')
 
 def _result_row(r, domains):
     ppl = _number(r.perplexity) + ('' if pd.isna(r.perplexity_std) else f' ± {r.perplexity_std:.1f}')
     values = [_millions(r.parameters), _millions(r.active_parameters), ppl, *[_number(r[f'perplexity_{d}']) for d in domains], _number(r.load_max_mean, 2), _number(r.experts_per_token, 2),
               _number(r.tokens_per_second, 0), _duration(r.seconds)]
-    return ft.Tr(ft.Td('' if pd.isna(r['rank']) else str(r['rank'])), _name_cell(r), *_cells(values, 0), cls='best' if r['rank'] is not pd.NA and r['rank'] == 1 else 'floor' if r.recipe == 'unigram' else '')
+    return ft.Tr(ft.Td('' if pd.isna(r['rank']) else str(r['rank'])), _name_cell(r), *report_cells(values, 0), cls='best' if r['rank'] is not pd.NA and r['rank'] == 1 else 'floor' if r.recipe == 'unigram' else '')
 
-# %% ../nbs/experiments.ipynb #0bdc4f0b
+# %% ../nbs/experiments.ipynb #6d7d0936
 @patch
 def _results_html(self:Comparison):
     many = len(self.domain_names) > 6
     domains = [] if many else self.domain_names
     head = ['', 'recipe', 'parameters', 'active', 'perplexity', *domains, 'busiest / mean', 'experts / token', 'tokens / s', 'training']
-    table = _rows(head, [_result_row(r, domains) for _, r in self.results.iterrows()], 2, cls='wide')
+    table = report_table(head, [_result_row(r, domains) for _, r in self.results.iterrows()], 2, cls='wide')
     note = ('Perplexity of the validation set, the mean over seeds' + (' ± their standard deviation' if len(self.seeds) > 1 else '') + '; then of each domain alone. '
             'Busiest / mean: load of the busiest expert over the mean load, averaged over layers (1 is balance). Experts / token: those that a token really runs, shared ones included. '
             'Parameters count embeddings, attention, experts and routers; active are those that one token uses. The unigram model knows how often each token comes, and nothing else.')
@@ -470,7 +479,7 @@ def command(self:Comparison)->str:
     for k, v in changed.items(): words += [f'--{k.replace("_", "-")}', str(v)] if k in _flags else ['--set', f'{k}={v if isinstance(v, str) else json.dumps(v)}']
     return shlex.join([*words, *['--bf16'] * c['bf16'], '--out', str(self.out)])
 
-# %% ../nbs/experiments.ipynb #76d089a8
+# %% ../nbs/experiments.ipynb #2d19f8a0
 @patch
 def _facts_html(self:Comparison):
     c, p, i, d = self.config, self.config['preset'], self.info, self.info['data']
@@ -483,47 +492,56 @@ def _facts_html(self:Comparison):
         'budget': f"{p['steps']:,} steps of {p['batch_size']} sequences: {tokens:,} tokens, {tokens/d['train_tokens']:.2f} epochs; AdamW, peak learning rate {p['learning_rate']:g}, {'bf16' if c['bf16'] else 'float32'}",
         'fairness': f"seeds {', '.join(map(str, self.seeds))}; for one seed all recipes read the same batches and start with the same embeddings, attention and norms",
         'made by': f"libmoe-nb {i['libmoe_nb']}, torch {i['torch']}, Python {i['python']}, {i['machine']}, {i['threads']} threads, {c['device']}"}
-    rows = [ft.Tr(ft.Th(k, cls='l'), ft.Td(v, cls='l w')) for k, v in facts.items()]
-    return ft.Section(ft.H2('What was run'), ft.Table(ft.Tbody(*rows)), ft.P('To make it again: ', ft.Code(self.command())))
+    return ft.Section(ft.H2('What was run'), report_facts(facts), ft.P('To make it again: ', ft.Code(self.command())))
 
-# %% ../nbs/experiments.ipynb #d0019836
+# %% ../nbs/experiments.ipynb #1099f038
 @patch
 def _curves_html(self:Comparison):
     floor, window = self.unigram['perplexity'], max(self.training.groupby(['recipe', 'seed']).size().max() // 25, 1)
     seeds = ' Bands reach from the lowest to the highest seed.' if len(self.seeds) > 1 else ''
-    valid = _figure(plot_curves(self.curves, floor=floor, log=True).figure, 'validation perplexity over training tokens', 'Validation perplexity on a small part of the validation set, logarithmic.' + seeds)
-    train = _figure(plot_curves(self.training, 'train_loss', window=window).figure, 'training loss over training tokens', f'Training loss, the mean of {window} neighbouring points.' + seeds)
-    bars = _figure(plot_perplexity(self.runs, unigram=floor).figure, 'validation perplexity by recipe', 'Validation perplexity after training; lower is better.')
-    domains = [_figure(plot_domains(self.domains), 'validation perplexity by domain', 'The same by domain. Each panel has a scale of its own, which does not begin at zero.')]
+    valid = report_figure(plot_curves(self.curves, floor=floor, log=True).figure, 'validation perplexity over training tokens', 'Validation perplexity on a small part of the validation set, logarithmic.' + seeds)
+    train = report_figure(plot_curves(self.training, 'train_loss', window=window).figure, 'training loss over training tokens', f'Training loss, the mean of {window} neighbouring points.' + seeds)
+    bars = report_figure(plot_perplexity(self.runs, unigram=floor).figure, 'validation perplexity by recipe', 'Validation perplexity after training; lower is better.')
+    domains = [report_figure(plot_domains(self.domains), 'validation perplexity by domain', 'The same by domain. Each panel has a scale of its own, which does not begin at zero.')]
     return ft.Section(ft.H2('Perplexity'), bars, *(domains if 1 < len(self.domain_names) <= 6 else []), ft.H2('Training'), valid, train)
 
-# %% ../nbs/experiments.ipynb #101d1d6c
+# %% ../nbs/experiments.ipynb #95f35fe5
 @patch
 def _routers_html(self:Comparison):
     if not len(self.loads): return ft.Section(ft.H2('Routers'), ft.P('No recipe of this comparison has routers.'))
-    balance = _figure(plot_balance(self.routing, window=3), 'balance, margin and entropy of routers over training',
+    balance = report_figure(plot_balance(self.routing, window=3), 'balance, margin and entropy of routers over training',
         'Means over layers, on training batches. Left: load of the busiest expert over the mean load. Middle: best minus second score of a token, a measure of how decided the router is; '
         'sigmoid scores are not shares, so their margin compares among themselves only. Right: entropy of the loads over its largest value.')
-    maps = [_figure(plot_loads(self._some_domains(self.loads[self.loads.recipe == r]), recipe_title(r)), f'expert load by layer and domain, {recipe_title(r)}') for r in dict.fromkeys(self.loads.recipe)]
+    maps = [report_figure(plot_loads(self._some_domains(self.loads[self.loads.recipe == r]), recipe_title(r)), f'expert load by layer and domain, {recipe_title(r)}') for r in dict.fromkeys(self.loads.recipe)]
     note = 'Load of each routed expert on the validation set, 1 being an equal share within its layer and domain. Where the panels of a recipe differ, experts specialise on domains.'
     return ft.Section(ft.H2('Routers over training'), balance, ft.H2('Who works for whom'), ft.P(note, cls='soft'), *maps)
 
 @patch
 def _some_domains(self:Comparison, df): return df[df.domain.isin(self.domain_names[:6])]
 
-# %% ../nbs/experiments.ipynb #71f2a14e
+# %% ../nbs/experiments.ipynb #c62812bc
+@patch
+def _traces_html(self:Comparison):
+    if not len(self.change_rate): return ''
+    last, some = self.margin[self.margin.step == self.margin.step.max()], next(ts[-1] for ts in self.traces.values() if ts)
+    figures = [(plot_over_checkpoints(self.change_rate, 'change_rate', 'tokens'), 'Expert change rate: share of the assignments of tokens to experts that differ from those at the point before. Points lie denser at the beginning, '
+                'so compare recipes, not points.'),
+               (plot_over_checkpoints(self.saturation, 'saturation', 'tokens'), 'Router saturation: share of the final choices that are made already, for the first choice (k = 1) and for all.'),
+               (plot_by_layer(last, 'margin'), 'Router margin at the end, by layer: best minus second score of a token. Sigmoid scores are not shares, so their margin compares among themselves only.')]
+    note = f'On a probe set of {some.num_tokens:,} validation tokens, the same at each point; means over layers, except for the last figure.'
+    return ft.Section(ft.H2('How choices settle'), ft.P(note, cls='soft'), *[report_figure(f, c.split(':')[0].lower(), c) for f, c in figures])
+
+# %% ../nbs/experiments.ipynb #33b7d71c
 @patch
 def report(self:Comparison)->str: # HTML
     "The comparison as one self-contained page."
     recipes, n = dict.fromkeys(c['recipe'] for c in self.configs), len(self.seeds)
     lead = f"{len(recipes)} recipe{'s' * (len(recipes) > 1)}, {n} seed{'s' * (n > 1)}, one budget, on {_and(self.domain_names[:6])}{' and more' if len(self.domain_names) > 6 else ''}"
     title = 'Mixture-of-experts algorithms side by side'
-    body = ft.Body(ft.Header(ft.H1(title), ft.P(lead, cls='lead')), self._results_html(), self._facts_html(), self._curves_html(), self._routers_html(),
-                   ft.Footer(f"Read from {len(self.folders)} run folders in {self.out}; the last run was finished {max(r['finished'] for r in self.finished)}."))
-    head = ft.Head(ft.Meta(charset='utf-8'), ft.Meta(name='viewport', content='width=device-width, initial-scale=1'), ft.Title(title), ft.Style(ft.Safe(_css)))
-    return '<!doctype html>\n' + ft.to_xml(ft.Html(head, body, lang='en'))
+    return report_page(title, lead, self._results_html(), self._facts_html(), self._curves_html(), self._routers_html(), self._traces_html(),
+                       footer=f"Read from {len(self.folders)} run folders in {self.out}; the last run was finished {max(r['finished'] for r in self.finished)}.")
 
-# %% ../nbs/experiments.ipynb #86a8827f
+# %% ../nbs/experiments.ipynb #4d472a87
 @patch
 def to_dict(self:Comparison)->dict: # ready for JSON
     "Table, runs and what there is to know of them."
@@ -537,9 +555,9 @@ def save(self:Comparison,
 ):
     "Write results.csv, results.json and report.html."
     out = Path(out or self.out)
-    _write(out/'results.csv', self.results.to_csv(index=False))
-    _write_json(out/'results.json', self.to_dict())
-    _write(out/'report.html', self.report())
+    write_whole(out/'results.csv', self.results.to_csv(index=False))
+    write_json(out/'results.json', self.to_dict())
+    write_whole(out/'report.html', self.report())
 
 # %% ../nbs/experiments.ipynb #1477d7db
 @patch
@@ -552,7 +570,7 @@ def print_progress(event, name=None, result=None, reused=False, **kwargs):
     "One line a run."
     if event == 'finish': print(f"{name}: perplexity {_number(result['perplexity'])}, " + ('finished before' if reused else f"{result['seconds']:.0f} s of training"), flush=True)
 
-# %% ../nbs/experiments.ipynb #047542ea
+# %% ../nbs/experiments.ipynb #35e6a0d9
 def compare(
     recipes=None,          # names, as a list or with commas; None: all
     data=None,             # a `TextData`, or what `text_data` takes; None: the packaged corpora that are installed
@@ -567,33 +585,34 @@ def compare(
     valid_tokens:int=65_536, # of the validation set that results are measured on, at most; None: all
     progress=print_progress, # told what happens; None: nobody
     keep_models:bool=True, # save the trained models
+    traces=True,           # see `train_run`; changes no result
     **kwargs,              # fields of `Preset` and `MoESpec`, and options of `text_data`: max_bytes, text_field, domain_field, cache_dir
 ):                         # a `Comparison`
     "Train recipes under one budget, and report. Runs that are finished in `out` are not repeated."
-    out, progress, seeds = Path(out), progress or (lambda *a, **k: None), _seed_list(seeds)
+    out, progress, seeds, traces = Path(out), progress or (lambda *a, **k: None), _seed_list(seeds), _traced(traces)
     data, config, names, info = _prepare(recipes, data, preset, out, progress, options, bf16, device, threads, valid_tokens, steps=steps, **kwargs)
     plan = [config(r, s) for s in seeds for r in names]
     with _owned(out):
         progress('plan', names=[run_name(c) for c in plan], done=[(out/run_name(c)/'result.json').exists() for c in plan], steps=plan[0]['preset']['steps'])
-        for c in plan: _run(out/run_name(c), c, data, info, progress, keep_models)
+        for c in plan: _run(out/run_name(c), c, data, info, progress, keep_models, traces)
         res = Comparison([out/run_name(c) for c in plan])
         progress('report')
         res.save(out)
     return res
 
-# %% ../nbs/experiments.ipynb #50dc903d
-def _run(folder, config, data, info, progress, keep_model):
+# %% ../nbs/experiments.ipynb #1325d811
+def _run(folder, config, data, info, progress, keep_model, traces):
     "One run of a comparison"
     reused, tell = (folder/'result.json').exists(), lambda **kw: progress('step', folder.name, **kw)
     if not reused: progress('start', folder.name, recipe=config['recipe'], seed=config['seed'], steps=config['preset']['steps'])
-    result = train_run(config, data, folder, tell, info, keep_model)
+    result = train_run(config, data, folder, tell, info, keep_model, traces)
     progress('finish', folder.name, result=result, reused=reused)
 
-# %% ../nbs/experiments.ipynb #5c1df821
+# %% ../nbs/experiments.ipynb #5c00b39f
 def _finished(out):
     "Folders of finished runs, each under the name that its configuration gives it"
     for f in sorted(Path(out).glob('*/config.json')):
-        saved = _read_json(f)
+        saved = read_json(f)
         if 'run' not in saved or saved.get('info', {}).get('single'): continue        # of something else, or of `train`
         name = run_name(saved['run'])
         if f.parent.name != name: raise ValueError(f'{f.parent} holds the run {name}, not the one that it is named after: its config.json was changed, or the folder renamed')
@@ -602,20 +621,20 @@ def _finished(out):
 def _common(config):
     return run_hash({k: v for k, v in config.items() if k not in ('recipe', 'seed', 'options', 'moe')})
 
-# %% ../nbs/experiments.ipynb #6a7f9a9e
+# %% ../nbs/experiments.ipynb #c26158cb
 def read_comparison(
     out, # folder of the runs
 )->Comparison:
     "The comparison in a folder whose runs were finished last."
     if not Path(out).is_dir(): raise ValueError(f'out={str(out)!r} is not a folder: name one that `compare` wrote')
-    runs = {f: (_common(_read_json(f/'config.json')['run']), _read_json(f/'result.json')['finished']) for f in _finished(out)}
+    runs = {f: (_common(read_json(f/'config.json')['run']), read_json(f/'result.json')['finished']) for f in _finished(out)}
     if not runs: raise ValueError(f'out={str(out)!r} holds no finished run')
     last, _ = max(runs.values(), key=lambda r: r[1])
     order = list(recipes)
     place = lambda f: (int(f.name.split('-')[1]), order.index(r) if (r := f.name.split('-')[0]) in order else len(order), f.name)
     return Comparison(sorted((f for f, (group, _) in runs.items() if group == last), key=place))
 
-# %% ../nbs/experiments.ipynb #a0629371
+# %% ../nbs/experiments.ipynb #45c4b4d0
 @delegates(compare, but=['recipes', 'seeds', 'keep_models'])
 def train(
     recipe:str,
@@ -625,13 +644,14 @@ def train(
     *, seed:int=0,
     progress=print_progress,
     options:dict=None,  # of the recipe
+    traces=True,        # see `train_run`
     **kwargs,
 )->dict:                # the result
     "Train one recipe; `out/model` is what `from_pretrained` loads. A finished run of this configuration is not repeated, an interrupted one goes on."
-    out, progress, (seed,) = Path(out), progress or (lambda *a, **k: None), _seed_list([seed])
+    out, progress, (seed,), traces = Path(out), progress or (lambda *a, **k: None), _seed_list([seed]), _traced(traces)
     data, config, names, info = _prepare([recipe], data, preset, out, progress, {recipe: options or {}} if options else None, **kwargs)
     c = config(names[0], seed)
     with _owned(out):
         progress('plan', names=[out.name], done=[(out/'result.json').exists()], steps=c['preset']['steps'])
-        _run(out, c, data, dict(info, single=True), progress, True)
-    return dict(_read_json(out/'result.json'), out=str(out), model=str(out/'model'), unigram=info['unigram'])
+        _run(out, c, data, dict(info, single=True), progress, True, traces)
+    return dict(read_json(out/'result.json'), out=str(out), model=str(out/'model'), unigram=info['unigram'])
