@@ -1,4 +1,4 @@
-"""`libmoe`: compare, train, list and report from a shell, with progress on stderr and results on stdout.
+"""`libmoe`: compare, train, upcycle, list and report from a shell, with progress on stderr and results on stdout.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/cli.html.md"""
 
@@ -220,6 +220,122 @@ def train(
     rows = [['validation', 'unigram model', res['title']], *[[d, number(res['unigram']['domains'][d]), number(v)] for d, v in res['domains'].items()],
             ['all', number(res['unigram']['perplexity']), number(res['perplexity'])]]
     _print(_table(rows, title='perplexity'), f"model: {res['model']}", f"load it: AutoModelForCausalLM.from_pretrained({res['model']!r}) after import libmoe_nb.models")
+
+# %% ../nbs/cli.ipynb #b76ea40f
+class _UpcyclingProgress(_Progress):
+    "What `upcycle_and_train` tells"
+    def on_data(self, name): self.line('reading the text with the tokenizer of the model (once; it is kept) ...')
+    def on_model(self, name): self.line('loading the model, upcycling it, and measuring where it stands ...')
+
+def _layers(s):
+    "Numbers with commas as a list; words as they are"
+    try: return None if s is None else [int(i) for i in s.split(',')]
+    except ValueError: return s
+
+def _upcycle_settings(options):
+    "Options of the command line as keywords of `upcycle_and_train`"
+    kw = _settings(options)
+    kw |= dict(lr=kw.pop('learning_rate'), layers=_layers(kw['layers']), data_options={k: kw.pop(k) for k in ('max_bytes', 'text_field', 'domain_field')})
+    return {k: v for k, v in kw.items() if v is not None} | dict(valid_tokens=kw['valid_tokens'] or None)
+
+# %% ../nbs/cli.ipynb #de8fff4a
+def _upcycled_tables(rows):
+    "Sizes and speed; perplexity of each domain, before and after"
+    from libmoe_nb.experiments import _millions, _number
+    domains, times = [k.removesuffix(' after') for k in rows[0] if k.endswith(' after')], ('before', 'after')
+    sizes = [['model', 'parameters', 'active', 'tokens/s'], *[[r['model'], _millions(r['parameters']), _millions(r['active']), _number(r['tokens_per_second'], 0)] for r in rows]]
+    cells = lambda pre: [_number(r[pre + t], 2) for r in rows for t in times]
+    perplexity = [['perplexity', *[f"{r['model']} {t}" for r in rows for t in times]], *[[d, *cells(f'{d} ')] for d in domains], ['all', *cells('')]]
+    return _table(sizes), _table(perplexity)
+
+# %% ../nbs/cli.ipynb #defb1c8b
+@app.command()
+@_kindly
+def upcycle(
+    name: Annotated[str, typer.Argument(help='A packaged model (smollm2), a folder, or a name on the Hugging Face hub.', show_default=False)],
+    recipe: Annotated[str, _option('Name of the recipe, e.g. tcmoe (default: smoe; see `libmoe list`).')] = 'smoe',
+    data: Annotated[Optional[str], _option('Corpus, file, folder or Hugging Face dataset, or several with commas. Default: the packaged corpora that are installed.')] = None,
+    steps: Annotated[int, _option('Steps of training (default 100).')] = 100,
+    out: Annotated[Optional[Path], _option('Folder of the results (default: upcycled/NAME-RECIPE); the model is in its subfolder model. What is finished in it is not repeated, an interrupted call goes on.')] = None,
+    num_experts: Annotated[int, _option('N, shared experts included (default 4).')] = 4,
+    top_k: Annotated[int, _option('K, experts of a token, shared ones included (default 2).')] = 2,
+    num_shared_experts: Annotated[Optional[int], _option('Shared experts, for recipes that have them (default 1).')] = None,
+    init: Annotated[str, _option('How experts come from an FFN: copy (default), drop, split, virtual_group, shared_only, random.')] = 'copy',
+    layers: Annotated[Optional[str], _option("FFNs to change: numbers with commas, 'every 2nd', 'first 4' or 'last 4' (default: all).")] = None,
+    exact: Annotated[bool, _option('Keep what would change the function at first (the other choices of tcmoe and moe_plus_plus) outside until training lets it in.', '--exact')] = False,
+    dense: Annotated[bool, _option('Train the dense model beside it (default), or not.', '--dense/--no-dense')] = True,
+    batch_size: Annotated[int, _option('Sequences of a step (default 2).')] = 2,
+    sequence_length: Annotated[int, _option('Tokens of a sequence (default 128).')] = 128,
+    learning_rate: Annotated[float, _option('Peak of the schedule (default 1e-5).')] = 1e-5,
+    warmup_steps: Annotated[int, _option('Steps until that peak (default 0).')] = 0,
+    grad_accum: Annotated[int, _option('Parts in which a step is computed, to save memory (default 1).')] = 1,
+    seed: Annotated[int, _option('Of router, text and order (default 0).')] = 0,
+    set: Annotated[Optional[list[str]], _option('Any other keyword of upcycle, e.g. router_init_std=0.1 or drop_ratio=0.3; may be repeated.', metavar='NAME=VALUE')] = None,
+    max_bytes: Annotated[int, _option('Text to read of each source, in bytes (default 4000000; 0: all).')] = 4_000_000,
+    valid_tokens: Annotated[int, _option('Tokens to measure perplexity on, at most (default 16384; 0: all that are held out).')] = 16_384,
+    text_field: Annotated[str, _option('Field of .jsonl, .parquet and datasets that holds the text (default: text).')] = 'text',
+    domain_field: Annotated[Optional[str], _option('Field that holds the domain (default: one domain a source).')] = None,
+    bf16: Annotated[bool, _option('Train under autocast to bfloat16.', '--bf16')] = False,
+    device: Annotated[Optional[str], _option('cpu or cuda (default: a GPU if there is one).')] = None,
+    threads: Annotated[Optional[int], _option('Threads to compute with (default: the cores of this process, at most 8).')] = None,
+    as_json: Annotated[bool, _option('Print the result as JSON.', '--json')] = False,
+):
+    "Make a mixture of experts from a dense model and train both on the same text; print perplexities, keep the mixture."
+    options = dict(locals())
+    _upcycle(options.pop('name'), options.pop('out'), options)
+
+# %% ../nbs/cli.ipynb #fc9a6112
+def _upcycle(name, out, options):
+    from libmoe_nb.upcycle_run import upcycle_and_train
+    from libmoe_nb.reports import _plain
+    out = out or Path('upcycled')/f"{Path(name).name}-{options['recipe']}"
+    with _UpcyclingProgress() as progress: table = upcycle_and_train(name, out=out, progress=progress, **_upcycle_settings(options))
+    rows = _plain(table.reset_index().to_dict('records'))
+    if options['as_json']: print(json.dumps(dict(results=rows, out=str(out), model=str(out/'model')), indent=1))
+    else: _print(*_upcycled_tables(rows), f"model: {out/'model'}", f"load it: AutoModelForCausalLM.from_pretrained({str(out/'model')!r}) after import libmoe_nb.models")
+
+# %% ../nbs/cli.ipynb #99b72454
+@app.command()
+@_kindly
+def evaluate(
+    model: Annotated[str, typer.Argument(help='Folder of a model or of a run, or a name on the Hugging Face hub.', show_default=False)],
+    tasks: Annotated[Optional[str], _option("Names of lm-eval with commas (paper_lm: the paper's nine benchmarks), or YAML files.")] = None,
+    suite: Annotated[Optional[list[Path]], _option('Folder of a suite; may be repeated.', metavar='FOLDER')] = None,
+    intervene: Annotated[Optional[list[str]], _option('drop_top1, drop_top12, drop_top=N, temperature=TAU, top_k=K, random, ban=EXPERT or force=EXPERT; may be repeated.', metavar='NAME[=VALUE]')] = None,
+    limit: Annotated[Optional[float], _option('Documents of each task: a number, or a share below 1 (default: all).')] = None,
+    num_fewshot: Annotated[Optional[int], _option('Examples before each question (default: what the task says).')] = None,
+    batch_size: Annotated[str, _option('Sequences of a batch, or auto (default).')] = 'auto',
+    seed: Annotated[int, _option('Of the examples and of what a task draws (default 0).')] = 0,
+    out: Annotated[Optional[Path], _option('Folder for results.json, samples.csv and documents.jsonl.')] = None,
+    device: Annotated[Optional[str], _option('cpu or cuda (default: a GPU if there is one).')] = None,
+    threads: Annotated[Optional[int], _option('Threads to compute with (default: what torch takes).')] = None,
+    as_json: Annotated[bool, _option('Print the result as JSON.', '--json')] = False,
+):
+    "Zero-shot scores of a model, as it is and under interventions on its routers."
+    if not tasks and not suite: raise ValueError('give --tasks, --suite, or both')
+    if batch_size != 'auto' and not batch_size.isdigit(): raise ValueError(f"--batch-size must be 'auto' or a number, got '{batch_size}'")
+    import torch
+    from libmoe_nb import evaluation
+    if threads: torch.set_num_threads(threads)
+    res = evaluation.evaluate(model, [*([tasks] if tasks else []), *_suites(suite)], intervention=intervene, limit=limit, num_fewshot=num_fewshot,
+                              batch_size=batch_size if batch_size == 'auto' else int(batch_size), seed=seed, out=out, device=device)
+    if as_json: return print(json.dumps(res.to_dict(), indent=1))
+    _print(*_score_tables(res), *([f'saved: {out}'] if out else []))
+
+def _suites(folders):
+    if not folders: return []
+    from libmoe_nb.suites import Suite
+    return [Suite.load(f) for f in folders]
+
+# %% ../nbs/cli.ipynb #bb5b4c5d
+def _score_tables(res):
+    "Scores in percent with standard errors; under interventions also the changes and their sum"
+    t = res.table()
+    yield _table([['task', *t.columns], *[[n, *r] for n, r in zip(t.index, t.values.tolist())]], 2, title='scores, with standard errors over documents')
+    if res.results.intervention.nunique() < 2: return
+    c = res.score_change()
+    rows = [[n, *[f'{v:+.1f}' for v in r[:-1]], f'{r[-1]:.1f}'] for n, r in zip(c.index, c.values.tolist())]
+    yield _table([['intervention', *c.columns[:-1], '±'], *rows], title='score under the intervention minus score without, in points')
 
 # %% ../nbs/cli.ipynb #2d117244
 def _sizes(preset):

@@ -65,7 +65,7 @@ def test_imports_go_one_way(name):
     assert not [m for m in later if f'libmoe_nb.{m}' in imported(name, top=True)], f'{name} imports a module that comes after it'
 
 ONLY_IN = dict(fastai={'training', 'experiments'}, lm_eval={'evaluation'}, matplotlib={'plots'},
-               transformers={'adapters', *MODULES[MODULES.index('upcycling'):]}, datasets={'data.text'}, typer={'cli'})
+               transformers={'adapters', *MODULES[MODULES.index('upcycling'):]}, datasets={'data.text', 'evaluation'}, typer={'cli'})
 
 @pytest.mark.parametrize('library', ONLY_IN)
 def test_libraries_stay_in_their_place(library):
