@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from .routers import Routing, stable_topk
 
-# %% ../nbs/interventions.ipynb #42d42223
+# %% ../nbs/interventions.ipynb #9f0bf1a7
 def ranking(
     r:Routing,
 )->Tensor:     # [T, M]
     "What choices are ranked by: scores, with the expert bias added where the router has one."
-    bias = getattr(r.router, 'expert_bias', None)
+    rank, bias = getattr(r.router, 'rank', None), getattr(r.router, 'expert_bias', None)
+    if rank is not None: return rank(r.scores.detach())
     return r.scores.detach() if bias is None else r.scores.detach() + bias
 
 # %% ../nbs/interventions.ipynb #e3a194d1
