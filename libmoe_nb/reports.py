@@ -59,7 +59,7 @@ def _duration(s): return '–' if s is None or s != s else f'{s:.0f} s' if s < 1
 
 def _and(words): return words[0] if len(words) == 1 else ', '.join(words[:-1]) + ' and ' + words[-1]
 
-# %% ../nbs/reports.ipynb #ae50f922
+# %% ../nbs/reports.ipynb #4431d0cb
 _css = '''
 :root { color-scheme: light; --line: #e2e2e2; --soft: #666 }
 * { box-sizing: border-box }
@@ -73,6 +73,7 @@ th.l, td.l { text-align: left } td.w { white-space: normal; overflow-wrap: anywh
 .verdict { border-left: 4px solid #0060c0; background: #f3f7fc; padding: .7rem 1rem; max-width: none; -webkit-print-color-adjust: exact; print-color-adjust: exact }
 code { font: .92em ui-monospace, Menlo, Consolas, monospace; background: #f5f5f5; padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere }
 figure { margin: .8rem 0 } figcaption { font-size: .88rem; max-width: 46rem } img { max-width: 100%; height: auto; display: block }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: .2rem 1.2rem; align-items: start } h3 { font-size: 1rem; margin: 1rem 0 .3rem }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; border-top: 1px solid var(--line); padding-top: .8rem }
 @media print { body { font-size: 10.5pt; margin: 0; max-width: none; padding: 0 } figure, tr, .verdict { break-inside: avoid } h2 { break-after: avoid } .scroll { overflow: visible } table { font-size: 8pt } }
 '''
