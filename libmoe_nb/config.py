@@ -23,7 +23,7 @@ def did_you_mean(
     hint = f"did you mean '{near[0]}'? " if near else ''
     return f"unknown {kind} '{name}': {hint}known are {', '.join(sorted(known))}"
 
-# %% ../nbs/config.ipynb #354ed2e1
+# %% ../nbs/config.ipynb #be83ce98
 @dataclass(frozen=True)
 class MoESpec:
     "Sizes and options of one mixture-of-experts layer: the budget that each recipe spends its own way."
@@ -33,6 +33,7 @@ class MoESpec:
     top_k: int = 4                     # K, experts that a token uses, shared ones included
     num_shared_experts: int = 0        # N_s, for recipes with shared experts
     moe_intermediate_size: int = 64    # d_e, hidden size of one expert
+    output_size: int = None            # size of the result; None: hidden_size, as everywhere inside a transformer
     hidden_act: str = 'relu'           # activation by its Hugging Face name
     gated: bool = False                # SwiGLU-style experts of three matrices
     bias: bool = False                 # biases in the experts
@@ -44,7 +45,7 @@ class MoESpec:
     aux_loss_group: str = 'sequence'   # tokens that are balanced together: 'sequence', 'micro_batch' or 'global_batch'
     options: dict = field(default_factory=dict)  # what only some recipes understand, by keyword
 
-    def to_dict(self): return dataclasses.asdict(self)
+    def to_dict(self): return {k: v for k, v in dataclasses.asdict(self).items() if (k, v) != ('output_size', None)}
 
 # %% ../nbs/config.ipynb #5e4b6a7f
 def _from_dict(cls, d, kind):
@@ -63,13 +64,15 @@ def from_dict(cls:MoESpec, d):
 def _check(ok, name, value, expected):
     if not ok: raise ValueError(f'{name} must be {expected}, got {value}')
 
-# %% ../nbs/config.ipynb #c696b12e
+# %% ../nbs/config.ipynb #8bc9f3ee
 @patch
 def validate(self:MoESpec):
     "Raise a `ValueError` if this budget cannot be spent; return it otherwise."
     for n in 'hidden_size num_experts top_k moe_intermediate_size'.split():
         v = getattr(self, n)
         _check(isinstance(v, int) and v >= 1, n, v, 'a whole number of at least 1')
+    o = self.output_size
+    _check(o is None or isinstance(o, int) and o >= 1, 'output_size', o, 'None or a whole number of at least 1')
     _check(self.top_k <= self.num_experts, 'top_k', self.top_k, f'at most num_experts={self.num_experts}')
     _check(0 <= self.num_shared_experts < self.num_experts, 'num_shared_experts', self.num_shared_experts,
            f'at least 0 and below num_experts={self.num_experts}')
@@ -150,7 +153,7 @@ def spec(self:Preset, name:str, **overrides)->MoESpec:
     common = dict({k: getattr(self, k) for k in keys}, router_init_std=std[0], expert_init_std=std)
     return MoESpec.from_dict(dict(common, recipe=name) | overrides).validate()
 
-# %% ../nbs/config.ipynb #a903e554
+# %% ../nbs/config.ipynb #620c075c
 presets = {p.name: p for p in [
     Preset('tiny', hidden_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=32, num_experts=8, top_k=4,
            num_shared_experts=1, moe_intermediate_size=32, vocab_size=1024, sequence_length=128, batch_size=16, steps=60,

@@ -63,7 +63,7 @@ def _positive(**sizes):
     for name,n in sizes.items():
         if not isinstance(n, int) or n < 1: raise ValueError(f"{name}={n!r} is not a size; expected an integer of at least 1")
 
-# %% ../nbs/experts.ipynb #bb6cb33d
+# %% ../nbs/experts.ipynb #a826d9ba
 class FeedForward(nn.Module):
     "One dense FFN: `down_proj(act(up_proj(x)))`, or gated"
     def __init__(self,
@@ -72,17 +72,19 @@ class FeedForward(nn.Module):
         hidden_act='relu', # Name or function
         gated=False,       # act(gate) * up instead of act(up)?
         bias=False,        # Biases on both projections?
+        output_size=None,  # o, size of the result; None: d
     ):
         super().__init__()
-        _positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
+        self.output_size = hidden_size if output_size is None else output_size
+        _positive(hidden_size=hidden_size, intermediate_size=intermediate_size, output_size=self.output_size)
         self.hidden_size,self.intermediate_size,self.hidden_act,self.gated = hidden_size,intermediate_size,hidden_act,gated
         self.act = activation(hidden_act)
         self.up_name = 'gate_up_proj' if gated else 'up_proj'
         setattr(self, self.up_name, nn.Linear(hidden_size, intermediate_size * (1+gated), bias=bias))
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, self.output_size, bias=bias)
         self.reset_parameters()
 
-    def forward(self, hidden_states): # [..., d] -> [..., d]
+    def forward(self, hidden_states): # [..., d] -> [..., o]
         h = getattr(self, self.up_name)(hidden_states) # the modules themselves, so that whatever wraps or hooks them is heard
         return self.down_proj(_activated(h, self.act, self.gated))
 
@@ -108,7 +110,7 @@ def register_kernel(name):
         return f
     return _register
 
-# %% ../nbs/experts.ipynb #0f67d126
+# %% ../nbs/experts.ipynb #46bfa9c0
 class Experts(nn.Module):
     "N FFNs with stacked parameters; a token's output is the weighted sum of the experts that it chose"
     def __init__(self,
@@ -119,15 +121,17 @@ class Experts(nn.Module):
         gated=False,       # act(gate) * up instead of act(up)?
         bias=False,        # Biases on both projections?
         kernel='auto',     # A name in `kernels`, or 'auto': by device and dtype
+        output_size=None,  # o, size of the result; None: d
     ):
         super().__init__()
-        _positive(num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size)
+        self.output_size = hidden_size if output_size is None else output_size
+        _positive(num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size, output_size=self.output_size)
         self.num_experts,self.hidden_size,self.intermediate_size = num_experts,hidden_size,intermediate_size
         self.hidden_act,self.gated,self.bias,self.kernel = hidden_act,gated,bias,kernel
         self.act = activation(hidden_act)
         self.up_name = 'gate_up_proj' if gated else 'up_proj'
         N,d,h,h_up = num_experts,hidden_size,intermediate_size,intermediate_size*(1+gated)
-        for name,shape in {self.up_name: (N, h_up, d), 'down_proj': (N, d, h)}.items():
+        for name,shape in {self.up_name: (N, h_up, d), 'down_proj': (N, self.output_size, h)}.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
             self.register_parameter(name + '_bias', nn.Parameter(torch.empty(shape[:2])) if bias else None)
         self.reset_parameters()
@@ -154,7 +158,7 @@ class Experts(nn.Module):
         hidden_states, # [T, d]
         expert_index,  # [T, K] integers in 0..N; N: no expert
         weights,       # [T, K]
-    ): # [T, d]
+    ): # [T, o]
         _check(self, hidden_states, expert_index, weights)
         name = _auto_kernel(self, hidden_states) if self.kernel == 'auto' else self.kernel
         return _kernel_named(name)(self, hidden_states, expert_index, weights)
@@ -189,12 +193,12 @@ def _compute_dtype(x):
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device): return x.dtype
     return torch.get_autocast_dtype(device)
 
-# %% ../nbs/experts.ipynb #424d5f3a
+# %% ../nbs/experts.ipynb #975bea2a
 @register_kernel('loop')
 def loop_kernel(experts, hidden_states, expert_index, weights):
     "The meaning of `Experts`: one expert after the other"
     dtype = _compute_dtype(hidden_states)
-    y = hidden_states.new_zeros(hidden_states.shape, dtype=torch.promote_types(dtype, weights.dtype))
+    y = hidden_states.new_zeros(len(hidden_states), experts.output_size, dtype=torch.promote_types(dtype, weights.dtype))
     N,stacked = experts.num_experts,experts.stacked
     each = zip(*((None,)*N if p is None else p.unbind() for p in stacked))
     for e,params in enumerate(each):
@@ -392,14 +396,14 @@ def _hidden_back(grad, p, act, gated):
     _act_back(act, grad.mul_(p[:,h:]), p[:,:h], out[:,:h])
     return out
 
-# %% ../nbs/experts.ipynb #1e5557a9
+# %% ../nbs/experts.ipynb #503c5d1d
 class _Sorted(torch.autograd.Function):
     "The layer as one function of tokens, weights and stacked parameters"
     @staticmethod
     def forward(ctx, x, weights, up, down, up_bias, down_bias, index, act, gated, keep, cap, spare):
         plan,x = _plan(index, len(up), cap, spare, x.element_size() < 4),x.contiguous()
         S = plan.num_slots
-        rows = _workspace('rows', x, S+1, x.shape[1])
+        rows = _workspace('rows', x, S+1, down.shape[1])
         pre = x.new_empty(S, up.shape[1]) if keep else None
         for b in plan.blocks:
             s = b.slots
@@ -453,12 +457,12 @@ def _sorted_backward(ctx, grad):
     if need_w: dw = dw.index_select(0, plan.slot).view_as(weights).to(weights.dtype)
     return dx,dw if need_w else None,*grads,None,None,None,None,None,None
 
-# %% ../nbs/experts.ipynb #fb4ed79c
+# %% ../nbs/experts.ipynb #3e270ce2
 def _slots_per_block(experts, dtype):
     "(slots that fit the cache, slots of padding that cost as much as a product's set-up)"
-    d,h,half = experts.hidden_size,experts.intermediate_size,dtype.itemsize < 4
+    d,o,h,half = experts.hidden_size,experts.output_size,experts.intermediate_size,dtype.itemsize < 4
     h_up = h * (1+experts.gated)
-    return int((40e6 if half else 20e6) / ((2*d + h_up + h) * dtype.itemsize)),8 + int((1e7 if half else 2e6) / (d*h_up))
+    return int((40e6 if half else 20e6) / ((d + o + h_up + h) * dtype.itemsize)),8 + int((1e7 if half else 2e6) / (d*h_up))
 
 # %% ../nbs/experts.ipynb #0e11f50d
 @register_kernel('sorted')
@@ -469,12 +473,12 @@ def sorted_kernel(experts, hidden_states, expert_index, weights):
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *params))
     return _Sorted.apply(x, weights, *params, expert_index, experts.act, experts.gated, keep, *_slots_per_block(experts, dtype))
 
-# %% ../nbs/experts.ipynb #539de646
+# %% ../nbs/experts.ipynb #053babcc
 def _fits_grouped_mm(experts, dtype):
-    sizes = experts.hidden_size,experts.intermediate_size
+    sizes = experts.hidden_size,experts.intermediate_size,experts.output_size
     return hasattr(F, 'grouped_mm') and dtype in (torch.float32, torch.bfloat16, torch.float16) and all(n*dtype.itemsize % 16 == 0 for n in sizes)
 
-# %% ../nbs/experts.ipynb #bd1b2d1e
+# %% ../nbs/experts.ipynb #8925df23
 @register_kernel('grouped_mm')
 def grouped_mm_kernel(experts, hidden_states, expert_index, weights):
     "`torch.nn.functional.grouped_mm` on the choices sorted by expert; the one for GPUs"
@@ -492,7 +496,7 @@ def grouped_mm_kernel(experts, hidden_states, expert_index, weights):
     p = linear(x[order.div(max(K, 1), rounding_mode='floor')], up, up_bias)
     h = experts.act(p) if not experts.gated else experts.act(p[:,:p.shape[1]//2]) * p[:,p.shape[1]//2:]
     out = linear(h, down, down_bias) * weights.flatten()[order,None]
-    return out[order.argsort()].view(T, K, experts.hidden_size).sum(1).to(dtype)
+    return out[order.argsort()].view(T, K, experts.output_size).sum(1).to(dtype)
 
 # %% ../nbs/experts.ipynb #b622ffb0
 def _auto_kernel(experts, x):

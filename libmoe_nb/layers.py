@@ -19,7 +19,7 @@ from .routers import Router, SoftmaxRouter, SigmoidRouter, CosineRouter, Ternary
 from .experts import Experts, FeedForward, ZeroComputationExperts
 from .losses import load_balancing_loss, router_z_loss, null_reward
 
-# %% ../nbs/layers.ipynb #8777a456
+# %% ../nbs/layers.ipynb #454eadeb
 class MoELayer(nn.Module):
     "A router and its experts in the place of a feed-forward network."
     def __init__(self,
@@ -34,12 +34,12 @@ class MoELayer(nn.Module):
         super().__init__()
         if shared_weight is not None and not 0 <= shared_weight <= 1:
             raise ValueError(f'shared_weight must be None or between 0 and 1, got {shared_weight}')
-        ffn = (spec.hidden_act, spec.gated, spec.bias)
+        ffn = dict(hidden_act=spec.hidden_act, gated=spec.gated, bias=spec.bias, output_size=spec.output_size)
         self.spec, self.router, self.zero_experts, self.shared_weight = spec, router, zero_experts, shared_weight
-        self.experts = Experts(router.num_experts, spec.hidden_size, spec.moe_intermediate_size, *ffn)
+        self.experts = Experts(router.num_experts, spec.hidden_size, spec.moe_intermediate_size, **ffn)
         self.shared_experts = None
         if num_shared_experts:
-            self.shared_experts = FeedForward(spec.hidden_size, num_shared_experts * spec.moe_intermediate_size, *ffn)
+            self.shared_experts = FeedForward(spec.hidden_size, num_shared_experts * spec.moe_intermediate_size, **ffn)
         self.shared_gate = nn.Linear(spec.hidden_size, 1, bias=False) if num_shared_experts and shared_gate else None
         self.losses = default_losses(spec) if losses is None else losses
         self._previous, self._logits = (), None
@@ -66,14 +66,14 @@ def reset_parameters(self:MoELayer, generator=None):
     if self.shared_gate is not None: nn.init.normal_(self.shared_gate.weight, 0., self.spec.router_init_std)
     if self.zero_experts is not None: self.zero_experts.reset_parameters(generator)
 
-# %% ../nbs/layers.ipynb #bfb399ae
+# %% ../nbs/layers.ipynb #f0076931
 @patch
 def combine(self:MoELayer, hidden_states, routing):
     "Run the experts that `routing` chose on hidden_states [..., d]"
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     y = self.experts(x, routing.expert_index, routing.expert_weights)
     if self.zero_experts is not None: y = y + self.zero_experts(x, zero_weights(routing))
-    y = y.reshape(hidden_states.shape)
+    y = y.reshape(*hidden_states.shape[:-1], y.shape[-1])
     if self.shared_experts is None: return y
     shared, s = self.shared_experts(hidden_states), self.shared_weight
     if self.shared_gate is not None: shared = self.shared_gate(hidden_states).sigmoid() * shared
@@ -81,7 +81,7 @@ def combine(self:MoELayer, hidden_states, routing):
 
 @patch
 def forward(self:MoELayer, hidden_states):
-    "hidden_states [..., d] to [..., d]"
+    "hidden_states [..., d] to [..., d], or as wide as the spec's output_size"
     previous = self._previous[0]._logits if self._previous else None
     routing = self.router(hidden_states, previous)
     if self.router.uses_previous_logits: self._logits = routing.router_logits
@@ -161,11 +161,11 @@ def build_layer(spec:MoESpec)->nn.Module:
     if isinstance(build, type): return MoELayer(spec, build_router(build, spec, **spec.options))
     return build(spec, **spec.options)
 
-# %% ../nbs/layers.ipynb #fe6e16bc
+# %% ../nbs/layers.ipynb #d0d65e07
 @recipe('dense', title='Dense')
 def dense(spec):
     "One feed-forward network of width K * d_e: as many active parameters as the sparse recipes."
-    ffn = FeedForward(spec.hidden_size, spec.top_k * spec.moe_intermediate_size, spec.hidden_act, spec.gated, spec.bias)
+    ffn = FeedForward(spec.hidden_size, spec.top_k * spec.moe_intermediate_size, spec.hidden_act, spec.gated, spec.bias, spec.output_size)
     ffn.reset_parameters(up_std=spec.expert_init_std[0], down_std=spec.expert_init_std[1])
     return ffn
 
@@ -202,11 +202,12 @@ def tcmoe(spec, *, null_reward_coef=1e-5, **options):
     losses = default_losses(spec, over_experts=True) | {'null_reward': (-null_reward_coef, null_reward)}
     return MoELayer(spec, build_router(TernaryRouter, spec, **options), losses=losses)
 
-# %% ../nbs/layers.ipynb #a94519bb
+# %% ../nbs/layers.ipynb #f95d58a7
 @recipe('moe_plus_plus', title='MoE++')
 @delegates(ResidualRouter, but=['num_zero_computation_experts'])
 def moe_plus_plus(spec, *, num_zero=1, num_copy=1, num_constant=None, zero_expert_weight=0.75, **options):
     "Zero-computation experts beside the others, and a gating residual from layer to layer."
+    if spec.output_size not in (None, spec.hidden_size): raise ValueError(f'output_size must be hidden_size={spec.hidden_size} for moe_plus_plus, whose copy experts return what they are given, got {spec.output_size}')
     if num_constant is None: num_constant = max(round(spec.num_experts / 8) - num_zero - num_copy, 1)
     Z = num_zero + num_copy + num_constant
     eta = torch.cat([torch.ones(spec.num_experts, device='cpu'), torch.full((Z,), zero_expert_weight, device='cpu')])

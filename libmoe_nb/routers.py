@@ -258,7 +258,7 @@ def weigh(self:TernaryRouter, scores, top_k_index):
         w = w / (chosen + scores[:, first_null:].sum(-1, keepdim=True)).clamp_min(torch.finfo(w.dtype).tiny)
     return w if self.routed_scaling_factor == 1 else w * self.routed_scaling_factor
 
-# %% ../nbs/routers.ipynb #047dd9cd
+# %% ../nbs/routers.ipynb #bfbfb769
 @delegates()
 class ResidualRouter(SoftmaxRouter):
     "MoE++: softmax over experts and zero-computation experts, with a gating residual from the previous router."
@@ -279,7 +279,7 @@ class ResidualRouter(SoftmaxRouter):
         if previous_logits is None or self.gating_residual is None: return l
         if previous_logits.shape != l.shape:
             raise ValueError(f'previous_logits must be {tuple(l.shape)}, for the same tokens and choices, got {tuple(previous_logits.shape)}')
-        return l + F.linear(previous_logits.to(l.dtype), self.gating_residual.to(l.dtype))
+        return l + F.linear(previous_logits.to(l), self.gating_residual.to(l.dtype))
 
 # %% ../nbs/routers.ipynb #0e501bc9
 @patch
@@ -289,7 +289,7 @@ def _apply(self:Router, fn, recurse=True):
     if bias is not None and self.expert_bias.dtype in (torch.bfloat16, torch.float16): self.expert_bias = bias.to(self.expert_bias.device)
     return self
 
-# %% ../nbs/routers.ipynb #920bf0d3
+# %% ../nbs/routers.ipynb #ef4459fb
 @torch.no_grad()
 def update_expert_bias(
     router:Router,
@@ -299,4 +299,4 @@ def update_expert_bias(
     "One step of loss-free balancing ([Wang et al. 2024](https://arxiv.org/abs/2408.15664)), in place."
     if router.expert_bias is None: raise ValueError('router must be made with expert_bias=True for loss-free balancing')
     load = load.to(router.expert_bias.device).float()
-    router.expert_bias += rate * (load.mean() - load).sign().to(router.expert_bias.dtype)
+    router.expert_bias.add_(rate * (load.mean() - load).sign().to(router.expert_bias.dtype))

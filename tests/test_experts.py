@@ -294,3 +294,28 @@ def test_benchmark_runs_and_writes_rows(tmp_path):
     rows = json.loads((tmp_path/'r.json').read_text())
     assert {'shape', 'routing', 'dtype', 'mode', 'implementation', 'ratio', 'milliseconds'} <= set(rows[0])
     assert {'dense', 'loop', 'sorted', 'transformers_grouped'} <= {r['implementation'] for r in rows}
+
+# output size
+
+@pytest.mark.parametrize('gated, bias', [(False, False), (True, True)])
+@pytest.mark.parametrize('o', [4, 24])
+def test_output_size(gated, bias, o):
+    "Widths that differ: every kernel, forth and back, with skipped choices and idle experts"
+    torch.manual_seed(0)
+    e = Experts(5, 8, 16, 'silu', gated, bias, kernel='loop', output_size=o)
+    for p in e.parameters(): torch.nn.init.normal_(p, std=.3)
+    x, index, w = torch.randn(40, 8), torch.randint(0, 6, (40, 3)), torch.randn(40, 3)
+    index[index == 2] = 5                                  # expert 2 has no tokens, 5 is none
+    def run(kernel):
+        e.kernel = kernel
+        inputs = [t.clone().requires_grad_() for t in (x, w)]
+        y = e(inputs[0], index, inputs[1])
+        assert y.shape == (40, o)
+        return [y, *torch.autograd.grad((y * torch.arange(o)).sum(), [*inputs, *e.parameters()])]
+    want = run('loop')
+    naive = sum(w[:, k, None] * torch.stack([ffn(x[t], *(None if p is None else p[i] for p in e.stacked), e.act, gated) if (i := index[t, k]) < 5 else torch.zeros(o) for t in range(40)]) for k in range(3))
+    torch.testing.assert_close(want[0], naive, atol=1e-5, rtol=1e-5)
+    for kernel in ('sorted', 'grouped_mm'):
+        for a, b in zip(run(kernel), want): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    f = FeedForward(8, 16, 'silu', gated, bias, output_size=o)
+    assert f(x).shape == (40, o)
