@@ -35,7 +35,7 @@ def _kindly(f):
             raise typer.Exit(130) from None
     return run
 
-# %% ../nbs/cli.ipynb #f96ac7ba
+# %% ../nbs/cli.ipynb #5b3b70d3
 def _option(help, *names, **kwargs): return typer.Option(*names, help=help, show_default=False, **kwargs)
 
 def _options(
@@ -54,6 +54,7 @@ def _options(
     max_bytes: Annotated[int, _option('Text to read of each source, in bytes (default 4000000; 0: all).')] = 4_000_000,
     text_field: Annotated[str, _option('Field of .jsonl, .parquet and datasets that holds the text (default: text).')] = 'text',
     domain_field: Annotated[Optional[str], _option('Field that holds the domain (default: one domain a source).')] = None,
+    traces: Annotated[int, _option('Validation tokens on which the routers\' choices are kept, a dozen times in a training (default 4096; 0: none).')] = 4096,
     bf16: Annotated[bool, _option('Train under autocast to bfloat16.', '--bf16')] = False,
     device: Annotated[Optional[str], _option('cpu or cuda (default: a GPU if there is one).')] = None,
     threads: Annotated[Optional[int], _option('Threads to compute with (default: the cores of this process, at most 8).')] = None,
@@ -83,7 +84,7 @@ def _settings(options):
     if options['max_bytes'] < 0: raise ValueError(f"--max-bytes must be at least 0, got {options['max_bytes']}")
     return dict(res, max_bytes=options['max_bytes'] or None)
 
-# %% ../nbs/cli.ipynb #155264ec
+# %% ../nbs/cli.ipynb #a5a830b1
 class _Progress:
     "What `compare` tells, as bars or lines on stderr"
     def __init__(self, quiet=False):
@@ -96,6 +97,8 @@ class _Progress:
         if self.asked and event in ('step', 'finish'): raise KeyboardInterrupt
     def on_data(self, name): self.line('reading the text and training a tokenizer (once; it is kept) ...')
     def on_report(self, name): self.line('writing the report ...')
+    def on_suite(self, name): self.line('making tasks from the validation text ...')
+    def on_evaluate(self, name): self.line(f'evaluating {name} ...')
     def line(self, s): self.console.print(s, markup=False, soft_wrap=True)
 
 # %% ../nbs/cli.ipynb #03d123e1
@@ -164,25 +167,26 @@ def _print(*things):
     for t in things: console.print(t, markup=False, soft_wrap=True) if isinstance(t, str) else console.print(t)
     return console
 
-# %% ../nbs/cli.ipynb #a721bc0b
+# %% ../nbs/cli.ipynb #8f344968
 def _result_tables(res, width=None):
     "The table of a `Comparison`, in one or two parts"
     from rich.console import Console
-    from libmoe_nb.experiments import _duration, _millions, _number
+    from libmoe_nb.experiments import _duration, _millions, _number, _score_cells
     df, names = res.results, res.domain_names
     spread = lambda r: _number(r.perplexity) + ('' if r.perplexity_std != r.perplexity_std else f' ± {r.perplexity_std:.1f}')
     first = [[str(r['rank']) if r.recipe != 'unigram' else '', r.title] for _, r in df.iterrows()]
     main = [[_millions(r.parameters), _millions(r.active_parameters), spread(r)] for _, r in df.iterrows()]
     domains = [[_number(r[f'perplexity_{d}']) for d in names] for _, r in df.iterrows()]
-    rest = [[_number(r.load_max_mean, 2), _number(r.experts_per_token, 2), _number(r.tokens_per_second, 0), _duration(r.seconds)] for _, r in df.iterrows()]
-    heads = ['', 'recipe'], ['parameters', 'active', 'perplexity'], names, ['busiest/mean', 'experts/token', 'tokens/s', 'time']
+    scores = [_score_cells(r) for _, r in df.iterrows()]
+    rest = [[*scores.pop(0), _number(r.load_max_mean, 2), _number(r.experts_per_token, 2), _number(r.tokens_per_second, 0), _duration(r.seconds)] for _, r in df.iterrows()]
+    heads = ['', 'recipe'], ['parameters', 'active', 'perplexity'], names, [*(['accuracy %', 'mean rank'] if res.evaluations else []), 'busiest/mean', 'experts/token', 'tokens/s', 'time']
     join = lambda *parts: _table([sum(row, []) for row in zip(*[[h, *p] for h, p in parts])], 2)
     f, m, d, r = zip(heads, (first, main, domains, rest))
     whole, console = join(f, m, d, r), Console(width=width)
     fits = len(names) <= 6 and console.measure(whole).maximum <= (width or (console.width if sys.stdout.isatty() else 240))
     return [whole] if fits else [join(f, m, r), *([join(f, d)] if len(names) > 1 else [])]
 
-# %% ../nbs/cli.ipynb #a740aac2
+# %% ../nbs/cli.ipynb #3cb6f77f
 @app.command()
 @_kindly
 @_with_options
@@ -190,19 +194,23 @@ def compare(
     recipes: Annotated[Optional[str], _option('Names with commas (see `libmoe list`). Default: all eight.')] = None,
     seeds: Annotated[int, _option('Train each recipe this many times (default 1; 3 or more show what is chance).')] = 1,
     out: Annotated[Path, _option('Folder of runs and report (default: runs). Finished runs in it are not repeated, interrupted ones go on.')] = Path('runs'),
+    evaluate: Annotated[bool, _option('Score each model on tasks made from the validation text, during training and at its end; finished runs are scored without training again.', '--evaluate')] = False,
+    examples: Annotated[Optional[int], _option('Examples of each task and domain for --evaluate (default 40).')] = None,
     **options,
 ):
     "Train recipes side by side under one budget; print a table and write report.html."
     from libmoe_nb import experiments
+    options['evaluate'] = examples if examples is not None else evaluate or None
     with _Progress() as progress: res = experiments.compare(recipes, preset=options['preset'], seeds=seeds, out=out, progress=progress, **_settings(options))
     if options['as_json']: print(json.dumps(res.to_dict(), indent=1))
     else: _show(res)
 
 def _show(res):
-    from libmoe_nb.experiments import verdict
-    _print(*_result_tables(res), verdict(res.runs), '', f"report: {res.out/'report.html'}")
+    from libmoe_nb.experiments import ranking_verdict, recipe_title, verdict
+    scores = [ranking_verdict(res.score_tests, names=recipe_title)] if len(res.score_tests) else []
+    _print(*_result_tables(res), verdict(res.runs), *scores, '', f"report: {res.out/'report.html'}")
 
-# %% ../nbs/cli.ipynb #77ca587b
+# %% ../nbs/cli.ipynb #46d3524b
 @app.command()
 @_kindly
 @_with_options
@@ -210,16 +218,27 @@ def train(
     recipe: Annotated[str, typer.Argument(help='Name of the recipe, e.g. smoe (see `libmoe list`).', show_default=False)],
     out: Annotated[Optional[Path], _option('Folder of the run (default: trained/RECIPE); the model is in its subfolder model.')] = None,
     seed: Annotated[int, _option('Of the weights and of the order of the data (default 0).')] = 0,
+    evaluate: Annotated[bool, _option('Score the model on tasks made from the validation text, during training and at its end.', '--evaluate')] = False,
+    examples: Annotated[Optional[int], _option('Examples of each task and domain for --evaluate (default 40).')] = None,
     **options,
 ):
     "Train one recipe and keep the model."
     from libmoe_nb import experiments
+    options['evaluate'] = examples if examples is not None else evaluate or None
     with _Progress() as progress: res = experiments.train(recipe, preset=options['preset'], out=out or Path('trained')/recipe, seed=seed, progress=progress, **_settings(options))
     if options['as_json']: return print(json.dumps(res, indent=1))
     number = experiments._number
     rows = [['validation', 'unigram model', res['title']], *[[d, number(res['unigram']['domains'][d]), number(v)] for d, v in res['domains'].items()],
             ['all', number(res['unigram']['perplexity']), number(res['perplexity'])]]
-    _print(_table(rows, title='perplexity'), f"model: {res['model']}", f"load it: AutoModelForCausalLM.from_pretrained({res['model']!r}) after import libmoe_nb.models")
+    tasks = [['task', 'guessing', 'unigram', res['title']], *_task_rows(res['evaluation'])] if 'evaluation' in res else None
+    _print(_table(rows, title='perplexity'), *([_table(tasks, title='accuracy, %')] if tasks else []), f"model: {res['model']}", f"load it: AutoModelForCausalLM.from_pretrained({res['model']!r}) after import libmoe_nb.models")
+
+def _task_rows(evaluation):
+    "Accuracy on each task of a suite, beside that of guessing and of a unigram model"
+    from libmoe_nb.experiments import _percent
+    tasks, best = evaluation['suite']['tasks'], {r['task']: r for r in reversed(evaluation['results'])}      # the first metric of a task stands for it
+    nan = float('nan')
+    return [[n, _percent(t['chance']), _percent(t.get('unigram', nan)), _percent(best[n]['value'], nan if best[n]['stderr'] is None else best[n]['stderr'])] for n, t in tasks.items()]
 
 # %% ../nbs/cli.ipynb #b76ea40f
 class _UpcyclingProgress(_Progress):
@@ -293,6 +312,46 @@ def _upcycle(name, out, options):
     rows = _plain(table.reset_index().to_dict('records'))
     if options['as_json']: print(json.dumps(dict(results=rows, out=str(out), model=str(out/'model')), indent=1))
     else: _print(*_upcycled_tables(rows), f"model: {out/'model'}", f"load it: AutoModelForCausalLM.from_pretrained({str(out/'model')!r}) after import libmoe_nb.models")
+
+# %% ../nbs/cli.ipynb #45011cbc
+_next = dict(model='loading the model ...', text='reading the text with its tokenizer ...', trace='running the probe set ...', metrics='reading the trace ...',
+             similarity='comparing experts ...', interventions='running it again with routers that decide otherwise ...', report='writing the report ...')
+
+def _analysis_table(res):
+    "The summary of an `Analysis`"
+    n = lambda v: '' if v != v else f'{v:.3f}'
+    at = lambda v, layer: '' if v != v else f'{v:.3f} in {layer}'
+    return _table([['', 'model', 'random routing', 'lowest layer', 'highest layer'],
+                   *[[r.metric, n(r.value), n(r.random), at(r.low, r.low_layer), at(r.high, r.high_layer)] for r in res.summary().itertuples()]])
+
+# %% ../nbs/cli.ipynb #fc4809b0
+@app.command()
+@_kindly
+def analyze(
+    model: Annotated[str, typer.Argument(help='Folder of a model or of a run, or a name on the Hugging Face hub.', show_default=False)],
+    data: Annotated[Optional[str], _option("Corpus, file, folder or Hugging Face dataset, or several with commas. Default: the run's own, else the packaged corpora that are installed.")] = None,
+    out: Annotated[Optional[Path], _option('Folder for trace, tables and report (default: analysis/NAME).')] = None,
+    tokens: Annotated[int, _option('Size of the probe set (default 16384).')] = 16_384,
+    tokenizer: Annotated[Optional[str], _option('Where the tokenizer is, if not beside the model.')] = None,
+    sequence_length: Annotated[Optional[int], _option('Tokens run together (default: as a run was trained, else 256).')] = None,
+    batch_size: Annotated[int, _option('Sequences run together (default 8).')] = 8,
+    perturb: Annotated[bool, _option('Measure what routing otherwise costs (default), or not.', '--perturb/--no-perturb')] = True,
+    max_bytes: Annotated[int, _option('Text to read of each source, in bytes, where it is split into training and validation (default 4000000; 0: all).')] = 4_000_000,
+    text_field: Annotated[str, _option('Field of .jsonl, .parquet and datasets that holds the text (default: text).')] = 'text',
+    domain_field: Annotated[Optional[str], _option('Field that holds the domain (default: one domain a source).')] = None,
+    device: Annotated[Optional[str], _option('cpu or cuda (default: a GPU if there is one).')] = None,
+    threads: Annotated[Optional[int], _option('Threads to compute with (default: the cores of this process, at most 8).')] = None,
+    as_json: Annotated[bool, _option('Print the result as JSON.', '--json')] = False,
+):
+    "Look inside a mixture of experts: every metric beside what chance gives; writes a report."
+    from libmoe_nb import analysis, experiments
+    experiments.use_threads(threads)
+    path = Path(model)
+    out = out or Path('analysis')/(path.resolve().parent.name if path.name == 'model' else path.name or path.resolve().name)
+    res = analysis.analyze(model, data, num_tokens=tokens, out=out, tokenizer=tokenizer, sequence_length=sequence_length, batch_size=batch_size, perturb=perturb, device=device,
+                           progress=lambda what: _say(_next[what]), max_bytes=max_bytes or None, text_field=text_field, domain_field=domain_field)
+    if as_json: print(json.dumps(res.to_dict() | dict(report=str(out/'report.html')), indent=1))
+    else: _print(_analysis_table(res), *res.findings(), '', f"report: {out/'report.html'}")
 
 # %% ../nbs/cli.ipynb #99b72454
 @app.command()
