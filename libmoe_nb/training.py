@@ -495,7 +495,7 @@ class RoutingTelemetry(Callback):
     def state(self): return dict(rows=self.rows)
     def load_state(self, s): self.rows = s['rows']
 
-# %% ../nbs/training.ipynb #de174b38
+# %% ../nbs/training.ipynb #0b62be4d
 class MetricsWriter(Callback):
     "Appends what happens to a file of JSON lines."
     order = 65
@@ -504,8 +504,9 @@ class MetricsWriter(Callback):
         every:int=1,   # write each so many training steps
     ):
         self.path, self.every, self.file, self.told = Path(path), every, None, 0
+        self.listeners = []  # functions that are told each line, as a dict
 
-# %% ../nbs/training.ipynb #ad8e2c90
+# %% ../nbs/training.ipynb #4664dd44
 def _plain(v):
     "A number as JSON has it"
     if isinstance(v, (Tensor, np.generic)): v = v.item()
@@ -514,8 +515,9 @@ def _plain(v):
 @patch
 def write(self:MetricsWriter, split, **values):
     "Append one line."
-    row = dict(step=self.learn.step, split=split) | values
-    self.file.write(json.dumps({k: _plain(v) for k, v in row.items()}) + '\n')
+    row = {k: _plain(v) for k, v in (dict(step=self.learn.step, split=split) | values).items()}
+    self.file.write(json.dumps(row) + '\n')
+    for f in self.listeners: f(row)
 
 # %% ../nbs/training.ipynb #71bd2783
 def _whole_lines(path):
