@@ -196,14 +196,18 @@ class Probe:
     held_out: bool   # is it known not to be what the model was trained on?
     num_tokens = property(lambda self: sum(int(b.get('attention_mask', torch.ones_like(b['input_ids'])).sum()) for b in self.batches))
 
-# %% ../nbs/analysis.ipynb #515797b3
+# %% ../nbs/analysis.ipynb #4eeabef4
+def _text_config(model):
+    try: return model.config.get_text_config()
+    except ValueError: return model.config           # several, of encoder and decoder
+
 def _source(data):
     if isinstance(data, TextData): return ','.join(data.domains)
     return ','.join(map(str, data)) if isinstance(data, (list, tuple)) else str(data)
 
 def _make_probe(subject, data, num_tokens, sequence_length, batch_size, **reading):
     "The probe set for a subject"
-    config, known = subject.model.config.get_text_config(), subject.run.get('info', {}).get('data', {})
+    config, known = _text_config(subject.model), subject.run.get('info', {}).get('data', {})
     S = sequence_length or subject.run.get('run', {}).get('data', {}).get('sequence_length') or 256
     S = min(S, getattr(config, 'max_position_embeddings', None) or S, num_tokens)
     if data is None and known.get('source') is not None: data, reading = known['source'], known.get('reading') or {}
@@ -228,6 +232,17 @@ def measure_trace(
                 dead_experts=dead_experts(trace), selection_ratio=both(selection_ratio), co_activation=co_activation(trace), domain_specialisation=domain_specialisation(trace),
                 vocabulary_specialisation=vocabulary_specialisation(trace, min_count=int(min(5, often))))
 
+# %% ../nbs/analysis.ipynb #ee65bfb6
+def _has_decoder(model): return bool(getattr(model.config, 'is_encoder_decoder', False))
+
+def _run_both(model, batch):
+    ids, mask = (None if batch.get(k) is None else batch[k].to(model.device) for k in ('input_ids', 'attention_mask'))
+    return model(input_ids=ids, decoder_input_ids=ids, attention_mask=mask)
+
+def _runner(model): return _run_both if _has_decoder(model) else None
+
+def _predicts_next(model): return model.can_generate() and not _has_decoder(model)
+
 # %% ../nbs/analysis.ipynb #5e1707f4
 _interventions = {'drop top-1': drop_top1, 'drop top-1 and 2': drop_top12, 'temperature 0.1': temperature(.1), 'temperature 10': temperature(10.), 'random routing': random_routing()}
 
@@ -248,7 +263,7 @@ def _some(batches, tokens):
     n = min(max(round(tokens / per), 1), len(batches))
     return [batches[i * len(batches) // n] for i in range(n)]
 
-# %% ../nbs/analysis.ipynb #3b8845aa
+# %% ../nbs/analysis.ipynb #71c64b23
 def measure_model(
     model, batches,         # with mixture-of-experts layers, and a probe set
     similarity_tokens=2048, # on which the outputs of experts are compared
@@ -256,12 +271,12 @@ def measure_model(
     tell=None,              # called with a word on what comes next
 )->tuple:                   # tables of the model, and of chance: dicts
     "The metrics that need the model."
-    tell, few = tell or (lambda what: None), _some(batches, similarity_tokens)
+    tell, few, run = tell or (lambda what: None), _some(batches, similarity_tokens), _runner(model)
     tell('similarity')
-    mine = dict(output_similarity=expert_output_similarity(model, few), parameter_similarity=expert_parameter_similarity(model))
-    with intervene(model, random_routing()): chance = dict(output_similarity=expert_output_similarity(model, few))
+    mine = dict(output_similarity=expert_output_similarity(model, few, run=run), parameter_similarity=expert_parameter_similarity(model))
+    with intervene(model, random_routing()): chance = dict(output_similarity=expert_output_similarity(model, few, run=run))
     chance['parameter_similarity'] = mine['parameter_similarity'].assign(similarity=0.)
-    if perturb:
+    if perturb and _predicts_next(model):
         tell('interventions')
         mine['perturbation'] = routing_perturbation(model, batches, _possible(model, batches[0]))
     return mine, chance
@@ -338,7 +353,7 @@ def summary(self:Analysis)->pd.DataFrame: # columns metric, value, random, low, 
     ints = dict.fromkeys(['low_layer', 'high_layer'], 'Int64')
     return pd.DataFrame(rows, columns='metric value random low low_layer high high_layer meaning'.split()).astype(ints)
 
-# %% ../nbs/analysis.ipynb #2fa0ad20
+# %% ../nbs/analysis.ipynb #8af4977e
 def _sizes(model, trace):
     "Parameters in all, and those that one token uses"
     total = sum(p.numel() for p in model.parameters())
@@ -347,13 +362,13 @@ def _sizes(model, trace):
 
 def _about(s, probe, trace, seconds):
     "What was analysed, and how"
-    m, config = trace.meta, s.model.config.get_text_config()
+    m, config = trace.meta, _text_config(s.model)
     dtype = str(next(s.model.parameters()).dtype).removeprefix('torch.')
     return dict(model=s.name, kind=type(s.model).__name__, recipe=m['recipe'], layers=m['num_layers'], num_experts=sorted(set(m['num_experts'])), top_k=sorted(set(m['top_k'])), num_choices=sorted(set(m['num_choices'])),
                 model_type=getattr(config, 'model_type', ''), dtype=dtype, **_sizes(s.model, trace), data=probe.source, domains={d: int((trace.domain == i).sum()) for i, d in enumerate(probe.domains)},
                 tokens=trace.num_tokens, sequence_length=int(trace.position.max()) + 1, held_out=probe.held_out, seconds=seconds, libmoe_nb=__version__, torch=torch.__version__, machine=f'{platform.system()} {platform.machine()}')
 
-# %% ../nbs/analysis.ipynb #d7de7188
+# %% ../nbs/analysis.ipynb #e1b71fb8
 def analyze(
     model,                    # folder of a model or of a run, name on the Hugging Face hub, or a model
     data=None,                # what `text_data` takes, or a `TextData`; None: the run's own, else the packaged corpora that are installed
@@ -382,7 +397,7 @@ def analyze(
     box = None if out else tempfile.TemporaryDirectory()
     if out: _make_folder(out)
     tell('trace')
-    trace = write_trace(s.model, probe.batches, (out or Path(box.name))/'trace.safetensors', domains=probe.domains, model_id=s.name)
+    trace = write_trace(s.model, probe.batches, (out or Path(box.name))/'trace.safetensors', domains=probe.domains, model_id=s.name, run=_runner(s.model))
     tell('metrics')
     mine, chance = measure_trace(trace), measure_trace(random_like(trace))
     for a, b in zip((mine, chance), measure_model(s.model, probe.batches, similarity_tokens, perturb, tell)): a.update(b)

@@ -646,14 +646,14 @@ def _routers_html(self:Comparison):
 @patch
 def _some_domains(self:Comparison, df): return df[df.domain.isin(self.domain_names[:6])]
 
-# %% ../nbs/experiments.ipynb #c62812bc
+# %% ../nbs/experiments.ipynb #20d088e3
 @patch
 def _traces_html(self:Comparison):
     if not len(self.change_rate): return ''
     last, some = self.margin[self.margin.step == self.margin.step.max()], next(ts[-1] for ts in self.traces.values() if ts)
     figures = [(plot_over_checkpoints(self.change_rate, 'change_rate', 'tokens'), 'Expert change rate: share of the assignments of tokens to experts that differ from those at the point before. Points lie denser at the beginning, '
                 'so compare recipes, not points.'),
-               (plot_over_checkpoints(self.saturation, 'saturation', 'tokens'), 'Router saturation: share of the final choices that are made already, for the first choice (k = 1) and for all.'),
+               (plot_over_checkpoints(self.saturation, 'saturation', 'tokens', random=None), 'Router saturation: share of the final choices that are made already, for the first choice (k = 1) and for all.'),
                (plot_by_layer(last, 'margin'), 'Router margin at the end, by layer: best minus second score of a token. Sigmoid scores are not shares, so their margin compares among themselves only.')]
     note = f'On a probe set of {some.num_tokens:,} validation tokens, the same at each point; means over layers, except for the last figure.'
     return ft.Section(ft.H2('How choices settle'), ft.P(note, cls='soft'), *[report_figure(f, c.split(':')[0].lower(), c) for f, c in figures])

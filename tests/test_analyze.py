@@ -11,12 +11,10 @@ from libmoe_nb.cli import app
 from libmoe_nb.experiments import compare, read_comparison, train
 from libmoe_nb.metrics import expert_allocation_entropy
 from libmoe_nb.traces import make_trace, read_trace
+from test_adapters import FAMILIES
 
 transformers.logging.set_verbosity_error()
 ALL = os.environ.get('LIBMOE_ALL_FAMILIES')              # every class that the installed transformers has; a few otherwise
-FAMILIES = '''mixtral olmoe qwen2_moe qwen3_moe qwen3_next qwen3_5_moe_text flex_olmo mellum jamba hunyuan_v1_moe minimax gpt_oss granitemoe granitemoeshared granitemoehybrid granitemoe_swa
-aria_text ernie4_5_moe llama4_text deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe glm4_moe_lite glm_moe_dsa dots1 exaone_moe solar_open axk1 hy_v3 hy_v4 minimax_m2 lfm2_moe laguna afmoe
-cohere2_moe longcat_flash nemotron_h phimoe gemma4_text'''.split()
 FEW = 'mixtral olmoe qwen3_moe gpt_oss deepseek_v3 llama4_text granitemoe longcat_flash'.split()
 SMALL = dict(preset='tiny', steps=6, batch_size=4, sequence_length=64, vocab_size=300, threads=1, progress=None)
 
@@ -133,7 +131,7 @@ def test_a_trace_that_was_half_written_is_in_nobodys_way(texts, tmp_path):
 
 # transformers' own
 
-@pytest.mark.parametrize('family', FAMILIES if ALL else FEW)
+@pytest.mark.parametrize('family', list(FAMILIES) if ALL else FEW)
 def test_a_class_of_transformers(family, tokenizer, texts, tmp_path):
     if family not in transformers.CONFIG_MAPPING: pytest.skip('not in this transformers')
     model = tiny_moe(family, seed=1)
@@ -147,8 +145,9 @@ def test_a_class_of_transformers(family, tokenizer, texts, tmp_path):
     a = analyze(model, texts, tokenizer=tokenizer, num_tokens=300, sequence_length=50)
     assert a.trace.num_tokens == 300 and set(a.trace.domains) == {'tales', 'notes'}
     rows = a.summary().set_index('metric')
-    assert rows.value[['allocation entropy', 'router margin', 'perplexity', 'parameter similarity']].notna().all()
-    assert any('drop top-1' in m for m in rows.index) and a.info['parameters'] > a.info['active_parameters'] > 0
+    assert rows.value[['allocation entropy', 'router margin', 'parameter similarity']].notna().all()
+    if model.can_generate() and not model.config.is_encoder_decoder: assert 0 < rows.value['perplexity'] < 1e6 and any('drop top-1' in m for m in rows.index)
+    assert a.info['parameters'] > a.info['active_parameters'] > 0
 
 
 # metrics and their references
