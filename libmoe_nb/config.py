@@ -153,13 +153,13 @@ def spec(self:Preset, name:str, **overrides)->MoESpec:
     common = dict({k: getattr(self, k) for k in keys}, router_init_std=std[0], expert_init_std=std)
     return MoESpec.from_dict(dict(common, recipe=name) | overrides).validate()
 
-# %% ../nbs/config.ipynb #620c075c
+# %% ../nbs/config.ipynb #70577b0e
 presets = {p.name: p for p in [
     Preset('tiny', hidden_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=32, num_experts=8, top_k=4,
            num_shared_experts=1, moe_intermediate_size=32, vocab_size=1024, sequence_length=128, batch_size=16, steps=60,
            learning_rate=5e-3, warmup_steps=10),
     Preset('mini', hidden_size=128, num_hidden_layers=4, num_attention_heads=4, head_dim=32, num_experts=16, top_k=4,
-           num_shared_experts=1, moe_intermediate_size=64, vocab_size=4096, sequence_length=256, batch_size=8, steps=100,
+           num_shared_experts=1, moe_intermediate_size=64, vocab_size=4096, sequence_length=256, batch_size=2, steps=400,
            learning_rate=3e-3, warmup_steps=20),
     Preset('paper-0.15b', hidden_size=512, num_hidden_layers=16, num_attention_heads=4, head_dim=82, num_experts=66, top_k=8,
            num_shared_experts=2, moe_intermediate_size=128, vocab_size=8000, sequence_length=1024, batch_size=64, steps=100_000,
