@@ -194,12 +194,19 @@ def _run(make, label, data, out, progress, config, checkpoint_seconds):
     progress('finish', label, result=dict(row, title=title, seed=config['training']['seed'], perplexity=row['after']), reused=reused)
     return model, row
 
-# %% ../nbs/upcycle_run.ipynb #fec85562
+# %% ../nbs/upcycle_run.ipynb #7e01db88
+def _public(name):
+    "What a card may tell of a model or of texts: of a path, its last part"
+    if isinstance(name, list): return [_public(n) for n in name]
+    if not isinstance(name, str): return 'the packaged corpora' if name is None else str(name)
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+# %% ../nbs/upcycle_run.ipynb #a75ab92a
 def _keep(moe, tokenizer, rows, config, out):
     "Save model and table, under their names when they are complete"
     t, row = config['training'], rows[-1]
-    moe.config.training = dict(upcycled_from=config['model'], data=config['data']['source'], tokens=t['steps'] * t['batch_size'] * config['data']['sequence_length'], **t)
-    moe.config.evaluation = {k: v for k, v in row.items() if k.endswith(('before', 'after'))} | ({'dense model after the same training': rows[0]['after']} if len(rows) > 1 else {})
+    moe.config.training = dict(upcycled_from=_public(config['model']), data=_public(config['data']['source']), tokens=t['steps'] * t['batch_size'] * config['data']['sequence_length'], **t)
+    moe.config.evaluation = {f'perplexity {k} training': v for k, v in row.items() if k.endswith(('before', 'after'))} | ({'the dense model after the same training': rows[0]['after']} if len(rows) > 1 else {})
     new = out/f'.model.{os.getpid()}.tmp'
     for old in [*out.glob('.model.*.tmp'), out/'model']: shutil.rmtree(old, ignore_errors=True)
     with _quietly(): moe.save_pretrained(new); tokenizer.save_pretrained(new)
