@@ -267,17 +267,17 @@ def _stderr(values, aggregate, seed=0, resamples=300):
     draws = np.random.default_rng(seed).integers(0, n, (resamples, n))
     return float(np.std([aggregate([values[i] for i in d]) for d in draws], ddof=1))
 
-# %% ../nbs/evaluation.ipynb #a601f77e
+# %% ../nbs/evaluation.ipynb #e6a9bfd6
 def _task_tables(name, task, samples, lm, t, seed):
     "Rows of results, samples and documents of one task; its main metric comes first"
-    choice = getattr(task, 'OUTPUT_TYPE', '') == 'multiple_choice'
+    choice = getattr(task, 'OUTPUT_TYPE', '') == 'multiple_choice' and not getattr(task, 'multiple_input', 0)
     values, docs, chances = {}, [], []
     for s in samples:
         metrics = {m: s[m] for m in s['metrics']}
         if choice:
             options = task.doc_to_choice(s['doc'])
             chances.append(1 / len(options))
-            right = _by_tokens(s, options, getattr(lm, 'lengths', {}))
+            right = _by_tokens(s, options, getattr(lm, 'lengths', {})) if {'acc', 'acc_norm'} & set(metrics) else None
             if right is not None: metrics['acc_tokens'] = right
         for m, v in metrics.items(): values.setdefault((m, s['filter']), {})[s['doc_id']] = v
         docs.append(_document(name, s, metrics, lm))
