@@ -400,11 +400,12 @@ def plot_specialisation(
     ax.set(title=f'layer {layer}', xlabel='expert, sorted by the domain it prefers' if sort else 'expert')
     return ax
 
-# %% ../nbs/plots.ipynb #205be5b1
+# %% ../nbs/plots.ipynb #4e2ade38
 @plt.rc_context(style)
 def plot_similarity(
     df:pd.DataFrame,  # of `expert_parameter_similarity` for one model, or of `expert_output_similarity`
     layer:int=0,      # for parameters
+    vmax:float=None,  # for parameters: where the scale ends; None: at the largest value
     ax=None,
     **kw,             # for `plot_by_layer`, for outputs
 ):                    # Axes
@@ -414,7 +415,7 @@ def plot_similarity(
     grid = np.full((n := max(d.expert.max(), d.other.max()) + 1, n), np.nan)
     grid[d.expert, d.other] = grid[d.other, d.expert] = d.similarity
     ax = _axes(ax, 1.6 + .19 * min(max(n, 8), 36), .9 + .19 * min(max(n, 8), 36))
-    most = max(float(d.similarity.abs().max()), .01)
+    most = vmax or max(float(d.similarity.abs().max()), .01)
     _scale(_heat(ax, grid, range(n), range(n), cmap='RdBu_r', norm=Normalize(-most, most)), ax, 'cosine of parameters')
     ax.set(title=f'layer {layer}', xlabel='expert', ylabel='expert'); ax.set_aspect('equal')
     return ax
