@@ -303,8 +303,8 @@ def _document(name, s, metrics, lm):
     cut = any(tuple(a) in getattr(lm, 'cut', ()) for a in s['arguments'])
     return dict(task=name, doc=s['doc_id'], arguments=[list(a) for a in s['arguments']], responses=s['filtered_resps'], target=s['target'], metrics=metrics, cut=cut, hash=s['doc_hash'])
 
-# %% ../nbs/evaluation.ipynb #b1060a0a
-@dataclass
+# %% ../nbs/evaluation.ipynb #9582d810
+@dataclass(repr=False)
 class Evaluation:
     "Scores of one model."
     results: pd.DataFrame          # task, metric, value, stderr, n, higher_is_better, group, chance, intervention
@@ -313,7 +313,7 @@ class Evaluation:
     info: dict = field(default_factory=dict)      # model, tasks, seed, limit, versions ...
 
     def _repr_html_(self): return self.table()._repr_html_()
-    def __str__(self): return self.table().to_string()
+    def __repr__(self): return self.table().to_string()
 
 # %% ../nbs/evaluation.ipynb #65ee35bb
 @patch
