@@ -35,8 +35,10 @@ def _kindly(f):
             raise typer.Exit(130) from None
     return run
 
-# %% ../nbs/cli.ipynb #5b3b70d3
+# %% ../nbs/cli.ipynb #ebadd667
 def _option(help, *names, **kwargs): return typer.Option(*names, help=help, show_default=False, **kwargs)
+
+Log = Annotated[Optional[str], _option('Send the telemetry of training to tensorboard, trackio or wandb as well.')]
 
 def _options(
     data: Annotated[Optional[str], _option('Corpus, file, folder or Hugging Face dataset, or several with commas. Default: the packaged corpora that are installed.')] = None,
@@ -186,7 +188,7 @@ def _result_tables(res, width=None):
     fits = len(names) <= 6 and console.measure(whole).maximum <= (width or (console.width if sys.stdout.isatty() else 240))
     return [whole] if fits else [join(f, m, r), *([join(f, d)] if len(names) > 1 else [])]
 
-# %% ../nbs/cli.ipynb #3cb6f77f
+# %% ../nbs/cli.ipynb #9e38ed27
 @app.command()
 @_kindly
 @_with_options
@@ -196,12 +198,13 @@ def compare(
     out: Annotated[Path, _option('Folder of runs and report (default: runs). Finished runs in it are not repeated, interrupted ones go on.')] = Path('runs'),
     evaluate: Annotated[bool, _option('Score each model on tasks made from the validation text, during training and at its end; finished runs are scored without training again.', '--evaluate')] = False,
     examples: Annotated[Optional[int], _option('Examples of each task and domain for --evaluate (default 40).')] = None,
+    log: Log = None,
     **options,
 ):
     "Train recipes side by side under one budget; print a table and write report.html."
     from libmoe_nb import experiments
     options['evaluate'] = examples if examples is not None else evaluate or None
-    with _Progress() as progress: res = experiments.compare(recipes, preset=options['preset'], seeds=seeds, out=out, progress=progress, **_settings(options))
+    with _Progress() as progress: res = experiments.compare(recipes, preset=options['preset'], seeds=seeds, out=out, progress=progress, log=log, **_settings(options))
     if options['as_json']: print(json.dumps(res.to_dict(), indent=1))
     else: _show(res)
 
@@ -210,7 +213,7 @@ def _show(res):
     scores = [ranking_verdict(res.score_tests, names=recipe_title)] if len(res.score_tests) else []
     _print(*_result_tables(res), verdict(res.runs), *scores, '', f"report: {res.out/'report.html'}")
 
-# %% ../nbs/cli.ipynb #46d3524b
+# %% ../nbs/cli.ipynb #631a2cbd
 @app.command()
 @_kindly
 @_with_options
@@ -220,12 +223,14 @@ def train(
     seed: Annotated[int, _option('Of the weights and of the order of the data (default 0).')] = 0,
     evaluate: Annotated[bool, _option('Score the model on tasks made from the validation text, during training and at its end.', '--evaluate')] = False,
     examples: Annotated[Optional[int], _option('Examples of each task and domain for --evaluate (default 40).')] = None,
+    resume: Annotated[bool, _option('Go on with an interrupted run from its last checkpoint, which is the default, or start it over. A finished run is never repeated.', '--resume/--no-resume')] = True,
+    log: Log = None,
     **options,
 ):
     "Train one recipe and keep the model."
     from libmoe_nb import experiments
     options['evaluate'] = examples if examples is not None else evaluate or None
-    with _Progress() as progress: res = experiments.train(recipe, preset=options['preset'], out=out or Path('trained')/recipe, seed=seed, progress=progress, **_settings(options))
+    with _Progress() as progress: res = experiments.train(recipe, preset=options['preset'], out=out or Path('trained')/recipe, seed=seed, resume=resume, progress=progress, log=log, **_settings(options))
     if options['as_json']: return print(json.dumps(res, indent=1))
     number = experiments._number
     rows = [['validation', 'unigram model', res['title']], *[[d, number(res['unigram']['domains'][d]), number(v)] for d, v in res['domains'].items()],
@@ -353,13 +358,13 @@ def analyze(
     if as_json: print(json.dumps(res.to_dict() | dict(report=str(out/'report.html')), indent=1))
     else: _print(_analysis_table(res), *res.findings(), '', f"report: {out/'report.html'}")
 
-# %% ../nbs/cli.ipynb #99b72454
+# %% ../nbs/cli.ipynb #dbbe97c6
 @app.command()
 @_kindly
 def evaluate(
     model: Annotated[str, typer.Argument(help='Folder of a model or of a run, or a name on the Hugging Face hub.', show_default=False)],
     tasks: Annotated[Optional[str], _option("Names of lm-eval with commas (paper_lm: the paper's nine benchmarks), or YAML files.")] = None,
-    suite: Annotated[Optional[list[Path]], _option('Folder of a suite; may be repeated.', metavar='FOLDER')] = None,
+    suite: Annotated[Optional[list[Path]], _option('File that `Suite.save` wrote; may be repeated.', metavar='FILE')] = None,
     intervene: Annotated[Optional[list[str]], _option('drop_top1, drop_top12, drop_top=N, temperature=TAU, top_k=K, random, ban=EXPERT or force=EXPERT; may be repeated.', metavar='NAME[=VALUE]')] = None,
     limit: Annotated[Optional[float], _option('Documents of each task: a number, or a share below 1 (default: all).')] = None,
     num_fewshot: Annotated[Optional[int], _option('Examples before each question (default: what the task says).')] = None,
@@ -381,10 +386,10 @@ def evaluate(
     if as_json: return print(json.dumps(res.to_dict(), indent=1))
     _print(*_score_tables(res), *([f'saved: {out}'] if out else []))
 
-def _suites(folders):
-    if not folders: return []
+def _suites(files):
+    if not files: return []
     from libmoe_nb.suites import Suite
-    return [Suite.load(f) for f in folders]
+    return [Suite.load(f) for f in files]
 
 # %% ../nbs/cli.ipynb #bb5b4c5d
 def _score_tables(res):

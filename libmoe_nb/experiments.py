@@ -8,7 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/experiments.html.md"""
 __all__ = ['run_config', 'run_hash', 'run_name', 'SuiteCallback', 'train_run', 'evaluate_run', 'use_threads', 'Comparison',
            'verdict', 'print_progress', 'compare', 'read_comparison', 'train']
 
-# %% ../nbs/experiments.ipynb #2c5e11b2
+# %% ../nbs/experiments.ipynb #2070a6fe
 import contextlib, dataclasses, json, math, os, platform, shlex, shutil, tempfile, time
 import fastcore.xml as ft, numpy as np, pandas as pd, torch
 from datetime import datetime, timezone
@@ -27,6 +27,7 @@ from .models import count_parameters, from_scratch
 from .tracing import moe_layers
 from .traces import read_trace, write_trace
 from .training import Checkpoint, MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, next_token_loss, read_metrics, resume, _as_batch, _autocast
+from .loggers import TelemetryLogger, check_tracker
 from .metrics import expert_change_rate, over_checkpoints, router_margin, router_saturation
 from .plots import plot_by_layer, plot_over_checkpoints, plot_balance, plot_comparison, plot_curves, plot_domains, plot_loads, plot_perplexity, recipe_style, recipe_title
 from .scores import paired_test, ranking_verdict, score_table
@@ -150,16 +151,17 @@ class _Tell(Callback):
             self.checkpoint.save()
             raise
 
-# %% ../nbs/experiments.ipynb #740e3a6d
+# %% ../nbs/experiments.ipynb #ce06ffab
 def _curve_steps(steps): return {round(steps * f) for f in (.05, .1, .15, .2, .3, .45, .6, .8)} - {0, steps}
 
-def _learner(config, preset, data, folder, tell, traces=0, suite=None):
+def _learner(config, preset, data, folder, tell, traces=0, suite=None, log=None):
     "A learner, its model and callbacks, as a configuration says"
     model = from_scratch(config['recipe'], preset, seed=config['seed'], vocab_size=data.vocab_size, **config['layer'], **config['options'])
     some, save = dict(batch_size=16, steps=max(4096 // (16 * data.sequence_length), 1)), _Minutely(folder/'checkpoints')
     tracer = _tracer(model, data, folder, config, traces)
     cbs = [RoutingTelemetry(max(preset.steps // 40, 1)), MetricsWriter(folder/'metrics.jsonl', every=max(preset.steps // 400, 1)),
-           _Curve(data, _curve_steps(preset.steps), tracer, bf16=config['bf16'], **some), *_suite_callbacks(suite, data.tokenizer, preset.steps), save, *([_Tell(tell, save)] if tell else [])]
+           _Curve(data, _curve_steps(preset.steps), tracer, bf16=config['bf16'], **some), *_suite_callbacks(suite, data.tokenizer, preset.steps), save, *([_Tell(tell, save)] if tell else []),
+           *([TelemetryLogger(log, folder/log, name=folder.name, config=config)] if log else [])]
     return moe_learner(model, data, preset=preset, seed=config['seed'], bf16=config['bf16'], valid_batch_size=some['batch_size'], valid_steps=some['steps'],
                        device=config['device'], cbs=cbs)
 
@@ -229,7 +231,15 @@ def _balance(loads, model, tokens):
     return dict(load_max_mean=float((counts.max(axis=1) / counts.mean(axis=1)).mean()),
                 experts_per_token=float(counts.sum(axis=1).mean() / tokens) + (K.spec.num_shared_experts if shared is not None else 0))
 
-# %% ../nbs/experiments.ipynb #64e95ef7
+# %% ../nbs/experiments.ipynb #bfcc8fab
+def _facts(config, result):
+    "What the card of a model tells of its training and of its evaluation"
+    p, d = config['preset'], config['data']
+    training = dict(data=d['domains'], steps=p['steps'], tokens=result['tokens'], batch_size=p['batch_size'], sequence_length=d['sequence_length'], learning_rate=p['learning_rate'],
+                    optimizer='AdamW', precision='bfloat16' if config['bf16'] else 'float32', seed=config['seed'], data_fingerprint=d['fingerprint'][:12])
+    return training, dict(data='documents that were not trained on', tokens=result['valid_tokens'], perplexity=dict(all=result['perplexity'], **{k: v for k, v in result['domains'].items() if len(d['domains']) > 1}))
+
+# %% ../nbs/experiments.ipynb #e5b358d4
 def _finish(learn, config, data, folder, keep_model=True, traces=0, suite=None):
     "Evaluate, save, and mark the run as finished"
     start = time.perf_counter()
@@ -237,19 +247,20 @@ def _finish(learn, config, data, folder, keep_model=True, traces=0, suite=None):
     limit = config['valid_tokens'] and max(config['valid_tokens'] // (16 * data.sequence_length), 1)
     e, t, n = evaluate_perplexity(learn.model, data, 16, steps=limit, routing=True, bf16=config['bf16']), learn.throughput, count_parameters(learn.model)
     write_whole(folder/'loads.csv', e['routing'].to_csv(index=False))
-    if keep_model:
-        with _quietly():
-            learn.model.save_pretrained(folder/'model')
-            data.tokenizer.save_pretrained(folder/'model')
     result = dict(recipe=config['recipe'], title=recipe_title(config['recipe']), seed=config['seed'], parameters=n['total'], active_parameters=n['active'], perplexity=e['perplexity'],
                   loss=e['loss'], valid_tokens=e['tokens'], domains={d: v['perplexity'] for d, v in e['domains'].items()}, **_balance(e['routing'], learn.model, e['tokens']), tokens=t.tokens,
                   tokens_per_second=t.value, seconds=t.seconds, evaluation_seconds=time.perf_counter() - start, finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+    if keep_model:
+        learn.model.config.training, learn.model.config.evaluation = _facts(config, _plain(result))
+        with _quietly():
+            learn.model.save_pretrained(folder/'model')
+            data.tokenizer.save_pretrained(folder/'model')
     if suite is not None: evaluate_run(folder, suite, learn.model, data.tokenizer)
     write_json(folder/'result.json', result)
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
     return _plain(result)
 
-# %% ../nbs/experiments.ipynb #9a67f633
+# %% ../nbs/experiments.ipynb #b70db163
 def train_run(
     config:dict,          # of `run_config`
     data:TextData,
@@ -259,6 +270,7 @@ def train_run(
     keep_model:bool=True, # save the trained model in the folder
     traces=True,          # write what routers choose on validation tokens, a dozen times; True, False or how many tokens
     suite=None,           # a `Suite` to score the model on, a few times during training and at its end
+    log=None,             # 'tensorboard', 'trackio' or 'wandb': send telemetry there, too
 )->dict:                  # the result
     "Train one run, or finish it, or read its result if it is finished."
     folder = Path(folder)
@@ -267,9 +279,12 @@ def train_run(
     if (folder/'result.json').exists():
         if suite is not None: evaluate_run(folder, suite)
         return read_json(folder/'result.json')
-    learn = _learner(config, preset, data, folder, tell, traces, suite)
+    learn = _learner(config, preset, data, folder, tell, traces, suite, log)
     resume(learn, folder/'checkpoints')
-    with learn.no_bar(), learn.no_logging(): learn.fit_cosine()
+    try:
+        with learn.no_bar(), learn.no_logging(): learn.fit_cosine()
+    finally:
+        if log: learn.telemetry_logger.close()
     return _finish(learn, config, data, folder, keep_model, traces, suite)
 
 # %% ../nbs/experiments.ipynb #4b24bad9
@@ -727,7 +742,7 @@ def print_progress(event, name=None, result=None, reused=False, **kwargs):
     "One line a run."
     if event == 'finish': print(f"{name}: perplexity {_number(result['perplexity'])}, " + ('finished before' if reused else f"{result['seconds']:.0f} s of training"), flush=True)
 
-# %% ../nbs/experiments.ipynb #a5665976
+# %% ../nbs/experiments.ipynb #d253005a
 def compare(
     recipes=None,          # names, as a list or with commas; None: all
     data=None,             # a `TextData`, or what `text_data` takes; None: the packaged corpora that are installed
@@ -744,30 +759,32 @@ def compare(
     keep_models:bool=True, # save the trained models
     traces=True,           # see `train_run`; changes no result
     evaluate=None,         # score each model on tasks made from the validation text: True, how many examples of each task, or a `Suite`; changes no result
+    log=None,              # 'tensorboard', 'trackio' or 'wandb': send telemetry there, too; changes no result
     **kwargs,              # fields of `Preset` and `MoESpec`, and options of `text_data`: max_bytes, text_field, domain_field, cache_dir
 ):                         # a `Comparison`
     "Train recipes under one budget, and report. Runs that are finished in `out` are not repeated."
     out, progress, seeds, traces = Path(out), progress or (lambda *a, **k: None), _seed_list(seeds), _traced(traces)
     _check_evaluate(evaluate)
+    if log: check_tracker(log, 'log')
     data, config, names, info = _prepare(recipes, data, preset, out, progress, options, bf16, device, threads, valid_tokens, steps=steps, **kwargs)
     plan = [config(r, s) for s in seeds for r in names]
     with _owned(out):
         if evaluate: progress('suite')
         suite = _suite(evaluate, data, out)
         progress('plan', names=[run_name(c) for c in plan], done=[(out/run_name(c)/'result.json').exists() for c in plan], steps=plan[0]['preset']['steps'])
-        for c in plan: _run(out/run_name(c), c, data, info, progress, keep_models, traces, suite)
+        for c in plan: _run(out/run_name(c), c, data, info, progress, keep_models, traces, suite, log)
         res = Comparison([out/run_name(c) for c in plan])
         progress('report')
         res.save(out)
     return res
 
-# %% ../nbs/experiments.ipynb #fc679f12
-def _run(folder, config, data, info, progress, keep_model, traces, suite=None):
+# %% ../nbs/experiments.ipynb #1f5d6a09
+def _run(folder, config, data, info, progress, keep_model, traces, suite=None, log=None):
     "One run of a comparison"
     reused, tell = (folder/'result.json').exists(), lambda **kw: progress('step', folder.name, **kw)
     if not reused: progress('start', folder.name, recipe=config['recipe'], seed=config['seed'], steps=config['preset']['steps'])
     elif suite is not None and not _is_evaluated(folder, suite): progress('evaluate', folder.name)
-    result = train_run(config, data, folder, tell, info, keep_model, traces, suite)
+    result = train_run(config, data, folder, tell, info, keep_model, traces, suite, log)
     progress('finish', folder.name, result=result, reused=reused)
 
 # %% ../nbs/experiments.ipynb #5c00b39f
@@ -796,7 +813,14 @@ def read_comparison(
     place = lambda f: (int(f.name.split('-')[1]), order.index(r) if (r := f.name.split('-')[0]) in order else len(order), f.name)
     return Comparison(sorted((f for f, (group, _) in runs.items() if group == last), key=place))
 
-# %% ../nbs/experiments.ipynb #cb5f890e
+# %% ../nbs/experiments.ipynb #46d999fa
+def _start_over(folder, config):
+    "Forget what an interrupted run of this configuration has done; leave anything else alone"
+    if not (path := folder/'config.json').exists() or (folder/'result.json').exists() or read_json(path).get('run') != config: return
+    for n in 'checkpoints', 'traces', 'model': shutil.rmtree(folder/n, ignore_errors=True)
+    for n in 'metrics.jsonl', 'loads.csv': (folder/n).unlink(missing_ok=True)
+
+# %% ../nbs/experiments.ipynb #5927306b
 @delegates(compare, but=['recipes', 'seeds', 'keep_models'])
 def train(
     recipe:str,
@@ -808,16 +832,20 @@ def train(
     options:dict=None,  # of the recipe
     traces=True,        # see `train_run`
     evaluate=None,      # see `compare`
+    log=None,           # see `compare`
+    resume:bool=True,   # go on with an interrupted run of this configuration? False: start it over
     **kwargs,
 )->dict:                # the result
     "Train one recipe; `out/model` is what `from_pretrained` loads. A finished run of this configuration is not repeated, an interrupted one goes on."
     out, progress, (seed,), traces = Path(out), progress or (lambda *a, **k: None), _seed_list([seed]), _traced(traces)
     _check_evaluate(evaluate)
+    if log: check_tracker(log, 'log')
     data, config, names, info = _prepare([recipe], data, preset, out, progress, {recipe: options or {}} if options else None, **kwargs)
     c = config(names[0], seed)
     if evaluate: progress('suite')
     suite = _suite(evaluate, data)
     with _owned(out):
+        if not resume: _start_over(out, c)
         progress('plan', names=[out.name], done=[(out/'result.json').exists()], steps=c['preset']['steps'])
-        _run(out, c, data, dict(info, single=True), progress, True, traces, suite)
+        _run(out, c, data, dict(info, single=True), progress, True, traces, suite, log)
     return dict(read_json(out/'result.json'), **(dict(evaluation=read_json(out/'evaluation.json')) if suite is not None else {}), out=str(out), model=str(out/'model'), unigram=info['unigram'])

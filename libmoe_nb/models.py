@@ -7,8 +7,8 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models.html.md"""
 # %% auto #0
 __all__ = ['MoEConfig', 'MoEForCausalLM', 'MoECausalLMOutput', 'from_scratch', 'count_parameters', 'count_flops', 'model_card']
 
-# %% ../nbs/models.ipynb #0be08195
-import copy, dataclasses, os, re, tempfile, torch
+# %% ../nbs/models.ipynb #15e8eba0
+import copy, dataclasses, math, os, re, tempfile, torch
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from torch import nn
@@ -78,12 +78,13 @@ for _n in ('vocab_size hidden_size num_hidden_layers num_attention_heads num_key
 # %% ../nbs/models.ipynb #dac8ae49
 AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
 
-# %% ../nbs/models.ipynb #3ffc04b3
+# %% ../nbs/models.ipynb #27493c50
 class MoEForCausalLM(PreTrainedModel, GenerationMixin):
     "A causal language model with a recipe's layers in the place of its feed-forward networks."
     config_class = MoEConfig
     base_model_prefix = 'base'
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ['expert_bias']
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     def __init__(self, config:MoEConfig):
         super().__init__(config)
@@ -112,7 +113,7 @@ AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM, exist_ok=True)
 class MoECausalLMOutput(MoeCausalLMOutputWithPast):
     "`loss` (with `aux_loss` in it), `aux_loss` (weighted total), `logits`, `past_key_values`, `hidden_states`, `attentions`, `router_logits` (one for each layer)."
 
-# %% ../nbs/models.ipynb #59a7a8a2
+# %% ../nbs/models.ipynb #051edaa1
 @patch
 @can_return_tuple
 def forward(self:MoEForCausalLM,
@@ -135,20 +136,21 @@ def forward(self:MoEForCausalLM,
             inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True, **kwargs)
     loss, aux, logits = out.loss, None, None
     if records is not None:
-        aux = self._aux_loss(records, _padding_mask(attention_mask, input_ids if inputs_embeds is None else inputs_embeds), out.logits)
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        aux = self._aux_loss(records, _padding_mask(attention_mask, inputs), out.logits, tuple(inputs.shape[:2]))
         if loss is not None: loss = loss + aux.to(loss) * _share(labels, kwargs.get('num_items_in_batch'))
         if output_router_logits: logits = tuple(r.router_logits for n in _own_layers(self) for r in records[n])
     return MoECausalLMOutput(loss=loss, aux_loss=aux, logits=out.logits, past_key_values=out.past_key_values,
         hidden_states=out.hidden_states, attentions=out.attentions, router_logits=logits)
 
-# %% ../nbs/models.ipynb #99d38ae0
+# %% ../nbs/models.ipynb #5b9a491a
 def _own_layers(model): return {n: m for n, m in model.named_modules() if isinstance(m, MoELayer)}
 
 @patch
-def _aux_loss(self:MoEForCausalLM, records, mask, like):
-    "The weighted auxiliary loss of one forward pass; zero where there is no router"
-    layers = _own_layers(self)
-    total, _ = aux_loss([(l, r) for n, l in layers.items() for r in records[n]], mask, self.config.aux_loss_reduction)
+def _aux_loss(self:MoEForCausalLM, records, mask, like, shape):
+    "The weighted auxiliary loss of one forward pass on [B, S] tokens; zero where there is no router"
+    layers, apart = _own_layers(self), lambda r: r.replace(shape=shape) if len(r.shape) == 1 and r.num_tokens == math.prod(shape) else r # OPT lays its sequences end to end
+    total, _ = aux_loss([(l, apart(r)) for n, l in layers.items() for r in records[n]], mask, self.config.aux_loss_reduction)
     return total if torch.is_tensor(total) else torch.zeros((), device=like.device)
 
 # %% ../nbs/models.ipynb #4fb9ed6a

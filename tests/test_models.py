@@ -509,6 +509,21 @@ def test_lm_eval_finds_its_way():
         logp = m(ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[0, len(context) - 1:, 0].sum()
         assert value == pytest.approx(logp.item(), rel=1e-4)
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, 'auto'])
+def test_expert_bias_stays_in_full_precision(dtype, tmp_path):
+    "A step of loss-free balancing is smaller than what half precision can tell apart"
+    m = make('sharede_v3', num_shared_experts=1, expert_bias=True)
+    for i, l in enumerate(moe_layers(m).values()): l.router.expert_bias.copy_(torch.arange(5) * .3 + 1e-4 * i)
+    m.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert back.dtype == (torch.float32 if dtype == 'auto' else dtype)
+    for a, b in zip(moe_layers(m).values(), moe_layers(back).values()):
+        assert b.router.expert_bias.dtype == torch.float32 and torch.equal(a.router.expert_bias, b.router.expert_bias)
+        assert b.router.weight.dtype == back.dtype
+    back.save_pretrained(tmp_path/'half')
+    again = AutoModelForCausalLM.from_pretrained(tmp_path/'half')
+    assert all(torch.equal(again.state_dict()[n], t) for n, t in back.state_dict().items())
+
 # ---- bad input
 def test_errors():
     mixtral = AutoConfig.for_model('mixtral', vocab_size=96, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
