@@ -6,18 +6,20 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/upcycling.html.md"""
 
 # %% auto #0
 __all__ = ['ffn_families', 'initialisations', 'FFNFamily', 'register_ffn', 'find_ffns', 'moeify', 'FFNWeights', 'ffn_weights',
-           'Initialisation', 'initialisation', 'upcycle', 'load_dense']
+           'Initialisation', 'initialisation', 'upcycle', 'load_upcycled', 'load_dense']
 
-# %% ../nbs/upcycling.ipynb #c994024a
-import copy, fnmatch, inspect, re, torch, torch.nn.functional as F
+# %% ../nbs/upcycling.ipynb #75d4c00a
+import copy, fnmatch, inspect, json, re, torch, torch.nn.functional as F
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import MethodType
 from torch import nn, Tensor
 from fastcore.basics import patch
 from .config import MoESpec, did_you_mean
 from .experts import Experts, FeedForward, activation, ffn, _activations
 from .layers import MoELayer, build_layer, link_layers, recipe_options
 
-# %% ../nbs/upcycling.ipynb #1fff3151
+# %% ../nbs/upcycling.ipynb #ea4bd3f0
 @dataclass(frozen=True)
 class FFNFamily:
     "What one way to write an FFN calls its parts: paths from the module that holds them."
@@ -27,10 +29,11 @@ class FFNFamily:
     gate: str = None      # the matrix whose product is activated, where the FFN is gated
     fused: bool = False   # `up` holds the gate's rows, then its own
     act: object = None    # path of the activation, or a function; None: a usual name
+    whole: bool = False   # has dropout between the matrices, which goes with the module
 
 ffn_families = {}  # every registered `FFNFamily` by its name
 
-# %% ../nbs/upcycling.ipynb #962d3a99
+# %% ../nbs/upcycling.ipynb #ad829618
 def register_ffn(
     name:str,       # how the family is called
     up:str=None,    # path of the first matrix
@@ -38,12 +41,13 @@ def register_ffn(
     gate:str=None,  # path of the gate's matrix
     gate_up:str=None, # path of gate and first matrix in one, in the place of `up` and `gate`
     act=None,       # path of the activation, or a function of a tensor; None: one of the usual names
+    whole:bool=False, # replace the module even if there is dropout in it, where that is between the matrices
 ):
     "Make a way to write an FFN known; later ones are tried first."
     if not down or bool(up) == bool(gate_up): raise ValueError(f"family '{name}' must name down and one of up and gate_up, got up={up!r}, gate_up={gate_up!r}, down={down!r}")
-    ffn_families[name] = FFNFamily(name, up or gate_up, down, gate, bool(gate_up), act)
+    ffn_families[name] = FFNFamily(name, up or gate_up, down, gate, bool(gate_up), act, whole)
 
-# %% ../nbs/upcycling.ipynb #41c700ab
+# %% ../nbs/upcycling.ipynb #aa123b39
 register_ffn('two-matrix', up='up_proj', down='down_proj')                # MPT, Nemotron, Arcee
 register_ffn('llama', up='up_proj', gate='gate_proj', down='down_proj')   # Llama, SmolLM, Mistral, Qwen, OLMo, Gemma, ...
 register_ffn('phi3', gate_up='gate_up_proj', down='down_proj')            # Phi-3, GLM
@@ -53,6 +57,8 @@ register_ffn('gptj', up='fc_in', down='fc_out')                           # GPT-
 register_ffn('clip', up='fc1', down='fc2')                                # CLIP, SigLIP, ViT, DINOv2, Phi, OPT, BART, Whisper
 register_ffn('bert', up='intermediate.dense', down='output.dense', act='intermediate.intermediate_act_fn')  # BERT, RoBERTa, ELECTRA
 register_ffn('distilbert', up='lin1', down='lin2')
+register_ffn('t5', up='wi', down='wo', whole=True)                        # T5, mT5: ReLU
+register_ffn('t5_gated', up='wi_1', gate='wi_0', down='wo')               # T5 1.1, Flan-T5, mT5, UMT5
 register_ffn('llava', up='linear_1', down='linear_2')                     # the projector between vision and language
 
 # %% ../nbs/upcycling.ipynb #095887d3
@@ -117,7 +123,7 @@ def _ffns_in(root):
             for c in m.children(): yield from walk(c)
     return list(walk(root))
 
-# %% ../nbs/upcycling.ipynb #8ebfbc0e
+# %% ../nbs/upcycling.ipynb #aaf22eb9
 def _needed(module):
     "Names of the arguments that a module's forward cannot do without"
     params = inspect.signature(module.forward).parameters.values()
@@ -128,7 +134,7 @@ def is_whole(self:FFNFamily, module):
     "Is `module` this FFN and nothing else?"
     parts = {*self.matrices, self.act_path(module)}
     extra = [n for n, m in module.named_children() if n not in parts and not isinstance(m, nn.Identity)]
-    return not extra and len(_needed(module)) == 1 and not any('drop' in n for n in vars(module))
+    return len(_needed(module)) == 1 and (self.whole or not extra and not any('drop' in n for n in vars(module)))
 
 # %% ../nbs/upcycling.ipynb #57311fd7
 def _swap_plan(name, module, new):
@@ -164,13 +170,14 @@ def moeify(
     link_layers(new)
     return model
 
-# %% ../nbs/upcycling.ipynb #63abdc16
+# %% ../nbs/upcycling.ipynb #b56bd3b9
 def _put(model, plan):
     for path, m in plan.items(): setattr(model.get_submodule(path.rpartition('.')[0]), path.rpartition('.')[2], m)
 
 def _check_width(model, spec):
     config = getattr(model, 'config', None)
     d = config.get_text_config().hidden_size if config is not None else spec.hidden_size
+    if spec.output_size not in (None, d): raise ValueError(f'output_size must be that of the model, {d}, inside of its decoder, got {spec.output_size}')
     if d != spec.hidden_size: raise ValueError(f"hidden_size of the spec must be that of the model, {d}, got {spec.hidden_size}")
 
 def _like(layer, ffn):
@@ -196,12 +203,12 @@ def _named_layers(s, n):
     k = int(m[2])
     return range(k - 1, n, k) if m[1] == 'every' else range(min(k, n)) if m[1] == 'first' else range(max(n - k, 0), n)
 
-# %% ../nbs/upcycling.ipynb #91121d8d
+# %% ../nbs/upcycling.ipynb #a4e41094
 @dataclass
 class FFNWeights:
     "The weights of one FFN, of width h."
     up: Tensor               # [h, d], or gated [2h, d]: the gate's rows, then the up projection's
-    down: Tensor             # [d, h]
+    down: Tensor             # [d, h], or [o, h] where the output has another size
     up_bias: Tensor = None   # [h] or [2h]
     down_bias: Tensor = None # [d]
     hidden_act: str = 'relu'
@@ -209,10 +216,11 @@ class FFNWeights:
 
     intermediate_size = property(lambda self: self.down.shape[1])
     hidden_size = property(lambda self: self.up.shape[1])
+    output_size = property(lambda self: self.down.shape[0])
     def __repr__(self): return f'FFNWeights({self.hidden_size} to {self.intermediate_size}, {self.hidden_act}, gated={self.gated}, bias={self.up_bias is not None}, {self.up.dtype})'
     def __call__(self, x): return ffn(x, self.up, self.down, self.up_bias, self.down_bias, activation(self.hidden_act), self.gated)
 
-# %% ../nbs/upcycling.ipynb #6e2de07a
+# %% ../nbs/upcycling.ipynb #62e6d51a
 def _weight(m): return m.weight.detach().T if type(m).__name__ == 'Conv1D' else m.weight.detach()
 def _bias(m, like): return None if like is None else m.weight.new_zeros(len(like)) if m.bias is None else m.bias.detach()
 
@@ -220,11 +228,12 @@ def _bias(m, like): return None if like is None else m.weight.new_zeros(len(like
 def read(self:FFNFamily, module)->FFNWeights:
     "The weights of `module`"
     ups, down = [_at(module, p) for p in ([self.gate] if self.gate else []) + [self.up]], _at(module, self.down)
-    w, w2 = [_weight(m) for m in ups], _weight(down)
+    w = [_weight(m) for m in ups]
+    w2 = _weight(down).to(w[0].dtype)
     biased = any(m.bias is not None for m in [*ups, down])
     up_bias = torch.cat([_bias(m, m_w) for m, m_w in zip(ups, w)]) if biased else None
     act = self.act if callable(self.act) else _at(module, self.act_path(module))
-    return FFNWeights(torch.cat(w) if self.gate else w[0], w2, up_bias, _bias(down, w2) if biased else None, _act_name(act), bool(self.gate) or self.fused)
+    return FFNWeights(torch.cat(w) if self.gate else w[0], w2, up_bias, _bias(down, w2).to(w2.dtype) if biased else None, _act_name(act), bool(self.gate) or self.fused)
 
 # %% ../nbs/upcycling.ipynb #2ee40063
 @torch.no_grad()
@@ -430,8 +439,8 @@ def _upcycled_layer(w, spec, init, options, rescale, exact):
     if exact: _keep_outside(layer.router)
     return layer
 
-# %% ../nbs/upcycling.ipynb #53e4ca90
-_read_off = 'recipe num_experts top_k hidden_size hidden_act gated bias options'.split()
+# %% ../nbs/upcycling.ipynb #15d0ab8e
+_read_off = 'recipe num_experts top_k hidden_size output_size hidden_act gated bias options'.split()
 
 def _init_options(init):
     if init not in initialisations: raise ValueError(did_you_mean('init', init, initialisations))
@@ -447,7 +456,7 @@ def _sort_options(recipe, init, exact, overrides):
     spec['options'] = (_exact_options(recipe) if exact else {}) | {k: v for k, v in overrides.items() if k not in of_init and k not in of_spec}
     return spec, {k: v for k, v in overrides.items() if k in of_init}
 
-# %% ../nbs/upcycling.ipynb #0908562b
+# %% ../nbs/upcycling.ipynb #ef1fa735
 def _spec_for(w, name, recipe, num_experts, top_k, init, given):
     "The spec of the layer that takes the place of an FFN with weights `w`"
     n, h = (top_k if recipe == 'dense' else num_experts), w.intermediate_size
@@ -457,7 +466,7 @@ def _spec_for(w, name, recipe, num_experts, top_k, init, given):
         if h % pieces: raise ValueError(f'num_experts must divide the {h} neurons of {name} to split them, got {pieces}')
         width = h // pieces
     shared = dict(num_shared_experts=min(1, top_k - 1)) if recipe != 'dense' else {}
-    spec = MoESpec(recipe, w.hidden_size, num_experts, top_k, hidden_act=w.hidden_act, gated=w.gated, bias=w.up_bias is not None)
+    spec = MoESpec(recipe, w.hidden_size, num_experts, top_k, output_size=None if w.output_size == w.hidden_size else w.output_size, hidden_act=w.hidden_act, gated=w.gated, bias=w.up_bias is not None)
     return replace(spec, **shared | given | dict(moe_intermediate_size=width)).validate()
 
 # %% ../nbs/upcycling.ipynb #26a455a6
@@ -474,7 +483,7 @@ def _check_init(layer, spec, init, h):
     for k, v in dict(top_k=spec.top_k).items() if dense else numbers.items():
         if v % (h // d_e): raise ValueError(f'{k} must leave whole groups of {h // d_e} experts of moe_intermediate_size={d_e}, which make an FFN of {h}; it leaves {v}')
 
-# %% ../nbs/upcycling.ipynb #7beace67
+# %% ../nbs/upcycling.ipynb #a726aeac
 def upcycle(
     model,                    # dense model of transformers, or name or folder of one
     recipe:str='smoe',        # name of a registered recipe
@@ -490,7 +499,7 @@ def upcycle(
     inplace:bool=False,       # change `model` itself?
     aux_loss_reduction:str='mean', # of the auxiliary losses over layers: 'mean' or 'sum'
     **overrides,              # fields of `MoESpec`, options of the recipe or of the initialisation
-)->nn.Module:                 # a `MoEForCausalLM` where `model` is a causal language model
+)->nn.Module:                 # a `MoEForCausalLM` where `model` is a causal language model, else of the class of `model`
     "A mixture of experts made from a dense model."
     given, options = _sort_options(recipe, init, exact, overrides)
     if not isinstance(model, nn.Module): model, inplace = load_dense(model), True
@@ -505,15 +514,18 @@ def upcycle(
             with torch.device('meta'): _check_init(build_layer(specs[-1]), specs[-1], init, w.intermediate_size)
             plans |= _swap_plan(name, module, _upcycled_layer(w, specs[-1], init, options, rescale, exact).train(module.training))
     model = _swapped_model(model, plans, inplace)
-    if not {n for n, _ in chosen} <= set(decoder): return model
+    if not {n for n, _ in chosen} <= set(decoder): return _remembering(model, {n: s.to_dict() for (n, _), s in zip(chosen, specs)})
     return _wrapped(model, specs, [decoder.index(n) for n, _ in chosen], len(decoder), aux_loss_reduction)
 
-# %% ../nbs/upcycling.ipynb #99675a41
+# %% ../nbs/upcycling.ipynb #53cdb34f
 def _swapped_model(model, plan, inplace):
     "`model`, or a copy of it with none of the modules that go, with the plan's modules in it"
     if not inplace: model = copy.deepcopy(model, {id(m): nn.Identity() for path in plan if isinstance(m := _at(model, path), nn.Module)})
     _put(model, plan)
-    link_layers([m for m in plan.values() if isinstance(m, MoELayer)])
+    stacks = {}
+    for path, m in plan.items():
+        if isinstance(m, MoELayer): stacks.setdefault(re.split(r'\.\d+\.', path)[0], []).append(m)
+    for layers in stacks.values(): link_layers(layers)
     return model
 
 def _seeded(seed):
@@ -542,6 +554,48 @@ def _unwrapped(model, layers):
     if model.config.spec.recipe != 'dense': raise ValueError(f'model must be dense, got a mixture of experts already: {model.config.spec.recipe}')
     if layers is not None or model.config.layers is not None: raise ValueError('layers must be all layers where the model is a MoEForCausalLM of the dense recipe')
     return model.base
+
+# %% ../nbs/upcycling.ipynb #f487849c
+def _remembering(model, specs):
+    "`model`, saved with the specs of its layers from now on"
+    model.config.libmoe = json.loads(json.dumps(specs))
+    model.save_pretrained = MethodType(_save_upcycled, model)
+    return model
+
+def _save_upcycled(self, save_directory, *args, push_to_hub=False, **kwargs):
+    if push_to_hub: raise ValueError('push_to_hub must be False for an upcycled model that is no causal language model: call its method push_to_hub, got True')
+    type(self).save_pretrained(self, save_directory, *args, **kwargs | dict(variant='libmoe'))
+    path = Path(save_directory)/'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(model_type=f'libmoe_{self.config.model_type}'), indent=2))
+_save_upcycled.__name__ = 'save_pretrained' # by which pickle finds it
+
+# %% ../nbs/upcycling.ipynb #b839051e
+def load_upcycled(
+    name,     # folder, or name on the Hugging Face hub, of an upcycled model that is no causal language model
+    **kwargs, # for `from_pretrained`
+)->nn.Module: # of the class that was upcycled
+    "A saved model whose layers are ours; a `ValueError` names weights that are missing, of another shape, or not expected."
+    import transformers
+    saved, _ = transformers.PreTrainedConfig.get_config_dict(name)
+    kind = saved.pop('model_type', '')
+    if 'libmoe' not in saved: raise ValueError(f'name must be of a model that upcycle made, got {str(name)!r}, a {kind or "folder without a model type"}; causal language models are loaded by AutoModelForCausalLM')
+    cls = getattr(transformers, saved['architectures'][0])
+    made, info = _rebuilding(cls).from_pretrained(name, config=transformers.AutoConfig.for_model(kind.removeprefix('libmoe_'), **saved), output_loading_info=True, **kwargs | dict(variant='libmoe'))
+    bad = [f'{why}: {k if isinstance(k, str) else k[0]}' for why in ('missing_keys', 'mismatched_keys', 'unexpected_keys') for k in sorted(info[why])]
+    if bad: raise ValueError(f'checkpoint {name} does not fit its configuration: {"; ".join(bad[:4])}')
+    made.__class__ = cls
+    return _remembering(made, made.config.libmoe)
+
+# %% ../nbs/upcycling.ipynb #892ae1da
+def _rebuilding(cls):
+    "A subclass of `cls` that puts the layers in which the configuration remembers"
+    def init(self, config, *args, **kwargs):
+        cls.__init__(self, config, *args, **kwargs)
+        specs = {n: MoESpec.from_dict(s) for n, s in config.libmoe.items()}
+        places = {n: self.get_submodule(n) for n in specs}
+        plan = {k: m for n, f in places.items() for k, m in _swap_plan(n, f, _like(build_layer(specs[n]), f)).items()}
+        _swapped_model(self, plan, inplace=True)
+    return type(cls.__name__, (cls,), dict(__init__=init, __module__=cls.__module__))
 
 # %% ../nbs/upcycling.ipynb #b15e1f7c
 def load_dense(

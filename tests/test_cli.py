@@ -1,5 +1,5 @@
 "The `libmoe` command as a user types it: results, bad input, exit codes, interruptions."
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 
 import pytest
 from typer.testing import CliRunner
@@ -178,3 +178,28 @@ def test_one_process_at_a_time(texts, tmp_path):
         wait_for(lambda: any(f.stat().st_size for f in (tmp_path/'runs').glob('*/metrics.jsonl')), p)
         refused('in use by process', 'compare', '--data', texts, '--recipes', 'smoe', *LONG, '--out', tmp_path/'runs')
     finally: p.kill(); p.communicate()
+
+def test_an_interrupted_run_goes_on_or_starts_over(texts, tmp_path):
+    args = ['train', 'smoe', '--data', texts, *LONG, '--steps', '150', '--out']
+    p = process(*args, tmp_path/'run')
+    wait_for(lambda: any(f.read_text().count('\n') > 2 for f in (tmp_path/'run').glob('metrics.jsonl')), p)
+    p.send_signal(signal.SIGINT)
+    p.communicate(timeout=120)
+    assert p.returncode == 130 and list((tmp_path/'run').glob('checkpoints/step-*')) and not (tmp_path/'run'/'result.json').exists()
+    first = lambda name: (tmp_path/name/'metrics.jsonl').read_text().splitlines()[1]
+    before = first('run')                                  # with the seconds it took, which are never the same
+    shutil.copytree(tmp_path/'run', tmp_path/'over')
+    (tmp_path/'over'/'notes.txt').write_text('mine')
+    refused('another configuration', 'train', 'xmoe', '--data', texts, *LONG, '--no-resume', '--out', tmp_path/'over')
+    assert first('over') == before
+    results = {}
+    for name, flag in dict(run='--resume', over='--no-resume').items():
+        res = libmoe(*args, tmp_path/name, flag, '--json')
+        assert res.exit_code == 0, res.stderr
+        results[name] = json.loads(res.stdout)
+    assert first('run') == before != first('over') and (tmp_path/'over'/'notes.txt').read_text() == 'mine'
+    assert results['run']['perplexity'] == results['over']['perplexity']
+    again = libmoe(*args, tmp_path/'over', '--no-resume', '--json')
+    assert 'finished already' in again.stderr and json.loads(again.stdout)['finished'] == results['over']['finished']
+    card = (tmp_path/'run'/'model'/'README.md').read_text()
+    for fact in ('| recipe | smoe |', '| steps | 150 |', '| optimizer | AdamW |', '## Evaluation', '| perplexity / all |', '| perplexity / tales |'): assert fact in card, fact

@@ -1,15 +1,18 @@
 "Upcycling: every family with every recipe, what is read and swapped, saving, and a real model."
 
+import copy, json, os, subprocess, sys
 import pytest, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlamaConfig, SiglipVisionConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlamaConfig, SiglipVisionConfig
 
 from libmoe_nb.config import recipes
 from libmoe_nb.experts import Experts
 from libmoe_nb.layers import MoELayer, aux_loss
 from libmoe_nb.models import MoEForCausalLM, count_parameters, from_scratch
 from libmoe_nb.tracing import moe_layers, record_routing
-from libmoe_nb.upcycling import FFNWeights, ffn_families, ffn_weights, find_ffns, register_ffn, upcycle
+from libmoe_nb.upcycling import FFNWeights, ffn_families, ffn_weights, find_ffns, load_upcycled, register_ffn, upcycle
 
 SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
 CAUSAL = dict(llama={}, smollm3={}, mistral={}, qwen2={}, qwen3=dict(head_dim=8), olmo2={}, gemma=dict(head_dim=8), gemma2=dict(head_dim=8), phi3={}, phi={}, gpt2=dict(n_inner=48),
@@ -92,6 +95,117 @@ def test_vision_language(vision):
         assert error(dense, moe, **inputs) < 2e-5
     text_only = upcycle(dense, 'smoe', 6, 3)
     assert all('language_model' in n for n in moe_layers(text_only))
+
+def tiny_llava(vision=SiglipVisionConfig, width=24, text_width=32):
+    sizes = dict(hidden_size=width, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8)
+    dense = rough(LlavaForConditionalGeneration(LlavaConfig(vision_config=vision(**sizes), text_config=LlamaConfig(**SMALL | dict(hidden_size=text_width)), image_token_index=96, vision_feature_layer=-1, vision_feature_select_strategy='full')))
+    return dense, dict(input_ids=torch.cat([torch.full((1, 4 + (vision is CLIPVisionConfig)), 96), IDS[:1] % 96], 1), pixel_values=torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(2)))
+
+WHOLE = ['vision_tower', 'multi_modal_projector', 'language_model']
+
+@pytest.mark.parametrize('recipe', EXACT)
+def test_projectors_between_widths(recipe, tmp_path):
+    "Every layer of a LLaVA, and its projector from one width to another, there and back from disk"
+    dense, inputs = tiny_llava()
+    moe = upcycle(dense, recipe, 6, 3, where=WHOLE, seed=0, router_init_std=.5)
+    layer = moe.model.multi_modal_projector
+    assert error(dense, moe, **inputs) < 2e-5 and type(moe) is LlavaForConditionalGeneration
+    if recipe != 'dense': assert (layer.spec.hidden_size, layer.spec.output_size, layer.experts.down_proj.shape) == (24, 32, (layer.experts.num_experts, 32, 32))
+    moe.save_pretrained(tmp_path)
+    back = load_upcycled(tmp_path)
+    with torch.no_grad(): assert torch.equal(back.eval()(**inputs).logits, moe.eval()(**inputs).logits)
+    assert type(back) is LlavaForConditionalGeneration and back.state_dict().keys() == moe.state_dict().keys()
+    if recipe in ('smoe', 'sharede_v3'):
+        moe = upcycle(dense, recipe, 6, 3, where=WHOLE, seed=0, router_init_std=.5, noise=.1)  # copies that differ, for routers to have a say
+        moe.train()(**inputs, labels=inputs['input_ids'].where(inputs['input_ids'] < 96, -100)).loss.backward()
+        for n, l in moe_layers(moe).items():
+            if 'vision' not in n: assert l.experts.down_proj.grad.abs().sum() > 0 and l.router.weight.grad.abs().sum() > 0
+
+def test_split_projector_and_copy_experts():
+    dense, inputs = tiny_llava()
+    assert error(dense, upcycle(dense, 'smoe', 4, 4, where='multi_modal_projector', init='split', router_init_std=0.), **inputs) < 2e-5
+    with pytest.raises(ValueError, match='output_size must be hidden_size=24 for moe_plus_plus'): upcycle(dense, 'moe_plus_plus', where='multi_modal_projector')
+    square, inputs = tiny_llava(width=32)
+    moe = upcycle(square, 'moe_plus_plus', 6, 3, where=WHOLE, exact=True, seed=0)  # residuals go from layer to layer within a stack, not from tower to language model
+    assert error(square, moe, **inputs) < 2e-5
+    firsts = [n for n, l in moe_layers(moe).items() if not l._previous]
+    assert [n.split('.')[1:3] for n in firsts] == [['vision_tower', 'encoder'], ['vision_tower', 'head'], ['multi_modal_projector'], ['language_model', 'layers']]
+    assert not any('layers.1' in n for n in firsts)
+
+T5 = dict(vocab_size=97, d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=2, pad_token_id=0, decoder_start_token_id=0)
+
+@pytest.mark.parametrize('family', ['t5', 'mt5', 'umt5'])
+@pytest.mark.parametrize('act', ['relu', 'gated-gelu', 'gated-silu'])
+def test_t5(family, act, tmp_path):
+    dense = rough(AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **T5, feed_forward_proj=act)))
+    inputs = dict(input_ids=IDS, decoder_input_ids=IDS.flip(1))
+    for recipe in ('smoe', 'sharede_v2'):
+        moe = upcycle(dense, recipe, 6, 3, where=['encoder', 'decoder'], seed=0, router_init_std=.5)
+        assert len(moe_layers(moe)) == 4 and error(dense, moe, **inputs) < 2e-5
+    assert torch.equal(moe.generate(IDS, max_new_tokens=4, do_sample=False), dense.generate(IDS, max_new_tokens=4, do_sample=False))
+    moe.save_pretrained(tmp_path)
+    with torch.no_grad(): assert torch.equal(load_upcycled(tmp_path).eval()(**inputs).logits, moe(**inputs).logits)
+    moe.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(l.experts.down_proj.grad.abs().sum() > 0 for l in moe_layers(moe).values())
+    linked = upcycle(dense, 'moe_plus_plus', 4, 2, where=['encoder', 'decoder'], exact=True)
+    assert error(dense, linked, input_ids=IDS, decoder_input_ids=IDS[:, :3]) < 2e-5  # encoder and decoder see different tokens
+
+def test_t5_half_precision_keeps_its_second_matrix_apart(tmp_path):
+    dense = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model('t5', **T5))
+    dense.save_pretrained(tmp_path)
+    half = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16)
+    wo = half.encoder.block[0].layer[1].DenseReluDense.wo
+    moe = upcycle(half, 'smoe', 4, 2, where=['encoder', 'decoder'])
+    assert wo.weight.dtype == torch.float32 and {p.dtype for l in moe_layers(moe).values() for p in l.parameters()} == {torch.float16}
+
+def test_opt_balances_each_sequence():
+    "Its layers see sequences laid end to end; the loss is that of the sequences"
+    moe = upcycle(causal('opt'), 'smoe', 6, 3, seed=0, router_init_std=.5)
+    mask = torch.ones_like(IDS).index_fill(1, torch.tensor([0, 1]), 0)
+    both = moe(IDS, attention_mask=mask, output_router_logits=True).aux_loss
+    each = [moe(IDS[i:i+1], attention_mask=mask[i:i+1], output_router_logits=True).aux_loss for i in range(2)]
+    torch.testing.assert_close(both, sum(each) / 2)
+    with record_routing(moe) as records: moe(IDS)
+    assert all(len(r.shape) == 1 for rs in records.values() for r in rs)
+
+# saving what is no causal language model
+
+@pytest.mark.parametrize('family', ENCODERS)
+def test_encoders_are_saved_and_loaded(family, tmp_path):
+    dense = encoder(family)
+    moe = upcycle(dense, 'tcmoe', 6, 3, seed=0, layers=[1], exact=True)
+    moe.save_pretrained(tmp_path, max_shard_size='20KB')
+    back = load_upcycled(tmp_path)
+    with torch.no_grad(): assert torch.equal(back.eval()(**inputs_of(dense))[0], moe.eval()(**inputs_of(dense))[0])
+    assert list(moe_layers(back)) == list(moe_layers(moe)) and back.config.libmoe == moe.config.libmoe
+    back.save_pretrained(tmp_path/'again')
+    copied = copy.deepcopy(back)
+    with torch.no_grad(): next(copied.parameters()).add_(1.)
+    copied.save_pretrained(tmp_path/'copy')
+    a, b = (load_upcycled(tmp_path/n).state_dict() for n in ('again', 'copy'))
+    assert all(torch.equal(a[n], t) for n, t in back.state_dict().items()) and not all(torch.equal(a[n], b[n]) for n in a)
+
+def test_nobody_else_loads_them(tmp_path):
+    moe = upcycle(encoder('bert'), 'smoe', 4, 2)
+    moe.save_pretrained(tmp_path)
+    code = 'import sys, transformers; transformers.AutoModel.from_pretrained(sys.argv[1])'
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path)], capture_output=True, text=True, timeout=300, env=dict(os.environ, HF_HUB_OFFLINE='1'))
+    assert p.returncode and 'libmoe_bert' in p.stderr
+    with pytest.raises(OSError, match='no file named model.safetensors'): type(moe).from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='libmoe_bert'): upcycle(tmp_path)
+
+def test_damaged_folders_are_refused(tmp_path):
+    moe = upcycle(encoder('bert'), 'smoe', 4, 2)
+    moe.save_pretrained(tmp_path)
+    f = tmp_path/'model.libmoe.safetensors'
+    w = load_file(f)
+    name = 'encoder.layer.0.intermediate.dense.experts.down_proj'
+    for change, why in ((lambda n, t: None, 'missing_keys'), (lambda n, t: t[:-1].contiguous(), 'mismatched_keys')):
+        new = {n: change(n, t) if n == name else t for n, t in w.items()}
+        save_file({n: t for n, t in new.items() if t is not None}, f, metadata=dict(format='pt'))
+        with pytest.raises(ValueError, match=f'{why}: {name}'): load_upcycled(tmp_path, ignore_mismatched_sizes=True)
+    encoder('bert').save_pretrained(tmp_path/'dense')
+    with pytest.raises(ValueError, match='name must be of a model that upcycle made.*a bert'): load_upcycled(tmp_path/'dense')
 
 # reading and swapping
 
