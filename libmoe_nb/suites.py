@@ -241,11 +241,11 @@ def context_start(self:HeldOut, doc, at):
     if i == len(starts) or n - np.searchsorted(pieces, starts[i]) < self.context_words / 2: return None
     return int(starts[i])
 
-# %% ../nbs/suites.ipynb #39ef1045
+# %% ../nbs/suites.ipynb #f59e1c36
 @patch
 def telling(self:HeldOut, word):
     "Is it a word worth asking for?"
-    if not hasattr(self, '_frequent'): self._frequent = {w.casefold() for w in self.common[:100]}
+    if not hasattr(self, '_frequent'): self._frequent = {w.casefold() for w in self.common[:min(100, len(self.common)//10)]}
     return len(word) >= 3 and '_' not in word and not any(c.isdigit() for c in word) and word.casefold() not in self._frequent and not keyword.iskeyword(word)
 
 def _split_space(text, start, at):
