@@ -41,7 +41,7 @@ def _named(rows):
     means = pd.DataFrame([_numbers(r) for r in rows]).mean()
     return {f'routing/{k}': float(v) for k, v in means.items() if v == v} | layers
 
-# %% ../nbs/loggers.ipynb #a101626d
+# %% ../nbs/loggers.ipynb #d453719e
 class _TensorBoard:
     title, package, replaces = 'TensorBoard', 'tensorboard', True
     def __init__(self, folder, project, name, config, id, step, **kwargs):
@@ -52,6 +52,7 @@ class _TensorBoard:
         if config and not step: self.writer.add_text('config', '\n'.join('    ' + l for l in json.dumps(config, indent=1).splitlines()))
     def log(self, values, step):
         for n, v in values.items(): self.writer.add_scalar(n, v, step)
+        self.writer.flush()                      # or else a kill loses two minutes
     def close(self): self.writer.close()
 
 # %% ../nbs/loggers.ipynb #cdce0b60
@@ -75,17 +76,18 @@ class _Wandb:
     def log(self, values, step): self.run.log(values, step=step)
     def close(self): self.run.finish()
 
-# %% ../nbs/loggers.ipynb #e0fabd2f
+# %% ../nbs/loggers.ipynb #853eb91a
 trackers = dict(tensorboard=_TensorBoard, trackio=_Trackio, wandb=_Wandb)  # name -> class
 
 def check_tracker(
-    to:str, # 'tensorboard', 'trackio' or 'wandb'
+    to:str,        # 'tensorboard', 'trackio' or 'wandb'
+    argument='to', # name in the error
 ):
     "Raise if there is no such tracker, or its package is not installed."
     if to not in trackers: raise ValueError(did_you_mean('tracker', to, trackers))
-    if importlib.util.find_spec(p := trackers[to].package) is None: raise ValueError(f"to={to!r} needs the package {p}: pip install 'libmoe-nb[{p}]'")
+    if importlib.util.find_spec(p := trackers[to].package) is None: raise ValueError(f"{argument}={to!r} needs the package {p}: pip install 'libmoe-nb[{p}]'")
 
-# %% ../nbs/loggers.ipynb #0b3ab277
+# %% ../nbs/loggers.ipynb #d31f6d62
 class TelemetryLogger(_Listener):
     "Sends the lines of a run's diary to TensorBoard, Trackio or Weights & Biases as they are written."
     order = 66
@@ -99,6 +101,7 @@ class TelemetryLogger(_Listener):
     ):
         check_tracker(to)
         self.to, self.folder, self.project, self.name_of_run, self.config, self.kwargs = to, Path(folder), project, name or Path(folder).name, config, kwargs
+        self.notes = None
 
 # %% ../nbs/loggers.ipynb #442361eb
 _open = {}  # file of notes -> tracker; one that an interrupted fit left open is closed by the next
