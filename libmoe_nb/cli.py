@@ -188,7 +188,7 @@ def _result_tables(res, width=None):
     fits = len(names) <= 6 and console.measure(whole).maximum <= (width or (console.width if sys.stdout.isatty() else 240))
     return [whole] if fits else [join(f, m, r), *([join(f, d)] if len(names) > 1 else [])]
 
-# %% ../nbs/cli.ipynb #9e38ed27
+# %% ../nbs/cli.ipynb #27504acf
 @app.command()
 @_kindly
 @_with_options
@@ -197,7 +197,7 @@ def compare(
     seeds: Annotated[int, _option('Train each recipe this many times (default 1; 3 or more show what is chance).')] = 1,
     out: Annotated[Path, _option('Folder of runs and report (default: runs). Finished runs in it are not repeated, interrupted ones go on.')] = Path('runs'),
     evaluate: Annotated[bool, _option('Score each model on tasks made from the validation text, during training and at its end; finished runs are scored without training again.', '--evaluate')] = False,
-    examples: Annotated[Optional[int], _option('Examples of each task and domain for --evaluate (default 40).')] = None,
+    examples: Annotated[Optional[int], _option('Examples of each task and domain for --evaluate (default 25).')] = None,
     log: Log = None,
     **options,
 ):
@@ -213,7 +213,7 @@ def _show(res):
     scores = [ranking_verdict(res.score_tests, names=recipe_title)] if len(res.score_tests) else []
     _print(*_result_tables(res), verdict(res.runs), *scores, '', f"report: {res.out/'report.html'}")
 
-# %% ../nbs/cli.ipynb #631a2cbd
+# %% ../nbs/cli.ipynb #9c661fca
 @app.command()
 @_kindly
 @_with_options
@@ -222,7 +222,7 @@ def train(
     out: Annotated[Optional[Path], _option('Folder of the run (default: trained/RECIPE); the model is in its subfolder model.')] = None,
     seed: Annotated[int, _option('Of the weights and of the order of the data (default 0).')] = 0,
     evaluate: Annotated[bool, _option('Score the model on tasks made from the validation text, during training and at its end.', '--evaluate')] = False,
-    examples: Annotated[Optional[int], _option('Examples of each task and domain for --evaluate (default 40).')] = None,
+    examples: Annotated[Optional[int], _option('Examples of each task and domain for --evaluate (default 25).')] = None,
     resume: Annotated[bool, _option('Go on with an interrupted run from its last checkpoint, which is the default, or start it over. A finished run is never repeated.', '--resume/--no-resume')] = True,
     log: Log = None,
     **options,

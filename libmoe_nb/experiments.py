@@ -309,7 +309,7 @@ def evaluate_run(
 # %% ../nbs/experiments.ipynb #b5d0eb3b
 def _is_evaluated(folder, suite): return (p := folder/'evaluation.json').exists() and read_json(p)['suite']['fingerprint'] == suite.fingerprint
 
-# %% ../nbs/experiments.ipynb #d9fa6cc0
+# %% ../nbs/experiments.ipynb #6b0f826f
 def _check_evaluate(evaluate):
     ok = evaluate is None or isinstance(evaluate, bool) or isinstance(evaluate, int) and evaluate >= 2 or hasattr(evaluate, 'fingerprint')
     if not ok: raise ValueError(f'evaluate must be True, a number of examples of at least 2, or a Suite, got {evaluate!r}')
@@ -318,7 +318,7 @@ def _suite(evaluate, data, out=None):
     "The suite that is meant, or None; kept in the folder `out`"
     if evaluate is None or evaluate is False or hasattr(evaluate, 'fingerprint'): return None if evaluate is False else evaluate
     from libmoe_nb.suites import Suite, make_suite
-    n = 40 if evaluate is True else evaluate
+    n = 25 if evaluate is True else evaluate
     path = out and out/f'suite-{n}-{data.fingerprint[:8]}.jsonl'
     if path and path.exists(): return Suite.load(path)
     suite = _fitting(make_suite(data, num_examples=n), data)
@@ -604,7 +604,7 @@ def _changed(self):
     usual = dict(base, max_bytes=4_000_000, text_field='text', valid_tokens=65_536)
     return {k: v for k, v in {**p, **self.config['layer'], **reading, 'valid_tokens': self.config['valid_tokens']}.items() if usual.get(k) != v and k != 'name'}
 
-# %% ../nbs/experiments.ipynb #01770bc9
+# %% ../nbs/experiments.ipynb #642c62d2
 @patch
 def command(self:Comparison)->str:
     "The command, or the line of Python, that makes these runs again."
@@ -619,7 +619,7 @@ def command(self:Comparison)->str:
     if self.evaluations: words += ['--evaluate', '--examples', str(_examples(self))]
     return shlex.join([*words, *['--bf16'] * c['bf16'], '--out', str(self.out)])
 
-def _examples(self): return self.evaluations[0]['suite']['options'].get('num_examples', 40)
+def _examples(self): return self.evaluations[0]['suite']['options'].get('num_examples', 25)
 
 # %% ../nbs/experiments.ipynb #2d19f8a0
 @patch
