@@ -172,7 +172,7 @@ def process(*args):
     return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'from libmoe_nb.cli import main; main()', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def test_control_c_and_the_same_command_again(box, tmp_path):
-    args = ['upcycle', box/'llama', '--data', box/'texts', '--steps', 80, *SMALL, '--batch-size', 1, '--json', '--out']
+    args = ['upcycle', box/'llama', '--data', box/'texts', '--steps', 50, *SMALL, '--batch-size', 1, '--json', '--out']
     p = process(*args, tmp_path/'stopped')
     metrics, end = tmp_path/'stopped'/'smoe'/'metrics.jsonl', time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size):
