@@ -567,12 +567,12 @@ def _short(task, held, n):
     known = f', after {task.dropped} were dropped that occur in the training text' if task.dropped else ''
     return f"kind '{task.kind}' needs {n} examples from {held.domain!r}, whose {len(held.docs)} held-out documents of {words:,} words give {len(task)}{known}: {n - len(task)} are missing"
 
-# %% ../nbs/suites.ipynb #58be4a66
+# %% ../nbs/suites.ipynb #8c7be300
 def _model_of(docs): return _NGram(t for _,t in docs)
 
 def _views(docs, ngram, seed, code, **options):
     "A `HeldOut` for each domain"
-    common = [p for p,_ in sorted(ngram.vocab.items(), key=lambda p: (-ngram.unigrams[p[1]], p[0])) if p.isalpha()]
+    common = [p for p,_ in sorted(ngram.vocab.items(), key=lambda p: (-ngram.unigrams[p[1]], p[0])) if _word.match(p) and not re.search(r'[\d_]', p)]
     for d in dict.fromkeys(d for d,_ in docs):
         texts = [t for e,t in docs if e == d]
         is_code = _is_code(texts) if code is None else d in code if isinstance(code, (list, tuple, set)) else bool(code)
