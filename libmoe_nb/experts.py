@@ -110,7 +110,7 @@ def register_kernel(name):
         return f
     return _register
 
-# %% ../nbs/experts.ipynb #46bfa9c0
+# %% ../nbs/experts.ipynb #c1d197f4
 class Experts(nn.Module):
     "N FFNs with stacked parameters; a token's output is the weighted sum of the experts that it chose"
     def __init__(self,
@@ -150,8 +150,7 @@ class Experts(nn.Module):
         up,down,*biases = self.stacked
         _normal(up, up_std or self.hidden_size**-0.5, generator)
         _normal(down, down_std or self.intermediate_size**-0.5, generator)
-        for b in biases:
-            if b is not None: nn.init.zeros_(b)
+        for b in filter(torch.is_tensor, biases): nn.init.zeros_(b)
 
     @torch._disable_dynamo
     def forward(self,
