@@ -281,7 +281,7 @@ def measure_model(
         mine['perturbation'] = routing_perturbation(model, batches, _possible(model, batches[0]))
     return mine, chance
 
-# %% ../nbs/analysis.ipynb #136e437f
+# %% ../nbs/analysis.ipynb #0fa02fb1
 @dataclass
 class Analysis:
     "What was found in a model."
@@ -293,6 +293,7 @@ class Analysis:
     tokenizer: object = None
     box: object = field(default=None, repr=False)  # keeps a temporary folder alive
     layers = property(lambda self: self.trace.layers)
+    title = property(lambda self: next((n for n in reversed(Path(self.name).parts) if n not in ('model', '/')), self.name))
     def __repr__(self): return f"Analysis({self.name}: {len(self.layers)} layers, {self.trace.num_tokens:,} tokens)\n{self.summary().to_string(index=False, float_format='{:.3f}'.format)}"
     def _repr_html_(self): return self.summary().to_html(index=False, float_format='{:,.3f}'.format, na_rep='–')
 
@@ -428,16 +429,23 @@ def findings(self:Analysis)->list: # sentences
 
 def _layer_list(layers): return f"layer{'s' * (len(layers) > 1)} {_names_of(layers)}"
 
-# %% ../nbs/analysis.ipynb #6ff0e4fb
+# %% ../nbs/analysis.ipynb #a3985120
 @patch
 def _summary_html(self:Analysis):
     df = self.summary()
     place = lambda v, layer: '' if pd.isna(v) else f'{v:.3f} (layer {layer})'
-    rows = [[r.metric, _number(r.value, 3), '' if pd.isna(r.random) else f'{r.random:.3f}', place(r.low, r.low_layer), place(r.high, r.high_layer), r.meaning] for r in df.itertuples()]
-    rows = [ft.Tr(ft.Td(r[0], cls='l'), *[ft.Td(v) for v in r[1:5]], ft.Td(r[5], cls='l w')) for r in rows]
-    head = [ft.Th('', cls='l'), *[ft.Th(h) for h in ('mean over layers', 'random routing', 'lowest', 'highest')], ft.Th('what it is', cls='l')]
-    table = ft.Div(ft.Table(ft.Thead(ft.Tr(*head)), ft.Tbody(*rows), cls='wide'), cls='scroll')
+    rows = [[r.metric, _number(r.value, 3), _number(r.random, 3), place(r.low, r.low_layer), place(r.high, r.high_layer), ft.Td(r.meaning, cls='l w')] for r in df.itertuples() if not pd.isna(r.low)]
+    table = report_table(['', 'mean over layers', 'random routing', 'lowest', 'highest', ft.Th('what it is', cls='l', style='min-width: 18rem')], rows, cls='wide')
     return ft.Section(ft.H2('In numbers'), ft.Div(*[ft.P(f) for f in self.findings()], cls='verdict'), table)
+
+@patch
+def _perturbation_html(self:Analysis):
+    p = self.metrics.get('perturbation')
+    if p is None: return ''
+    rows = [[r.intervention, f'{r.loss:.3f}', f'{r.loss_change:+.3f}', _number(r.perplexity, 2), f'{r.accuracy:.3f}', f'{r.accuracy_change:+.3f}'] for r in p.itertuples()]
+    note = 'When the routers of all layers decide otherwise: their best one or two experts are replaced by the next in line, scores are sharper (temperature 0.1) or flatter (10), experts are drawn at random.'
+    figs = [report_figure(plot_perturbation(p), 'what interventions cost', 'Change of the loss, in nats a token.')] if len(p) > 1 else []
+    return ft.Section(ft.H2('Routing otherwise'), ft.P(note, cls='soft'), report_table(['', 'loss', 'change', 'perplexity', 'accuracy', 'change'], rows), *figs)
 
 # %% ../nbs/analysis.ipynb #94f457f9
 @patch
@@ -458,18 +466,23 @@ def _facts_html(self:Analysis):
         'made by': f"libmoe-nb {i['libmoe_nb']}, torch {i['torch']}, {i['machine']}"}
     return ft.Section(ft.H2('What was analysed'), report_facts(facts), ft.P('To make it again: ', ft.Code(self.command())))
 
-# %% ../nbs/analysis.ipynb #361bbb4a
+# %% ../nbs/analysis.ipynb #acef6942
 @patch
 def _depth_html(self:Analysis):
     "Metrics over layers"
     m, c, several = self.metrics, self.chance, len(self.domain_names) > 1
-    rest = [('load_imbalance', 'max_over_mean', 'Load of the busiest expert over the mean load'), ('router_margin', 'margin', 'Router margin: best minus second score'),
-            ('weight_entropy', 'entropy', "Entropy of the weights of a token's experts (1: equal)"), ('output_similarity', 'similarity', "Cosine of the outputs of a token's experts")]
-    figs = [report_figure(plot_by_layer(self._few(m['allocation_entropy']), 'entropy', random=c['allocation_entropy']), 'allocation entropy by layer', 'Entropy of how tokens spread over experts (1: evenly)' + ', by domain' * several)]
-    for n, v, caption in rest:
-        if n in m: figs.append(report_figure(plot_by_layer(_whole(m[n]), v, random=_whole(c[n])), f'{caption}, by layer', caption))
-    if 'parameter_similarity' in m: figs.append(report_figure(plot_by_layer(m['parameter_similarity'].groupby('layer', as_index=False).similarity.mean(), 'similarity', random=0.), 'parameter similarity by layer', 'Cosine of the parameters of two experts, the mean over pairs'))
-    return ft.Section(ft.H2('Over depth'), ft.Div(*figs, cls='grid'))
+    mean = lambda df: df.groupby('layer', as_index=False).similarity.mean()
+    lines = [(self._few(m['allocation_entropy']), c['allocation_entropy'], 'entropy', 'allocation entropy', 'Entropy of how tokens spread over experts (1: evenly)' + ', by domain' * several),
+             *[(_whole(m[n]), _whole(c[n]), v, label, caption) for n, v, label, caption in (
+                ('load_imbalance', 'max_over_mean', 'busiest / mean load', 'Load of the busiest expert over the mean load'), ('router_margin', 'margin', 'router margin', 'Best minus second score of a token'),
+                ('weight_entropy', 'entropy', 'weight entropy', "Entropy of the weights of a token's experts (1: equal)"))]]
+    if 'output_similarity' in m: lines += [(m['output_similarity'], c['output_similarity'], 'similarity', 'output similarity', "Cosine of the outputs of a token's experts"),
+                                           (mean(m['parameter_similarity']), 0., 'similarity', 'parameter similarity', 'Cosine of the parameters of two experts, the mean over pairs')]
+    return ft.Section(ft.H2('Over depth'), ft.Div(*[report_figure(_labelled(plot_by_layer(df, v, random=r), label), f'{label} by layer', caption) for df, r, v, label, caption in lines], cls='grid'))
+
+def _labelled(ax, label):
+    ax.set_ylabel(label)
+    return ax
 
 def _whole(df): return df[df.domain == 'all'].drop(columns='domain') if 'domain' in df else df
 
@@ -498,7 +511,7 @@ def _experts_html(self:Analysis):
                          report_figure(plot_specialisation(m['domain_specialisation'], n), 'specialisation on domains', f'How much more often an expert is chosen in a domain than overall, in the layer where that differs most ({self.layers[n]}).')]
     return ft.Section(ft.H2('Who takes what'), *figs, ft.P(f'The experts of layer {n} and the tokens of which they take the largest share:', cls='soft'), self._tokens_html(n))
 
-# %% ../nbs/analysis.ipynb #ca8a26ec
+# %% ../nbs/analysis.ipynb #d25e6c2e
 @patch
 def _token(self:Analysis, i):
     text = str(i) if self.tokenizer is None else self.tokenizer.decode([i])
@@ -512,7 +525,7 @@ def _tokens_html(self:Analysis, layer, experts=12, entries=10):
     order = df.groupby('expert').share.mean().sort_values(ascending=False).index[:experts]
     chips = lambda d: [x for r in d.head(entries).itertuples() for x in (ft.Code(self._token(r.token), title=f'{r.share:.0%} of {r.tokens}'), ' ')]
     rows = [ft.Tr(ft.Td(str(e)), ft.Td(f'{df[df.expert == e].share.mean():.0%}'), ft.Td(*chips(df[df.expert == e]), cls='l w')) for e in order]
-    return report_table(['expert', 'its share of them', 'tokens'], rows, 0)
+    return report_table(['expert', 'its share of them', ft.Th('tokens', cls='l')], rows, 0)
 
 # %% ../nbs/analysis.ipynb #bc9f5896
 @patch
@@ -534,17 +547,14 @@ def _text_html(self:Analysis, num_tokens=160):
     parts = [x for a in starts for x in (ft.H3(t.domains[t.domain[a]] if 0 <= t.domain[a] < len(t.domains) else 'text'), Safe(token_html(t, self.tokenizer, n, a, num_tokens)))]
     return ft.Section(ft.H2('Text, coloured by expert'), ft.P('Each token on the colour of its first expert; hovering tells all of them.', cls='soft'), *parts)
 
-# %% ../nbs/analysis.ipynb #707a6781
+# %% ../nbs/analysis.ipynb #470f5220
 @patch
 def report(self:Analysis)->str: # HTML
     "The analysis as one self-contained page."
     i = self.info
     lead = f"{i['layers']} layers of {_and([str(n) for n in i['num_experts']])} experts, {_and([str(n) for n in i['top_k']])} for each token, on {i['tokens']:,} tokens of {_and(self.domain_names[:6])}{' and more' if len(self.domain_names) > 6 else ''}"
-    p, cost = self.metrics.get('perturbation'), ''
-    if p is not None and len(p) > 1: cost = ft.Section(ft.H2('Routing otherwise'), report_figure(plot_perturbation(p), 'what interventions cost', 'Change of the loss, in nats a token, when the routers of all layers decide otherwise: their best '
-        'one or two experts replaced by the next in line, sharper or flatter scores, experts at random.'))
-    return report_page(f'What the routers do: {self.name}', lead, self._summary_html(), self._facts_html(), cost, self._depth_html(), self._experts_html(), self._pairs_html(), self._text_html(),
-                       footer=f'Trace and tables lie beside this page; the trace is read with libmoe_nb.traces.read_trace.')
+    return report_page(f'What the routers of {self.title} do', lead, self._summary_html(), self._facts_html(), self._perturbation_html(), self._depth_html(), self._experts_html(), self._pairs_html(), self._text_html(),
+                       footer='Trace and tables lie beside this page; libmoe_nb.traces.read_trace reads the trace.')
 
 # %% ../nbs/analysis.ipynb #bad742f5
 @patch

@@ -87,14 +87,14 @@ def report_figure(
     "A figure inside the page."
     return ft.Figure(ft.Img(src=figure_uri(getattr(fig, 'figure', fig)), alt=alt), *([ft.Figcaption(caption)] if caption else []))
 
-# %% ../nbs/reports.ipynb #7343303f
+# %% ../nbs/reports.ipynb #246871bb
 def report_cells(
     values,
     left:int=1, # the first so many are words
     tag=ft.Td,
 ):
-    "Cells of a row."
-    return [tag(v, cls='l') if i < left else tag(v) for i, v in enumerate(values)]
+    "Cells of a row; a value may be a cell already."
+    return [v if getattr(v, 'tag', '') in ('td', 'th') else tag(v, cls='l') if i < left else tag(v) for i, v in enumerate(values)]
 
 def report_table(
     head,       # values
