@@ -429,13 +429,13 @@ def findings(self:Analysis)->list: # sentences
 
 def _layer_list(layers): return f"layer{'s' * (len(layers) > 1)} {_names_of(layers)}"
 
-# %% ../nbs/analysis.ipynb #a3985120
+# %% ../nbs/analysis.ipynb #0ef32c88
 @patch
 def _summary_html(self:Analysis):
     df = self.summary()
     place = lambda v, layer: '' if pd.isna(v) else f'{v:.3f} (layer {layer})'
     rows = [[r.metric, _number(r.value, 3), _number(r.random, 3), place(r.low, r.low_layer), place(r.high, r.high_layer), ft.Td(r.meaning, cls='l w')] for r in df.itertuples() if not pd.isna(r.low)]
-    table = report_table(['', 'mean over layers', 'random routing', 'lowest', 'highest', ft.Th('what it is', cls='l', style='min-width: 18rem')], rows, cls='wide')
+    table = report_table(['', 'mean over layers', 'random routing', 'lowest', 'highest', ft.Th('what it is', cls='l', style='min-width: 14rem')], rows, cls='wide')
     return ft.Section(ft.H2('In numbers'), ft.Div(*[ft.P(f) for f in self.findings()], cls='verdict'), table)
 
 @patch
