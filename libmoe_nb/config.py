@@ -23,7 +23,7 @@ def did_you_mean(
     hint = f"did you mean '{near[0]}'? " if near else ''
     return f"unknown {kind} '{name}': {hint}known are {', '.join(sorted(known))}"
 
-# %% ../nbs/config.ipynb #be83ce98
+# %% ../nbs/config.ipynb #442c0fda
 @dataclass(frozen=True)
 class MoESpec:
     "Sizes and options of one mixture-of-experts layer: the budget that each recipe spends its own way."
@@ -33,7 +33,6 @@ class MoESpec:
     top_k: int = 4                     # K, experts that a token uses, shared ones included
     num_shared_experts: int = 0        # N_s, for recipes with shared experts
     moe_intermediate_size: int = 64    # d_e, hidden size of one expert
-    output_size: int = None            # size of the result; None: hidden_size, as everywhere inside a transformer
     hidden_act: str = 'relu'           # activation by its Hugging Face name
     gated: bool = False                # SwiGLU-style experts of three matrices
     bias: bool = False                 # biases in the experts
@@ -44,6 +43,7 @@ class MoESpec:
     router_z_loss_coef: float = 0.     # weight of the router z-loss
     aux_loss_group: str = 'sequence'   # tokens that are balanced together: 'sequence', 'micro_batch' or 'global_batch'
     options: dict = field(default_factory=dict)  # what only some recipes understand, by keyword
+    output_size: int = None            # size of the result; None: hidden_size, as everywhere inside a transformer
 
     def to_dict(self): return {k: v for k, v in dataclasses.asdict(self).items() if (k, v) != ('output_size', None)}
 
