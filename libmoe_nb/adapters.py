@@ -16,7 +16,7 @@ from pathlib import Path
 from .routers import Router, Routing, stable_topk
 from .tracing import MoEAdapter, record_routing, _families, _foreign
 
-# %% ../nbs/adapters.ipynb #ed8a260c
+# %% ../nbs/adapters.ipynb #5887bbeb
 class RouterRules:
     "How a router scores, chooses and weighs, in the terms of `Router`."
     choose, weigh = Router.choose, Router.weigh
@@ -38,7 +38,7 @@ def _rules(cls, router, args, score, norm, **kw):
         routed_scaling_factor=float(_attr(router, 'routed_scaling_factor route_scale router_scaling_factor', 1.)),
         n_group=n_group, topk_group=_attr(router, 'topk_group', n_group)), **kw))
 
-# %% ../nbs/adapters.ipynb #5483ab4c
+# %% ../nbs/adapters.ipynb #ab2d4ea5
 class TopKAdapter(MoEAdapter):
     "Layers of transformers whose router returns `(router_logits, top_k_weights, top_k_index, ...)`."
     def __init__(self,
@@ -63,7 +63,7 @@ class TopKAdapter(MoEAdapter):
 # %% ../nbs/adapters.ipynb #cf8b1857
 def _f32(x): return x if x.dtype == torch.float64 else x.float()
 
-# %% ../nbs/adapters.ipynb #b707849e
+# %% ../nbs/adapters.ipynb #3d2a0384
 @patch
 def read(self:TopKAdapter, layer, output, args, shape=None):
     "The `Routing` that the output of a router stands for"
@@ -83,7 +83,7 @@ def write(self:TopKAdapter, layer, output, routing):
     "The output of a router that stands for `routing`"
     return (output[0], routing.top_k_weights.to(output[1].dtype), routing.top_k_index, *output[3:])
 
-# %% ../nbs/adapters.ipynb #49e75ddb
+# %% ../nbs/adapters.ipynb #9e950798
 @patch
 def attach(self:TopKAdapter, layer, f):
     shape = []
@@ -102,7 +102,7 @@ def decide(self:TopKAdapter, layer, args): return self.read(layer, self.router(l
 # %% ../nbs/adapters.ipynb #44406d99
 _no_layers, _refused = {}, {}   # class name of a layer -> why it has no adapter: because nothing is routed, or because records would be wrong
 
-# %% ../nbs/adapters.ipynb #8ee49720
+# %% ../nbs/adapters.ipynb #f77f5e9a
 def register_moe(
     routers,      # class name of the router, or several, separated by spaces
     adapter=None, # a `MoEAdapter`; by default a `TopKAdapter` made of the rest
@@ -161,7 +161,7 @@ _tiny_more = dict(lfm2_moe=dict(layer_types=['full_attention'] * 2), longcat_fla
     **{m: dict(mlp_layer_types=['sparse'] * 2) for m in 'axk2 beam inkling_text'.split()}, **{'nllb-moe': dict(pad_token_id=1)},
     **{m: dict(layer_types=['linear_attention', 'full_attention']) for m in 'qwen3_next qwen3_5_moe_text'.split()})
 
-# %% ../nbs/adapters.ipynb #389acaa4
+# %% ../nbs/adapters.ipynb #bbbcfe2b
 def tiny_moe(
     model_type, # as in a transformers configuration: 'mixtral', 'olmoe', 'deepseek_v3', ...
     seed=0,
@@ -185,7 +185,7 @@ def tiny_moe(
             if hasattr(m, 'tid2eid'): m.tid2eid.copy_(torch.rand(len(m.tid2eid), m.num_experts).topk(m.top_k)[1])
     return model
 
-# %% ../nbs/adapters.ipynb #568ab266
+# %% ../nbs/adapters.ipynb #8ca94a60
 class Llama4Adapter(TopKAdapter):
     "Llama 4: a dense matrix of weights that scale the experts' inputs."
     def unpack(self, layer, output):
@@ -398,7 +398,7 @@ _no_layers['VitPoseBackboneMoeMLP'] = 'has no router: the caller names the exper
 _refused['NllbMoeSparseMLP'] = ('in this version of transformers its experts do not follow its router (a mask of zeros and ones is passed where numbers of experts are expected, '
                                 'so that only experts 0 and 1 run), and records would describe what the model does not do')
 
-# %% ../nbs/adapters.ipynb #98adb8cc
+# %% ../nbs/adapters.ipynb #f98abe4a
 @torch.no_grad()
 def check_rules(
     model,     # of a family of transformers
@@ -414,7 +414,7 @@ def check_rules(
         torch.testing.assert_close(r.router.weigh(r.scores, r.top_k_index), r.top_k_weights, atol=tol, rtol=tol)
     return len(records)
 
-# %% ../nbs/adapters.ipynb #ac33f3cb
+# %% ../nbs/adapters.ipynb #c082b451
 def moe_classes()->list: # of dicts: model, layer, router, adapter, note
     "The mixture-of-experts layers of the installed transformers, and whether they have an adapter."
     import transformers

@@ -24,7 +24,7 @@ from .reports import _and, _check_writable, _make_folder, _millions, _number, _p
 from .traces import Trace, make_trace, probe_batches, read_trace, write_trace
 from .tracing import adapter_of, intervene, moe_layers, record_routing
 
-# %% ../nbs/analysis.ipynb #4b2c0567
+# %% ../nbs/analysis.ipynb #ad7f629a
 def random_like(
     trace:Trace,
     seed=0,
@@ -94,7 +94,7 @@ def _load_tokenizer(name):
         raise ValueError(f'model={str(name)!r} has no tokenizer in {folder}: save one there (tokenizer.save_pretrained), or name another folder with tokenizer')
     return _pretrained(AutoTokenizer, folder, str(name), 'tokenizer')
 
-# %% ../nbs/analysis.ipynb #7e4973dc
+# %% ../nbs/analysis.ipynb #d489a129
 @dataclass
 class Subject:
     "A model to look into."
@@ -103,7 +103,7 @@ class Subject:
     name: str
     run: dict             # configuration of the run that made it, where it is known
 
-# %% ../nbs/analysis.ipynb #35481e6d
+# %% ../nbs/analysis.ipynb #4dc07697
 def load_subject(
     name,           # folder of a model or of a run, name on the Hugging Face hub, or a model
     tokenizer=None, # a tokenizer, or where it is; None: beside the model
@@ -221,7 +221,7 @@ def _make_probe(subject, data, num_tokens, sequence_length, batch_size, **readin
     if most >= V: raise ValueError(f'tokenizer gives token {most}, but the model knows {V} tokens: it is the tokenizer of another model')
     return res
 
-# %% ../nbs/analysis.ipynb #8565bb51
+# %% ../nbs/analysis.ipynb #afc5c0c3
 def measure_trace(
     trace:Trace,
 )->dict:         # name -> table of `libmoe_nb.metrics`
@@ -263,7 +263,7 @@ def _some(batches, tokens):
     n = min(max(round(tokens / per), 1), len(batches))
     return [batches[i * len(batches) // n] for i in range(n)]
 
-# %% ../nbs/analysis.ipynb #71c64b23
+# %% ../nbs/analysis.ipynb #1073a2fc
 def measure_model(
     model, batches,         # with mixture-of-experts layers, and a probe set
     similarity_tokens=2048, # on which the outputs of experts are compared
@@ -281,7 +281,7 @@ def measure_model(
         mine['perturbation'] = routing_perturbation(model, batches, _possible(model, batches[0]))
     return mine, chance
 
-# %% ../nbs/analysis.ipynb #0fa02fb1
+# %% ../nbs/analysis.ipynb #572e523f
 @dataclass
 class Analysis:
     "What was found in a model."
@@ -301,7 +301,7 @@ class Analysis:
 _values = dict(allocation_entropy='entropy', weight_entropy='entropy', router_margin='margin', load_imbalance='max_over_mean', dead_experts='share', selection_ratio='ratio',
                co_activation='co_activation', domain_specialisation='lift', output_similarity='similarity', parameter_similarity='similarity')
 
-# %% ../nbs/analysis.ipynb #3bc9d46e
+# %% ../nbs/analysis.ipynb #ffe6aeca
 @patch
 def table(self:Analysis,
     name:str, # of a metric: see `metrics`
@@ -326,7 +326,7 @@ def _scalars(m):
                                               parameter_similarity=m['parameter_similarity'].groupby('layer').similarity.mean())
     return pd.DataFrame(cols)
 
-# %% ../nbs/analysis.ipynb #51a170c2
+# %% ../nbs/analysis.ipynb #2216cbc0
 @patch
 def by_layer(self:Analysis)->pd.DataFrame: # columns name, each metric, and each with _random
     "One row a layer."
@@ -341,7 +341,7 @@ _meaning = dict(allocation_entropy='entropy of how tokens spread over experts; 1
 _titles = dict(allocation_entropy='allocation entropy', max_over_mean='busiest / mean load', cv='variation of load', dead_experts='dead experts', weight_entropy='weight entropy', margin='router margin',
     strongest_partner='strongest partner', domain_lift='largest domain lift', output_similarity='output similarity', parameter_similarity='parameter similarity')
 
-# %% ../nbs/analysis.ipynb #eb69b3ca
+# %% ../nbs/analysis.ipynb #4f2714ef
 @patch
 def summary(self:Analysis)->pd.DataFrame: # columns metric, value, random, low, low_layer, high, high_layer, meaning
     "One row a metric and intervention."
@@ -369,7 +369,7 @@ def _about(s, probe, trace, seconds):
                 model_type=getattr(config, 'model_type', ''), dtype=dtype, **_sizes(s.model, trace), data=probe.source, domains={d: int((trace.domain == i).sum()) for i, d in enumerate(probe.domains)},
                 tokens=trace.num_tokens, sequence_length=int(trace.position.max()) + 1, held_out=probe.held_out, seconds=seconds, libmoe_nb=__version__, torch=torch.__version__, machine=f'{platform.system()} {platform.machine()}')
 
-# %% ../nbs/analysis.ipynb #e1b71fb8
+# %% ../nbs/analysis.ipynb #2012ea16
 def analyze(
     model,                    # folder of a model or of a run, name on the Hugging Face hub, or a model
     data=None,                # what `text_data` takes, or a `TextData`; None: the run's own, else the packaged corpora that are installed
@@ -547,7 +547,7 @@ def _text_html(self:Analysis, num_tokens=160):
     parts = [x for a in starts for x in (ft.H3(t.domains[t.domain[a]] if 0 <= t.domain[a] < len(t.domains) else 'text'), Safe(token_html(t, self.tokenizer, n, a, num_tokens)))]
     return ft.Section(ft.H2('Text, coloured by expert'), ft.P('Each token on the colour of its first expert; hovering tells all of them.', cls='soft'), *parts)
 
-# %% ../nbs/analysis.ipynb #470f5220
+# %% ../nbs/analysis.ipynb #f78bda5d
 @patch
 def report(self:Analysis)->str: # HTML
     "The analysis as one self-contained page."
@@ -556,7 +556,7 @@ def report(self:Analysis)->str: # HTML
     return report_page(f'What the routers of {self.title} do', lead, self._summary_html(), self._facts_html(), self._perturbation_html(), self._depth_html(), self._experts_html(), self._pairs_html(), self._text_html(),
                        footer='Trace and tables lie beside this page; libmoe_nb.traces.read_trace reads the trace.')
 
-# %% ../nbs/analysis.ipynb #bad742f5
+# %% ../nbs/analysis.ipynb #9c55eeb8
 @patch
 def save(self:Analysis,
     out, # folder

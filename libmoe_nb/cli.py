@@ -358,13 +358,15 @@ def analyze(
     if as_json: print(json.dumps(res.to_dict() | dict(report=str(out/'report.html')), indent=1))
     else: _print(_analysis_table(res), *res.findings(), '', f"report: {out/'report.html'}")
 
-# %% ../nbs/cli.ipynb #dbbe97c6
+# %% ../nbs/cli.ipynb #5f6182b1
 @app.command()
 @_kindly
 def evaluate(
     model: Annotated[str, typer.Argument(help='Folder of a model or of a run, or a name on the Hugging Face hub.', show_default=False)],
     tasks: Annotated[Optional[str], _option("Names of lm-eval with commas (paper_lm: the paper's nine benchmarks), or YAML files.")] = None,
-    suite: Annotated[Optional[list[Path]], _option('File that `Suite.save` wrote; may be repeated.', metavar='FILE')] = None,
+    suite: Annotated[Optional[list[Path]], _option('File that `Suite.save` or `libmoe compare --evaluate` wrote; may be repeated.', metavar='FILE')] = None,
+    data: Annotated[Optional[str], _option('Corpus, file, folder or dataset: tasks are made from the part of it that `libmoe compare` holds out.')] = None,
+    examples: Annotated[int, _option('Questions of each of these tasks, at most (default 25).')] = 25,
     intervene: Annotated[Optional[list[str]], _option('drop_top1, drop_top12, drop_top=N, temperature=TAU, top_k=K, random, ban=EXPERT or force=EXPERT; may be repeated.', metavar='NAME[=VALUE]')] = None,
     limit: Annotated[Optional[float], _option('Documents of each task: a number, or a share below 1 (default: all).')] = None,
     num_fewshot: Annotated[Optional[int], _option('Examples before each question (default: what the task says).')] = None,
@@ -376,20 +378,26 @@ def evaluate(
     as_json: Annotated[bool, _option('Print the result as JSON.', '--json')] = False,
 ):
     "Zero-shot scores of a model, as it is and under interventions on its routers."
-    if not tasks and not suite: raise ValueError('give --tasks, --suite, or both')
+    if not (tasks or suite or data): raise ValueError('give --tasks, --suite or --data, or several of them')
     if batch_size != 'auto' and not batch_size.isdigit(): raise ValueError(f"--batch-size must be 'auto' or a number, got '{batch_size}'")
     import torch
     from libmoe_nb import evaluation
     if threads: torch.set_num_threads(threads)
-    res = evaluation.evaluate(model, [*([tasks] if tasks else []), *_suites(suite)], intervention=intervene, limit=limit, num_fewshot=num_fewshot,
+    res = evaluation.evaluate(model, [*([tasks] if tasks else []), *_suites(suite, data, examples)], intervention=intervene, limit=limit, num_fewshot=num_fewshot,
                               batch_size=batch_size if batch_size == 'auto' else int(batch_size), seed=seed, out=out, device=device)
     if as_json: return print(json.dumps(res.to_dict(), indent=1))
     _print(*_score_tables(res), *([f'saved: {out}'] if out else []))
 
-def _suites(files):
-    if not files: return []
-    from libmoe_nb.suites import Suite
-    return [Suite.load(f) for f in files]
+def _suites(files, data, examples):
+    if not files and not data: return []
+    from libmoe_nb.suites import Suite, make_suite
+    loaded = [Suite.load(f) for f in files or []]
+    if not data: return loaded
+    from libmoe_nb.config import get_preset
+    from libmoe_nb.data.text import text_data
+    _say('reading the text and making tasks from what is held out ...')
+    p = get_preset('mini')
+    return [*loaded, make_suite(text_data(data, vocab_size=p.vocab_size, sequence_length=p.sequence_length, max_bytes=4_000_000), num_examples=examples)]
 
 # %% ../nbs/cli.ipynb #bb5b4c5d
 def _score_tables(res):
@@ -459,7 +467,7 @@ def _version(wanted:bool):
 @app.callback()
 def _program(version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='Print the version.')] = False): ...
 
-# %% ../nbs/cli.ipynb #9a77bc2b
+# %% ../nbs/cli.ipynb #edadaa79
 def main():
     "The console script `libmoe`."
     app(prog_name='libmoe')

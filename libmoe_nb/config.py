@@ -12,7 +12,7 @@ import difflib, dataclasses
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 
-# %% ../nbs/config.ipynb #9dcfca34
+# %% ../nbs/config.ipynb #7620c817
 def did_you_mean(
     kind:str,   # what the name stands for, e.g. 'recipe'
     name:str,   # what was given
@@ -23,7 +23,7 @@ def did_you_mean(
     hint = f"did you mean '{near[0]}'? " if near else ''
     return f"unknown {kind} '{name}': {hint}known are {', '.join(sorted(known))}"
 
-# %% ../nbs/config.ipynb #442c0fda
+# %% ../nbs/config.ipynb #cf69221a
 @dataclass(frozen=True)
 class MoESpec:
     "Sizes and options of one mixture-of-experts layer: the budget that each recipe spends its own way."
@@ -54,7 +54,7 @@ def _from_dict(cls, d, kind):
         if k not in names: raise ValueError(did_you_mean(f'{kind} field', k, names))
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
-# %% ../nbs/config.ipynb #4adce95e
+# %% ../nbs/config.ipynb #c94e6ed1
 @patch(cls_method=True)
 def from_dict(cls:MoESpec, d):
     "The spec of a dictionary, e.g. of `to_dict`; unknown keys are errors"
@@ -64,7 +64,7 @@ def from_dict(cls:MoESpec, d):
 def _check(ok, name, value, expected):
     if not ok: raise ValueError(f'{name} must be {expected}, got {value}')
 
-# %% ../nbs/config.ipynb #8bc9f3ee
+# %% ../nbs/config.ipynb #7b120bac
 @patch
 def validate(self:MoESpec):
     "Raise a `ValueError` if this budget cannot be spent; return it otherwise."
@@ -83,7 +83,7 @@ def validate(self:MoESpec):
     _check(self.aux_loss_group in groups, 'aux_loss_group', repr(self.aux_loss_group), 'one of ' + ', '.join(groups))
     return self
 
-# %% ../nbs/config.ipynb #bd022188
+# %% ../nbs/config.ipynb #fbaa0fd1
 @dataclass(frozen=True)
 class Recipe:
     "A named way to spend a `MoESpec`."
@@ -93,7 +93,7 @@ class Recipe:
 
 recipes = {}  # every registered `Recipe` by its name, in the order of registration
 
-# %% ../nbs/config.ipynb #6b6beebd
+# %% ../nbs/config.ipynb #d0b5aaa2
 def recipe(
     name:str,        # how the recipe is called in code and on the command line
     title:str=None,  # how figures call it; the name by default
@@ -104,13 +104,13 @@ def recipe(
         return build
     return register
 
-# %% ../nbs/config.ipynb #b562b8a6
+# %% ../nbs/config.ipynb #449c33ce
 def get_recipe(name:str)->Recipe:
     "The recipe of that name, or a `ValueError` that names the nearest one."
     if name not in recipes: raise ValueError(did_you_mean('recipe', name, recipes))
     return recipes[name]
 
-# %% ../nbs/config.ipynb #99fecf02
+# %% ../nbs/config.ipynb #b7d56a8f
 @dataclass(frozen=True)
 class Preset:
     "A decoder-only language model and its training settings."
@@ -144,7 +144,7 @@ def _init_stds(p:Preset):
     depth = (2 / p.num_hidden_layers) ** 0.5
     return p.hidden_size**-0.5 * depth, (p.num_experts * p.moe_intermediate_size)**-0.5 * depth
 
-# %% ../nbs/config.ipynb #1f1fa9b9
+# %% ../nbs/config.ipynb #e9f5f205
 @patch
 def spec(self:Preset, name:str, **overrides)->MoESpec:
     "The budget of one layer of this preset, for the recipe `name`; `overrides` change fields of it."
@@ -169,7 +169,7 @@ presets = {p.name: p for p in [
            learning_rate=2.5e-4, warmup_steps=4000, grad_clip=0.25, aux_loss_reduction='sum', partial_rotary_factor=0.5,
            depth_scaled_init=True)]}
 
-# %% ../nbs/config.ipynb #a59c7e88
+# %% ../nbs/config.ipynb #b6a96f75
 def get_preset(name:str)->Preset:
     "The preset of that name, or a `ValueError` that names the nearest one; a `Preset` is returned as it is."
     if isinstance(name, Preset): return name

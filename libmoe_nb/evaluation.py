@@ -86,12 +86,13 @@ def _make_lm(model, tokenizer, batch_size='auto', bars=None):
     tokens = _tokens_per_batch(model.device, model.get_input_embeddings().weight.shape[0])
     return _lm_class()(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend='causal', batch_size=batch_size, tokens=tokens, bars=bars)
 
-# %% ../nbs/evaluation.ipynb #5fe0a4ce
+# %% ../nbs/evaluation.ipynb #d568cb61
 def _find_model(name):
     "A folder that transformers can load, or the name of a model on the hub"
-    path = Path(name)
-    for p in path, path/'model':
-        if (p/'config.json').is_file(): return str(p)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        from libmoe_nb.analysis import _folder_of
+        return str(_folder_of(path)[0])
     if len(path.parts) == 1 and not path.exists():
         from libmoe_nb.upcycle_run import packaged_model, packaged_models
         if str(name) in packaged_models: return str(packaged_model(name))
@@ -109,7 +110,7 @@ def _load_model(name, tokenizer=None, device=None):
     try: return model.to(device), tokenizer or AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as e: raise ValueError(f"model '{name}' comes without a tokenizer: give one with the argument tokenizer") from e
 
-# %% ../nbs/evaluation.ipynb #4b56b1a3
+# %% ../nbs/evaluation.ipynb #1cd95a6a
 def tasks_folder()->Path:
     "The folder of our own task files, for lm-eval's `--include_path`."
     return Path(libmoe_nb.__path__[0])/'tasks'
@@ -227,7 +228,7 @@ def _detokenised(text):
     for a, b in _glued.items(): text = text.replace(a, b)
     return text
 
-# %% ../nbs/evaluation.ipynb #353fa8bf
+# %% ../nbs/evaluation.ipynb #27185c11
 def cbt_docs(
     docs, # data set with columns sentences, question, answer, options, as published
 ):        # and with context, choices, label; questions without ten options or without their answer are left out
@@ -303,7 +304,7 @@ def _document(name, s, metrics, lm):
     cut = any(tuple(a) in getattr(lm, 'cut', ()) for a in s['arguments'])
     return dict(task=name, doc=s['doc_id'], arguments=[list(a) for a in s['arguments']], responses=s['filtered_resps'], target=s['target'], metrics=metrics, cut=cut, hash=s['doc_hash'])
 
-# %% ../nbs/evaluation.ipynb #9582d810
+# %% ../nbs/evaluation.ipynb #9452c1de
 @dataclass(repr=False)
 class Evaluation:
     "Scores of one model."
@@ -315,7 +316,7 @@ class Evaluation:
     def _repr_html_(self): return self.table()._repr_html_()
     def __repr__(self): return self.table().to_string()
 
-# %% ../nbs/evaluation.ipynb #65ee35bb
+# %% ../nbs/evaluation.ipynb #9510fd55
 @patch
 def scores(self:Evaluation)->pd.DataFrame: # intervention, task, metric, value, stderr, n, chance
     "One row for each benchmark: the main metric, subtasks averaged."
@@ -325,7 +326,7 @@ def scores(self:Evaluation)->pd.DataFrame: # intervention, task, metric, value, 
     res = g.agg(metric=('metric', 'first'), value=('value', 'mean'), stderr=('var', lambda v: math.sqrt(v.sum(skipna=False)) / len(v)), n=('n', 'sum'), chance=('chance', 'mean'))
     return res.reset_index()
 
-# %% ../nbs/evaluation.ipynb #2c1c1481
+# %% ../nbs/evaluation.ipynb #b3267385
 @patch
 def score_change(self:Evaluation,
 )->pd.DataFrame: # rows: interventions; columns: benchmarks, total, stderr (of the total), in points
@@ -345,7 +346,7 @@ def _change(difference, group):
     t = t.groupby([group[n] or n for n in t.index], sort=False).agg(value=('value', 'mean'), var=('var', 'sum'), k=('var', 'size'))
     return {**t.value, 'total': t.value.sum(), 'stderr': math.sqrt((t['var'] / t.k**2).sum(skipna=False))}
 
-# %% ../nbs/evaluation.ipynb #c99fffdc
+# %% ../nbs/evaluation.ipynb #489a073a
 @patch
 def table(self:Evaluation)->pd.DataFrame: # text
     "Scores to look at: benchmarks down, interventions across, each with its standard error."
@@ -366,7 +367,7 @@ def _plain(o):
     if isinstance(o, float) and not math.isfinite(o): return None
     return o if o is None or isinstance(o, (str, int, float, bool)) else str(o)
 
-# %% ../nbs/evaluation.ipynb #fd8f060b
+# %% ../nbs/evaluation.ipynb #3193d5b4
 @patch
 def to_dict(self:Evaluation)->dict: # ready for JSON
     "Results, scores, changes and how they were made."
@@ -385,7 +386,7 @@ def save(self:Evaluation,
     with open(folder/'documents.jsonl', 'w', encoding='utf-8') as f: f.writelines(json.dumps(_plain(d), ensure_ascii=False) + '\n' for d in self.documents)
     return folder
 
-# %% ../nbs/evaluation.ipynb #face6826
+# %% ../nbs/evaluation.ipynb #9eaf5964
 @patch(cls_method=True)
 def load(cls:Evaluation,
     folder, # that `save` wrote
@@ -407,7 +408,7 @@ _interventions = {  # name -> function of the value, how to read the value, valu
     'drop_top': (interventions.drop_top, int, ...), 'temperature': (interventions.temperature, float, ...), 'top_k': (interventions.override_top_k, int, ...),
     'random': (interventions.random_routing, int, 0), 'ban': (interventions.ban_experts, _numbers, ...), 'force': (interventions.force_experts, _numbers, ...)}
 
-# %% ../nbs/evaluation.ipynb #537b2857
+# %% ../nbs/evaluation.ipynb #ebf5638b
 def parse_intervention(
     s:str, # drop_top1, drop_top12, drop_top=N, temperature=TAU, top_k=K, random or random=SEED, ban=EXPERT+EXPERT, force=EXPERT
 ):         # function of `Routing` to `Routing`
@@ -504,7 +505,7 @@ def _versions():
     from importlib.metadata import version
     return dict(libmoe_nb=libmoe_nb.__version__, **{p: version(p) for p in ('lm_eval', 'torch', 'transformers')})
 
-# %% ../nbs/evaluation.ipynb #0dbc5632
+# %% ../nbs/evaluation.ipynb #93781646
 def evaluate(
     model,               # live model, folder, or name on the hub; or an lm-eval `LM`
     tasks,               # names of lm-eval with commas, YAML files, a suite, or a list of those
@@ -549,7 +550,7 @@ def _evaluate(model, t, ways, tokenizer, batch_size, device, bars, limit, num_fe
     cut = sum(d['cut'] for d in docs if d['intervention'] == 'none')
     return Evaluation(results, samples, docs if log_samples else [], dict(max_length=getattr(lm, 'max_length', None), cut=cut))
 
-# %% ../nbs/evaluation.ipynb #9cc468fa
+# %% ../nbs/evaluation.ipynb #b552168a
 def lm_eval_command(
     *args:str, # as on lm-eval's command line
 ):

@@ -66,7 +66,7 @@ def _seed_list(seeds):
     if not res or not all(isinstance(s, int) and s >= 0 for s in res): raise ValueError(f'seeds must be a number of at least 1 or a list of whole numbers, got {seeds!r}')
     return list(dict.fromkeys(res))
 
-# %% ../nbs/experiments.ipynb #b7c28e40
+# %% ../nbs/experiments.ipynb #c28537a5
 def run_config(
     recipe:str,
     seed:int,          # of the weights and of the order of the data
@@ -85,7 +85,7 @@ def run_config(
                   data=dict(fingerprint=data.fingerprint, domains=data.domains, vocab_size=data.vocab_size, sequence_length=data.sequence_length))
     return json.loads(json.dumps(config))
 
-# %% ../nbs/experiments.ipynb #7c76968d
+# %% ../nbs/experiments.ipynb #73d12846
 def run_hash(config:dict)->str:
     "Eight hexadecimal digits that are the same for the same configuration."
     return blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=4).hexdigest()
@@ -180,7 +180,7 @@ def _tracer(model, data, folder, config, traces):
     place = lambda step: folder/'traces'/f'step-{step:06d}.safetensors'
     return lambda model, step: _trace_point(model, data, place(step), tokens, info=dict(step=step, seed=config['seed']), **about)
 
-# %% ../nbs/experiments.ipynb #219832eb
+# %% ../nbs/experiments.ipynb #fd194029
 class SuiteCallback(Callback):
     "Scores on a suite at some steps of training, one line `eval` of the diary for each task."
     order, run_valid = 67, False
@@ -260,7 +260,7 @@ def _finish(learn, config, data, folder, keep_model=True, traces=0, suite=None):
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
     return _plain(result)
 
-# %% ../nbs/experiments.ipynb #b70db163
+# %% ../nbs/experiments.ipynb #68ba936d
 def train_run(
     config:dict,          # of `run_config`
     data:TextData,
@@ -287,7 +287,7 @@ def train_run(
         if log: learn.telemetry_logger.close()
     return _finish(learn, config, data, folder, keep_model, traces, suite)
 
-# %% ../nbs/experiments.ipynb #4b24bad9
+# %% ../nbs/experiments.ipynb #d95a0fde
 def evaluate_run(
     folder,         # of a finished run
     suite,          # a `Suite`
@@ -348,7 +348,7 @@ def _owned(out):
         yield
     finally: lock.release()
 
-# %% ../nbs/experiments.ipynb #3b596f1d
+# %% ../nbs/experiments.ipynb #b84e3efe
 def use_threads(
     n:int=None, # None: `OMP_NUM_THREADS`, else the cores that this process may use, at most 8
 )->int:
@@ -392,7 +392,7 @@ def _info(data, source, threads, reading):
     return dict(libmoe_nb=__version__, torch=torch.__version__, python=platform.python_version(), machine=f'{platform.system()} {platform.machine()}', threads=threads,
                 data=dict(source=name, reading=reading, parts=data.info, train_tokens=data.train.num_tokens, valid_tokens=data.valid.num_tokens), unigram=unigram)
 
-# %% ../nbs/experiments.ipynb #29c1f462
+# %% ../nbs/experiments.ipynb #b7f4d412
 class Comparison:
     "Finished runs under one budget, as tables, figures and a report."
     def __init__(self,
@@ -550,7 +550,7 @@ def results(self):
     ints = dict.fromkeys(['rank', 'seeds', 'parameters', 'active_parameters'], 'Int64')
     return pd.concat([pd.DataFrame([u]), df.sort_values('rank').reset_index()])[['rank', 'recipe', *df.columns.drop('rank')]].round(6).astype(ints).reset_index(drop=True)
 
-# %% ../nbs/experiments.ipynb #2531c7db
+# %% ../nbs/experiments.ipynb #e49a7778
 def verdict(
     runs:pd.DataFrame,  # columns recipe, seed, perplexity
 )->str:
@@ -702,7 +702,7 @@ def _tests_html(tests):
     head = ['difference in mean accuracy', 'points', '95 % interval', 'p over documents', 'p over documents and seeds' if tests.seeds.min() > 1 else 'p', f'p, corrected for {len(tests)} pairs' if len(tests) > 1 else 'p, corrected']
     return ft.Details(ft.Summary('All pairs, the clearest first'), report_table(head, rows, 1))
 
-# %% ../nbs/experiments.ipynb #8490d38e
+# %% ../nbs/experiments.ipynb #874a074d
 @patch
 def report(self:Comparison)->str: # HTML
     "The comparison as one self-contained page."
@@ -712,7 +712,7 @@ def report(self:Comparison)->str: # HTML
     return report_page(title, lead, self._results_html(), self._facts_html(), self._curves_html(), self._scores_html(), self._routers_html(), self._traces_html(),
                        footer=f"Read from {len(self.folders)} run folders in {self.out}; the last run was finished {max(r['finished'] for r in self.finished)}.")
 
-# %% ../nbs/experiments.ipynb #c59f612b
+# %% ../nbs/experiments.ipynb #e4508629
 @patch
 def to_dict(self:Comparison)->dict: # ready for JSON
     "Table, runs and what there is to know of them."
@@ -731,18 +731,18 @@ def save(self:Comparison,
     write_json(out/'results.json', self.to_dict())
     write_whole(out/'report.html', self.report())
 
-# %% ../nbs/experiments.ipynb #1477d7db
+# %% ../nbs/experiments.ipynb #c7e61519
 @patch
 def figure(self:Comparison, fig=None): # Figure
     "Validation curves and perplexity bars in one figure."
     return plot_comparison(self.curves, self.runs, self.unigram['perplexity'], fig)
 
-# %% ../nbs/experiments.ipynb #4c9011f4
+# %% ../nbs/experiments.ipynb #4d6974fe
 def print_progress(event, name=None, result=None, reused=False, **kwargs):
     "One line a run."
     if event == 'finish': print(f"{name}: perplexity {_number(result['perplexity'])}, " + ('finished before' if reused else f"{result['seconds']:.0f} s of training"), flush=True)
 
-# %% ../nbs/experiments.ipynb #d253005a
+# %% ../nbs/experiments.ipynb #7535ac2f
 def compare(
     recipes=None,          # names, as a list or with commas; None: all
     data=None,             # a `TextData`, or what `text_data` takes; None: the packaged corpora that are installed
@@ -800,7 +800,7 @@ def _finished(out):
 def _common(config):
     return run_hash({k: v for k, v in config.items() if k not in ('recipe', 'seed', 'options', 'moe')})
 
-# %% ../nbs/experiments.ipynb #c26158cb
+# %% ../nbs/experiments.ipynb #46487083
 def read_comparison(
     out, # folder of the runs
 )->Comparison:
@@ -820,7 +820,7 @@ def _start_over(folder, config):
     for n in 'checkpoints', 'traces', 'model': shutil.rmtree(folder/n, ignore_errors=True)
     for n in 'metrics.jsonl', 'loads.csv': (folder/n).unlink(missing_ok=True)
 
-# %% ../nbs/experiments.ipynb #5927306b
+# %% ../nbs/experiments.ipynb #b164b229
 @delegates(compare, but=['recipes', 'seeds', 'keep_models'])
 def train(
     recipe:str,

@@ -27,7 +27,7 @@ _activations = dict(relu=F.relu, relu2=_relu2, relu6=F.relu6, leaky_relu=F.leaky
     gelu=F.gelu, gelu_new=_gelu_tanh, gelu_pytorch_tanh=_gelu_tanh, gelu_fast=_gelu_tanh, quick_gelu=_quick_gelu, mish=F.mish,
     hardswish=F.hardswish, softplus=F.softplus, sigmoid=torch.sigmoid, tanh=torch.tanh, linear=_linear)
 
-# %% ../nbs/experts.ipynb #4795cb01
+# %% ../nbs/experts.ipynb #966ab1ef
 def activation(
     hidden_act, # A name of `_activations`, or any elementwise function of a tensor
 ):
@@ -36,7 +36,7 @@ def activation(
     if hidden_act in _activations: return _activations[hidden_act]
     raise ValueError(f"hidden_act={hidden_act!r} is not known; expected a function or one of {', '.join(sorted(_activations))}")
 
-# %% ../nbs/experts.ipynb #c57ec0ba
+# %% ../nbs/experts.ipynb #cb27f2ca
 def ffn(
     hidden_states, # [T, d]
     up,            # [h, d], or gated [2h, d]: the gate's rows, then the up projection's
@@ -63,7 +63,7 @@ def _positive(**sizes):
     for name,n in sizes.items():
         if not isinstance(n, int) or n < 1: raise ValueError(f"{name}={n!r} is not a size; expected an integer of at least 1")
 
-# %% ../nbs/experts.ipynb #a826d9ba
+# %% ../nbs/experts.ipynb #c584b48d
 class FeedForward(nn.Module):
     "One dense FFN: `down_proj(act(up_proj(x)))`, or gated"
     def __init__(self,
@@ -100,7 +100,7 @@ class FeedForward(nn.Module):
 
     def extra_repr(self): return f'hidden_act={self.hidden_act!r}, gated={self.gated}'
 
-# %% ../nbs/experts.ipynb #47e9e66b
+# %% ../nbs/experts.ipynb #56c66d3b
 kernels = {}
 
 def register_kernel(name):
@@ -110,7 +110,7 @@ def register_kernel(name):
         return f
     return _register
 
-# %% ../nbs/experts.ipynb #c1d197f4
+# %% ../nbs/experts.ipynb #411ab622
 class Experts(nn.Module):
     "N FFNs with stacked parameters; a token's output is the weighted sum of the experts that it chose"
     def __init__(self,
@@ -192,7 +192,7 @@ def _compute_dtype(x):
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device): return x.dtype
     return torch.get_autocast_dtype(device)
 
-# %% ../nbs/experts.ipynb #975bea2a
+# %% ../nbs/experts.ipynb #3c887e1b
 @register_kernel('loop')
 def loop_kernel(experts, hidden_states, expert_index, weights):
     "The meaning of `Experts`: one expert after the other"
@@ -218,7 +218,7 @@ class _Workspaces(threading.local):
 
 _workspace = _Workspaces()
 
-# %% ../nbs/experts.ipynb #8f64d35f
+# %% ../nbs/experts.ipynb #5f86584d
 def free_workspaces():
     "Give back the memory that the sorted kernel keeps for its next call (this thread's)"
     _workspace.buffers.clear()
@@ -463,7 +463,7 @@ def _slots_per_block(experts, dtype):
     h_up = h * (1+experts.gated)
     return int((40e6 if half else 20e6) / ((d + o + h_up + h) * dtype.itemsize)),8 + int((1e7 if half else 2e6) / (d*h_up))
 
-# %% ../nbs/experts.ipynb #0e11f50d
+# %% ../nbs/experts.ipynb #c4d668c9
 @register_kernel('sorted')
 def sorted_kernel(experts, hidden_states, expert_index, weights):
     "Sorts choices by expert and computes on contiguous blocks; the fast one on CPUs"
@@ -477,7 +477,7 @@ def _fits_grouped_mm(experts, dtype):
     sizes = experts.hidden_size,experts.intermediate_size,experts.output_size
     return hasattr(F, 'grouped_mm') and dtype in (torch.float32, torch.bfloat16, torch.float16) and all(n*dtype.itemsize % 16 == 0 for n in sizes)
 
-# %% ../nbs/experts.ipynb #8925df23
+# %% ../nbs/experts.ipynb #39c49555
 @register_kernel('grouped_mm')
 def grouped_mm_kernel(experts, hidden_states, expert_index, weights):
     "`torch.nn.functional.grouped_mm` on the choices sorted by expert; the one for GPUs"
@@ -504,7 +504,7 @@ def _auto_kernel(experts, x):
     grouped = x.device.type == 'cuda' and dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
     return 'grouped_mm' if grouped and _fits_grouped_mm(experts, dtype) else 'loop'
 
-# %% ../nbs/experts.ipynb #86f4ce01
+# %% ../nbs/experts.ipynb #b5c1d1c6
 class ZeroComputationExperts(nn.Module):
     "MoE++'s zero, copy and constant experts, in this order"
     def __init__(self,

@@ -24,7 +24,7 @@ from .routers import Router, SigmoidRouter, SoftmaxRouter, tokens_per_expert
 from .tracing import record_routing
 from .upcycling import find_ffns
 
-# %% ../nbs/export.ipynb #458b462f
+# %% ../nbs/export.ipynb #224f40e9
 @dataclass(frozen=True)
 class LayerForm:
     "What a mixture-of-experts layer computes, in terms that published architectures share."
@@ -47,7 +47,7 @@ class _NoForm(ValueError): "Why a model or layer has no native form"
 def _refuse(when, why):
     if when: raise _NoForm(why)
 
-# %% ../nbs/export.ipynb #b4f03c66
+# %% ../nbs/export.ipynb #132e7f52
 def layer_form(layer:MoELayer)->LayerForm:
     "The form of a layer; a `ValueError` that says what has no counterpart in published architectures."
     r, e, s = layer.router, layer.experts, layer.shared_experts
@@ -63,7 +63,7 @@ def layer_form(layer:MoELayer)->LayerForm:
     return LayerForm(kind, r.norm_topk_prob, r.num_experts, r.top_k, e.intermediate_size, e.hidden_act, 0 if s is None else s.intermediate_size // e.intermediate_size,
                      layer.shared_gate is not None, bias, r.n_group, r.topk_group, scale)
 
-# %% ../nbs/export.ipynb #40bf051d
+# %% ../nbs/export.ipynb #59b3b516
 @dataclass(frozen=True)
 class Native:
     "A published mixture-of-experts architecture: what it can express, and in which words."
@@ -80,7 +80,7 @@ class Native:
 
 natives = {} # registered `Native` by model_type, in the order in which they are tried
 
-# %% ../nbs/export.ipynb #82a498c7
+# %% ../nbs/export.ipynb #b6931ee9
 def native(model_type, **kw):
     "Register a published architecture; fields as in `Native`."
     natives[model_type] = Native(model_type, **kw)
@@ -101,7 +101,7 @@ native('glm4_moe', bodies=dict(glm4_moe=({}, {}), llama=(_plain, dict(use_qk_nor
 native('dots1', bodies=dict(dots1=({}, {}), qwen3=(dict(use_sliding_window=False), _no_window)), **_deepseek)
 native('deepseek_v2', bodies=dict(deepseek_v2=({}, {})), **{**_deepseek, 'score': 'softmax', 'bias': False, 'norm': (False,)})
 
-# %% ../nbs/export.ipynb #3997521f
+# %% ../nbs/export.ipynb #352d78a4
 @patch
 def mismatches(self:Native, form:LayerForm)->list:
     "What of a layer's form this architecture cannot express."
@@ -190,7 +190,7 @@ def _why_not(self:Native, config, form, dense):
     except _NoForm as e: whys.append(str(e))
     return whys
 
-# %% ../nbs/export.ipynb #310def7c
+# %% ../nbs/export.ipynb #1744c3ca
 def native_form(
     model, # with mixture-of-experts layers of ours
     family:str=None, # model_type of a native architecture; None: the first that agrees
@@ -207,7 +207,7 @@ def native_form(
     raise _NoForm(f"no native architecture computes this with a body of '{body}': " + (', '.join(f'{n} ({w})' for n, w in known.items()) if known else
         f"{'bodies that agree are ' + ', '.join(sorted({b for w in whys.values() for b in w}))}"))
 
-# %% ../nbs/export.ipynb #5317ba0d
+# %% ../nbs/export.ipynb #65cafd96
 @torch.no_grad()
 def logit_error(
     a, b, # causal language models
@@ -239,7 +239,7 @@ def _filled(config, weights, like):
     made.generation_config = copy.deepcopy(like.generation_config)
     return made.train(like.training)
 
-# %% ../nbs/export.ipynb #3a16b47b
+# %% ../nbs/export.ipynb #888b81ec
 @torch.no_grad()
 def to_native(
     model,            # a `MoEForCausalLM`, or a causal language model with `MoELayer`s
@@ -279,7 +279,7 @@ def _to_dense_native(model, base, ffns, check):
     made = _filled(config, weights, model)
     return _checked(made, base) if check else made
 
-# %% ../nbs/export.ipynb #6befdfe1
+# %% ../nbs/export.ipynb #ee820a2e
 def save_native(
     model,            # as for `to_native`
     folder,           # to write to
@@ -343,7 +343,7 @@ def _own_weights(n, layer, form):
     if form.gate: out['shared_gate.weight'] = layer.shared_expert_gate.weight
     return out
 
-# %% ../nbs/export.ipynb #c6a5cb05
+# %% ../nbs/export.ipynb #50492ed8
 @torch.no_grad()
 def from_native(
     model,           # a mixture-of-experts model of transformers, or name or folder of one
@@ -399,7 +399,7 @@ def _merged(layer, share, total):
     out = {f'{name}.weight': halves(0), 'down_proj.weight': torch.cat([p[1] for p in parts], 1)}
     return out if down_bias is None else out | {f'{name}.bias': halves(2), 'down_proj.bias': down_bias}
 
-# %% ../nbs/export.ipynb #bd284773
+# %% ../nbs/export.ipynb #c01b3718
 @torch.no_grad()
 def to_dense(
     model:MoEForCausalLM,

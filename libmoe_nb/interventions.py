@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from .routers import Routing, stable_topk
 
-# %% ../nbs/interventions.ipynb #9f0bf1a7
+# %% ../nbs/interventions.ipynb #a3f8c378
 def ranking(
     r:Routing,
 )->Tensor:     # [T, M]
@@ -22,7 +22,7 @@ def ranking(
     if rank is not None: return rank(r.scores.detach())
     return r.scores.detach() if bias is None else r.scores.detach() + bias
 
-# %% ../nbs/interventions.ipynb #e3a194d1
+# %% ../nbs/interventions.ipynb #2e1f32f0
 def next_ranked(
     r:Routing,
     n:int=1,      # how many
@@ -57,7 +57,7 @@ def _refill(r, keep, weights, allowed=None):
     if weights == 'router': w = _weigh(r, index)
     return r.replace(top_k_index=index, top_k_weights=r.top_k_weights if weights == 'rank' else w)
 
-# %% ../nbs/interventions.ipynb #ee83de12
+# %% ../nbs/interventions.ipynb #fdeb67aa
 def drop_top(
     n:int=1,               # how many of the best
     weights:str='router',  # 'router', 'inherit', 'rank' or 'zero'
@@ -81,7 +81,7 @@ def _choices_of(r, experts):
     of = torch.arange(r.num_choices, device=experts.device) if r.expert_of is None else r.expert_of
     return torch.isin(of, experts)
 
-# %% ../nbs/interventions.ipynb #5666dad9
+# %% ../nbs/interventions.ipynb #775f1629
 def ban_experts(
     experts,              # numbers of experts
     weights:str='router', # 'router', 'inherit', 'rank' or 'zero'
@@ -93,7 +93,7 @@ def ban_experts(
         return _refill(r, ~banned[r.top_k_index], weights, ~banned)
     return ban
 
-# %% ../nbs/interventions.ipynb #f9b13287
+# %% ../nbs/interventions.ipynb #d889c3eb
 def force_experts(
     experts,              # numbers of experts, at most K
     weights:str='router', # 'router' or 'inherit'
@@ -113,7 +113,7 @@ def force_experts(
         return r.replace(top_k_index=index, top_k_weights=_weigh(r, index) if weights == 'router' else r.top_k_weights)
     return force
 
-# %% ../nbs/interventions.ipynb #944ba21b
+# %% ../nbs/interventions.ipynb #f55e543d
 def temperature(
     tau:float, # τ > 0; 1 changes nothing
 ):             # function of `Routing` to `Routing`
@@ -126,7 +126,7 @@ def temperature(
         return r.replace(scores=scores, top_k_index=index, top_k_weights=r.router.weigh(scores, index).to(r.top_k_weights))
     return heat
 
-# %% ../nbs/interventions.ipynb #596bcf5f
+# %% ../nbs/interventions.ipynb #eb479a02
 def override_top_k(
     k:int, # experts for each token
 ):         # function of `Routing` to `Routing`
@@ -137,7 +137,7 @@ def override_top_k(
         return r.replace(top_k_index=index, top_k_weights=_weigh(r, index))
     return override
 
-# %% ../nbs/interventions.ipynb #64dec6e8
+# %% ../nbs/interventions.ipynb #43360050
 def random_routing(
     seed:int=0,
     weights:str='rank', # 'rank' or 'router'

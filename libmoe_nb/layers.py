@@ -19,7 +19,7 @@ from .routers import Router, SoftmaxRouter, SigmoidRouter, CosineRouter, Ternary
 from .experts import Experts, FeedForward, ZeroComputationExperts
 from .losses import load_balancing_loss, router_z_loss, null_reward
 
-# %% ../nbs/layers.ipynb #454eadeb
+# %% ../nbs/layers.ipynb #8aac26b0
 class MoELayer(nn.Module):
     "A router and its experts in the place of a feed-forward network."
     def __init__(self,
@@ -45,7 +45,7 @@ class MoELayer(nn.Module):
         self._previous, self._logits = (), None
         self.reset_parameters()
 
-# %% ../nbs/layers.ipynb #d9012f3b
+# %% ../nbs/layers.ipynb #71f47864
 def default_losses(
     spec:MoESpec,
     **balance, # passed to `load_balancing_loss`
@@ -55,7 +55,7 @@ def default_losses(
     if spec.router_z_loss_coef: losses['router_z_loss'] = (spec.router_z_loss_coef, router_z_loss)
     return losses
 
-# %% ../nbs/layers.ipynb #bfecbfcd
+# %% ../nbs/layers.ipynb #f3a84b46
 @patch
 def reset_parameters(self:MoELayer, generator=None):
     "Draw all weights anew; routers draw from the global generator of torch."
@@ -66,7 +66,7 @@ def reset_parameters(self:MoELayer, generator=None):
     if self.shared_gate is not None: nn.init.normal_(self.shared_gate.weight, 0., self.spec.router_init_std)
     if self.zero_experts is not None: self.zero_experts.reset_parameters(generator)
 
-# %% ../nbs/layers.ipynb #f0076931
+# %% ../nbs/layers.ipynb #c2dc14a3
 @patch
 def combine(self:MoELayer, hidden_states, routing):
     "Run the experts that `routing` chose on hidden_states [..., d]"
@@ -94,13 +94,13 @@ def zero_weights(routing):
     dense = w.new_zeros(routing.num_tokens, routing.num_choices)
     return dense.scatter(-1, i, w)[:, N:]
 
-# %% ../nbs/layers.ipynb #541ded9e
+# %% ../nbs/layers.ipynb #70d4a846
 @patch
 def aux_losses(self:MoELayer, routing, mask=None):
     "Each loss of this layer, before its weight: name -> scalar"
     return {n: f(routing, mask) for n, (_, f) in self.losses.items()}
 
-# %% ../nbs/layers.ipynb #d5d714da
+# %% ../nbs/layers.ipynb #30df6bb3
 def aux_loss(
     routings,             # pairs of a `MoELayer` and its `Routing`, one for each layer
     mask:Tensor=None,     # bool (B, S); False: padding
@@ -117,7 +117,7 @@ def aux_loss(
             terms[name] = terms.get(name, 0.) + value * share
     return total, terms
 
-# %% ../nbs/layers.ipynb #91acc8ea
+# %% ../nbs/layers.ipynb #1f266cf7
 def link_layers(
     layers, # the mixture-of-experts layers of one model, in order
 ):
@@ -133,7 +133,7 @@ def link_layers(
 @patch
 def __getstate__(self:MoELayer): return {**self.__dict__, '_logits': None}
 
-# %% ../nbs/layers.ipynb #4a585e83
+# %% ../nbs/layers.ipynb #3f650670
 def recipe_options(name:str)->list:
     "The names of the options that a recipe understands; None if it takes any."
     params = inspect.signature(get_recipe(name).build).parameters.values()
@@ -141,7 +141,7 @@ def recipe_options(name:str)->list:
     from_spec = 'num_choices norm_topk_prob init_std'.split()
     return [p.name for p in params if p.default is not p.empty and p.name not in from_spec]
 
-# %% ../nbs/layers.ipynb #b80167ec
+# %% ../nbs/layers.ipynb #2292adfc
 def build_router(
     cls:type,        # a `Router`
     spec:MoESpec,
@@ -152,7 +152,7 @@ def build_router(
     return cls(spec.hidden_size, spec.num_experts - shared, spec.top_k - shared,
                norm_topk_prob=spec.norm_topk_prob, init_std=spec.router_init_std, **options)
 
-# %% ../nbs/layers.ipynb #bd33d7b7
+# %% ../nbs/layers.ipynb #37de8754
 def build_layer(spec:MoESpec)->nn.Module:
     "The layer that the recipe of `spec` makes of it; a `ValueError` if it cannot."
     build, known = get_recipe(spec.validate().recipe).build, recipe_options(spec.recipe)
@@ -161,7 +161,7 @@ def build_layer(spec:MoESpec)->nn.Module:
     if isinstance(build, type): return MoELayer(spec, build_router(build, spec, **spec.options))
     return build(spec, **spec.options)
 
-# %% ../nbs/layers.ipynb #d0d65e07
+# %% ../nbs/layers.ipynb #7882d939
 @recipe('dense', title='Dense')
 def dense(spec):
     "One feed-forward network of width K * d_e: as many active parameters as the sparse recipes."
@@ -180,21 +180,21 @@ def _with_shared(cls, spec, shared, options):
     router = build_router(cls, spec, spec.num_shared_experts, **options)
     return MoELayer(spec, router, spec.num_shared_experts, **shared)
 
-# %% ../nbs/layers.ipynb #a178dd8a
+# %% ../nbs/layers.ipynb #0a2adb99
 @recipe('sharede_v2', title='SharedE-V2')
 @delegates(SoftmaxRouter)
 def sharede_v2(spec, *, shared_weight=None, shared_gate=False, **options):
     "Softmax routing beside shared experts (DeepSeek-V2)."
     return _with_shared(SoftmaxRouter, spec, dict(shared_weight=shared_weight, shared_gate=shared_gate), options)
 
-# %% ../nbs/layers.ipynb #333c1a93
+# %% ../nbs/layers.ipynb #d9a8cf16
 @recipe('sharede_v3', title='SharedE-V3')
 @delegates(SigmoidRouter)
 def sharede_v3(spec, *, shared_weight=None, shared_gate=False, **options):
     "Sigmoid routing beside shared experts (DeepSeek-V3)."
     return _with_shared(SigmoidRouter, spec, dict(shared_weight=shared_weight, shared_gate=shared_gate), options)
 
-# %% ../nbs/layers.ipynb #8234f621
+# %% ../nbs/layers.ipynb #8a91909d
 @recipe('tcmoe', title='TC-MoE')
 @delegates(TernaryRouter)
 def tcmoe(spec, *, null_reward_coef=1e-5, **options):
@@ -202,7 +202,7 @@ def tcmoe(spec, *, null_reward_coef=1e-5, **options):
     losses = default_losses(spec, over_experts=True) | {'null_reward': (-null_reward_coef, null_reward)}
     return MoELayer(spec, build_router(TernaryRouter, spec, **options), losses=losses)
 
-# %% ../nbs/layers.ipynb #f95d58a7
+# %% ../nbs/layers.ipynb #d7953e01
 @recipe('moe_plus_plus', title='MoE++')
 @delegates(ResidualRouter, but=['num_zero_computation_experts'])
 def moe_plus_plus(spec, *, num_zero=1, num_copy=1, num_constant=None, zero_expert_weight=0.75, **options):

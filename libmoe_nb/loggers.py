@@ -76,7 +76,7 @@ class _Wandb:
     def log(self, values, step): self.run.log(values, step=step)
     def close(self): self.run.finish()
 
-# %% ../nbs/loggers.ipynb #853eb91a
+# %% ../nbs/loggers.ipynb #5652ebbb
 trackers = dict(tensorboard=_TensorBoard, trackio=_Trackio, wandb=_Wandb)  # name -> class
 
 def check_tracker(
@@ -87,7 +87,7 @@ def check_tracker(
     if to not in trackers: raise ValueError(did_you_mean('tracker', to, trackers))
     if importlib.util.find_spec(p := trackers[to].package) is None: raise ValueError(f"{argument}={to!r} needs the package {p}: pip install 'libmoe-nb[{p}]'")
 
-# %% ../nbs/loggers.ipynb #d31f6d62
+# %% ../nbs/loggers.ipynb #46cba886
 class TelemetryLogger(_Listener):
     "Sends the lines of a run's diary to TensorBoard, Trackio or Weights & Biases as they are written."
     order = 66
@@ -106,7 +106,7 @@ class TelemetryLogger(_Listener):
 # %% ../nbs/loggers.ipynb #442361eb
 _open = {}  # file of notes -> tracker; one that an interrupted fit left open is closed by the next
 
-# %% ../nbs/loggers.ipynb #ad01b3c7
+# %% ../nbs/loggers.ipynb #92afcbae
 @patch
 def begin(self:TelemetryLogger, writer, step):
     "Open the tracker, where it is to go on from `step`"
@@ -125,7 +125,7 @@ def close(self:TelemetryLogger):
 @patch
 def after_fit(self:TelemetryLogger): self.close()
 
-# %% ../nbs/loggers.ipynb #1433717a
+# %% ../nbs/loggers.ipynb #3bc62c90
 @patch
 def tell(self:TelemetryLogger, row):
     "Pass on one line; those on routers wait for the last layer"
@@ -140,7 +140,7 @@ def tell(self:TelemetryLogger, row):
     tmp.write_text(json.dumps(dict(id=self.id, last=self.last)))
     os.replace(tmp, self.notes)
 
-# %% ../nbs/loggers.ipynb #e9561cfb
+# %% ../nbs/loggers.ipynb #0361776f
 class LivePlot(_Listener):
     "A figure that redraws itself while a notebook cell trains."
     order = 67
@@ -156,7 +156,7 @@ class LivePlot(_Listener):
     def after_fit(self):
         if self.rows: self.draw()
 
-# %% ../nbs/loggers.ipynb #fadcfc54
+# %% ../nbs/loggers.ipynb #99290237
 @patch
 def table(self:LivePlot)->pd.DataFrame: # columns recipe, seed, step and each of `ys`
     "Means of the diary's numbers over the steps of each frame."
@@ -169,7 +169,7 @@ def table(self:LivePlot)->pd.DataFrame: # columns recipe, seed, step and each of
     ys = [y for y in self.ys if y in df]
     return df.groupby('step')[ys].mean().reset_index().assign(recipe=config.get('recipe', 'model'), seed=0)
 
-# %% ../nbs/loggers.ipynb #8a1f854b
+# %% ../nbs/loggers.ipynb #4706c5da
 @patch
 def draw(self:LivePlot):
     "Redraw the figure"

@@ -24,7 +24,7 @@ def _linears(model, holds):
     roots = [n for n, m in model.named_modules() if holds(n, m)]
     return [n for n, m in model.named_modules() if (isinstance(m, nn.Linear) or type(m).__name__ == 'Conv1D') and any(n.startswith(f'{r}.') for r in roots)]
 
-# %% ../nbs/lora.ipynb #e87383ec
+# %% ../nbs/lora.ipynb #7ab47a8a
 def lora_targets(
     model:nn.Module,                # with layers of ours
     parts=('attention', 'experts'), # of: attention, experts, shared_experts, routers
@@ -47,7 +47,7 @@ def lora_targets(
     whole = [n for n in ('router', 'shared_gate') if getattr(layers[0], n) is not None] if 'routers' in parts else []
     return dict(target_modules=_ends(linears, names - {*linears}) if linears else [], target_parameters=stacked or None, modules_to_save=whole or None)
 
-# %% ../nbs/lora.ipynb #5d5f848f
+# %% ../nbs/lora.ipynb #2c64f910
 def add_lora(
     model:nn.Module,                # with layers of ours; it is changed in place
     parts=('attention', 'experts'), # as for `lora_targets`

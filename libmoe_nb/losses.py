@@ -46,7 +46,7 @@ def _over_ranks(counts, n):
     torch.distributed.all_reduce(both)
     return both[:, :-1], both[:, -1:] / torch.distributed.get_world_size()
 
-# %% ../nbs/losses.ipynb #2ab97261
+# %% ../nbs/losses.ipynb #c25af223
 def load_balancing_loss(
     routing:Routing,
     mask:Tensor=None,           # bool, (B, S) or [T]; False: padding, not counted
@@ -66,7 +66,7 @@ def load_balancing_loss(
     if choice_weights is not None: f = f * choice_weights.to(f)
     return U * (f * P).sum() / (n > 0).sum().clamp_min(1)
 
-# %% ../nbs/losses.ipynb #e8c01f36
+# %% ../nbs/losses.ipynb #39a2c830
 def router_z_loss(
     routing:Routing,
     mask:Tensor=None,  # bool, (B, S) or [T]; False: padding, not counted
@@ -75,7 +75,7 @@ def router_z_loss(
     m = _token_mask(routing, mask, routing.router_logits.dtype)
     return _masked_mean(routing.router_logits.logsumexp(-1).square(), m)
 
-# %% ../nbs/losses.ipynb #758d6282
+# %% ../nbs/losses.ipynb #5d9148c2
 def null_reward(
     routing:Routing,
     mask:Tensor=None,  # bool, (B, S) or [T]; False: padding, not counted

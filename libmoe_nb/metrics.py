@@ -18,7 +18,7 @@ from .losses import load_balancing_loss
 from .traces import Trace, make_trace, _evaluating, _run
 from .tracing import adapter_of, intervene, moe_layers, record_routing
 
-# %% ../nbs/metrics.ipynb #243bc519
+# %% ../nbs/metrics.ipynb #eb987abc
 def random_trace(
     num_tokens=2000, # T
     num_experts=16,  # N
@@ -83,7 +83,7 @@ def _agreement(a, b, k, units, by):
         if by == 'vocabulary': ia, ib = (_by_vocabulary(t, i, U, i.shape[1]) for t, i in ((a, ia), (b, ib)))
         yield dict(layer=n, k=ia.shape[1], agreement=_overlap(ia, ib).mean() / ia.shape[1], units=units, N=U, assignments=ia.size)
 
-# %% ../nbs/metrics.ipynb #66af220e
+# %% ../nbs/metrics.ipynb #b91eaad8
 def expert_change_rate(
     a:Trace, b:Trace,  # of two checkpoints, on one probe set
     units='choices',   # 'choices' or 'experts'
@@ -96,7 +96,7 @@ def expert_change_rate(
     if by_layer: return df
     return pd.DataFrame([dict(layer='all', change_rate=np.average(df.change_rate, weights=df.assignments), units=units, N=df.N.iloc[0], assignments=df.assignments.sum())])
 
-# %% ../nbs/metrics.ipynb #36f5f219
+# %% ../nbs/metrics.ipynb #baa99c28
 def router_saturation(
     trace:Trace, final:Trace, # of a checkpoint and of the last one, on one probe set
     k=None,                   # the k best; None: 1 and K
@@ -117,7 +117,7 @@ def _normalised_entropy(counts):
     if counts.sum() == 0: return np.nan
     return _entropy(counts / counts.sum()) / math.log(len(counts)) if len(counts) > 1 else 1.
 
-# %% ../nbs/metrics.ipynb #6c83bfb1
+# %% ../nbs/metrics.ipynb #db2e917c
 def expert_allocation_entropy(
     trace:Trace,
     by_domain=True,   # one row for each domain?
@@ -129,7 +129,7 @@ def expert_allocation_entropy(
     return pd.DataFrame([dict(layer=n, domain=d, entropy=_normalised_entropy(_counts(i[m], U)), units=units, N=U, tokens=len(i[m]))
                          for n, l in _layers(trace, layers) for i, U in [_units(l, units, top)] for d, m in _groups(trace, by_domain)])
 
-# %% ../nbs/metrics.ipynb #c9129116
+# %% ../nbs/metrics.ipynb #b0599ce5
 def expert_weight_entropy(
     trace:Trace,
     by_domain=True,  # one row for each domain?
@@ -147,7 +147,7 @@ def expert_weight_entropy(
         rows += [dict(layer=n, domain=d, entropy=np.nanmean(h[m]) if (~np.isnan(h[m])).any() else np.nan, K=l.top_k, tokens=len(h[m])) for d, m in _groups(trace, by_domain)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/metrics.ipynb #05188c4f
+# %% ../nbs/metrics.ipynb #e4eb707e
 def router_margin(
     trace:Trace,
     by_domain=False, # one row for each domain?
@@ -174,7 +174,7 @@ def _together(i, U, chunk=1 << 15):
         C += has[:, :U].T @ has[:, :U]
     return C
 
-# %% ../nbs/metrics.ipynb #4437c1a2
+# %% ../nbs/metrics.ipynb #2b862804
 def co_activation(
     trace:Trace,
     strongest=None,  # keep the experts with most tokens only (the paper: 15)
@@ -192,7 +192,7 @@ def co_activation(
         frames.append(pd.DataFrame(dict(layer=n, expert=i, other=j, co_activation=C[i, j] / np.where(own[i] > 0, own[i], np.nan), tokens=own[i].astype(int), units=units, N=len(C))))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/metrics.ipynb #34bc692b
+# %% ../nbs/metrics.ipynb #427d0736
 def selection_ratio(
     trace:Trace,
     by_domain=False, # one row for each domain?
@@ -213,7 +213,7 @@ def _tokens_of(i, U):
     first = ~np.tril(i[:, :, None] == i[:, None, :], -1).any(-1)
     return _counts(i, U, first.reshape(-1).astype(float))
 
-# %% ../nbs/metrics.ipynb #b4b1471d
+# %% ../nbs/metrics.ipynb #ac36f6a1
 def load_imbalance(
     trace:Trace,
     by_domain=False, # one row for each domain?
@@ -223,7 +223,7 @@ def load_imbalance(
     g = selection_ratio(trace, by_domain, units).groupby(['layer', 'domain'], sort=False).ratio
     return pd.DataFrame(dict(max_over_mean=g.max() / g.mean(), cv=g.std(ddof=0) / g.mean(), units=units, N=g.size())).reset_index()
 
-# %% ../nbs/metrics.ipynb #3a78146c
+# %% ../nbs/metrics.ipynb #1c9da87f
 def dead_experts(
     trace:Trace,
     threshold=0.,    # dead: a selection ratio of at most this
@@ -251,7 +251,7 @@ def _tidy(n, c, size, U, units, **names):
     return pd.DataFrame(dict(layer=n, expert=e, **{k: np.asarray(v)[g] for k, v in names.items()}, share=share,
                              lift=share / np.where(overall[e] > 0, overall[e], np.nan), tokens=size[g], units=units, N=U))
 
-# %% ../nbs/metrics.ipynb #1669b2d1
+# %% ../nbs/metrics.ipynb #cbd5b2d3
 def domain_specialisation(
     trace:Trace,
     units='experts', # 'experts' or 'choices'
@@ -261,7 +261,7 @@ def domain_specialisation(
     names = [n for n, _ in _groups(trace, True)]
     return pd.concat([_tidy(n, *_specialisation(l, group, units), units, domain=names) for n, l in enumerate(trace)], ignore_index=True)
 
-# %% ../nbs/metrics.ipynb #3eb06393
+# %% ../nbs/metrics.ipynb #b32e9f56
 def vocabulary_specialisation(
     trace:Trace,
     top=10,          # entries kept for each expert, those with the highest share first; None: all
@@ -293,7 +293,7 @@ def _pair_cosines(adapter, layer, x, routing):
     mean = lambda c: ((c * pair).sum((1, 2)) / n.clamp_min(1))[n > 0].double().sum().item()
     return np.array([mean(cos.clamp_min(0)), mean(cos), int((n > 0).sum())])
 
-# %% ../nbs/metrics.ipynb #7d5e0ad5
+# %% ../nbs/metrics.ipynb #003ca5e4
 def expert_output_similarity(
     model,      # with mixture-of-experts layers
     batches,    # probe set: dicts with input_ids [B, S], and attention_mask where there is padding (see `probe_batches`)
@@ -322,7 +322,7 @@ def _inputs(model, layers, batch, run):
     mask = batch.get('attention_mask')
     return {n: (seen[n][0], records[n][0], slice(None) if mask is None else mask.reshape(-1).bool().to(seen[n][0].device)) for n in layers}
 
-# %% ../nbs/metrics.ipynb #5dae1d3e
+# %% ../nbs/metrics.ipynb #825202be
 @torch.no_grad()
 def expert_parameter_similarity(
     model,           # with mixture-of-experts layers
@@ -337,7 +337,7 @@ def expert_parameter_similarity(
     if not frames: raise ValueError(f'model must have mixture-of-experts layers, got {type(model).__name__} with none')
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/metrics.ipynb #9fee868a
+# %% ../nbs/metrics.ipynb #2e08f54b
 def balance_loss(
     model, batches,   # with mixture-of-experts layers, and a probe set
     group='sequence', # tokens balanced together: 'sequence' or 'micro_batch'
@@ -362,7 +362,7 @@ def _next_token(model, batch, run):
     logits, y = logits[:, :-1][real].float(), ids[:, 1:][real]
     return np.array([F.cross_entropy(logits, y, reduction='sum').item(), (logits.argmax(-1) == y).sum().item(), len(y)])
 
-# %% ../nbs/metrics.ipynb #733bcb7e
+# %% ../nbs/metrics.ipynb #aae386a7
 def routing_perturbation(
     model, batches,  # causal language model with mixture-of-experts layers, and a probe set
     interventions,   # dict: name -> function of `Routing` to `Routing`
@@ -378,7 +378,7 @@ def routing_perturbation(
     df = pd.DataFrame(rows)
     return df.assign(loss_change=df.loss - df.loss[0], accuracy_change=df.accuracy - df.accuracy[0])
 
-# %% ../nbs/metrics.ipynb #a443b757
+# %% ../nbs/metrics.ipynb #9c529a03
 def over_checkpoints(
     traces,            # of one run on one probe set, in order
     metric,            # function of one trace, or of two

@@ -25,7 +25,7 @@ from .layers import MoELayer, aux_loss, build_layer, recipe_options
 from .tracing import record_routing
 from .upcycling import find_ffns, moeify, _indices
 
-# %% ../nbs/models.ipynb #777c2805
+# %% ../nbs/models.ipynb #701739ee
 class MoEConfig(PreTrainedConfig):
     "A base model's configuration, and which of its feed-forward networks become what."
     model_type = 'libmoe'
@@ -55,7 +55,7 @@ def _plain(spec):
     d = (spec if isinstance(spec, MoESpec) else MoESpec.from_dict(spec)).to_dict()
     return {k: list(v) if isinstance(v, tuple) else v for k, v in d.items()}
 
-# %% ../nbs/models.ipynb #7e103931
+# %% ../nbs/models.ipynb #82eb2338
 @patch(as_prop=True)
 def spec(self:MoEConfig)->MoESpec:
     "The budget and recipe of the layers."
@@ -78,7 +78,7 @@ for _n in ('vocab_size hidden_size num_hidden_layers num_attention_heads num_key
 # %% ../nbs/models.ipynb #dac8ae49
 AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
 
-# %% ../nbs/models.ipynb #27493c50
+# %% ../nbs/models.ipynb #30f924d2
 class MoEForCausalLM(PreTrainedModel, GenerationMixin):
     "A causal language model with a recipe's layers in the place of its feed-forward networks."
     config_class = MoEConfig
@@ -108,12 +108,12 @@ def _unpack_lone_experts(base):
 # %% ../nbs/models.ipynb #210d1bfd
 AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM, exist_ok=True)
 
-# %% ../nbs/models.ipynb #31d18f2a
+# %% ../nbs/models.ipynb #66ea9273
 @dataclasses.dataclass
 class MoECausalLMOutput(MoeCausalLMOutputWithPast):
     "`loss` (with `aux_loss` in it), `aux_loss` (weighted total), `logits`, `past_key_values`, `hidden_states`, `attentions`, `router_logits` (one for each layer)."
 
-# %% ../nbs/models.ipynb #051edaa1
+# %% ../nbs/models.ipynb #8ca97fa7
 @patch
 @can_return_tuple
 def forward(self:MoEForCausalLM,
@@ -192,7 +192,7 @@ def _draw(layer, spec):
     new = build_layer(spec).state_dict() if todo else {}
     for n, t in todo.items(): t.copy_(new[n])
 
-# %% ../nbs/models.ipynb #e49c17a2
+# %% ../nbs/models.ipynb #3fd8b58c
 @patch(cls_method=True)
 def from_pretrained(cls:MoEForCausalLM, pretrained_model_name_or_path, *args, output_loading_info=False, ignore_mismatched_sizes=False, **kwargs):
     "As in transformers; a `ValueError` names weights that are missing, of another shape, or not expected."
@@ -248,7 +248,7 @@ def _llama(p:Preset):
     return LlamaConfig(**sizes, intermediate_size=p.top_k * p.moe_intermediate_size, max_position_embeddings=p.sequence_length,
                        rope_parameters=_rope(p), tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
 
-# %% ../nbs/models.ipynb #ff6ef8bd
+# %% ../nbs/models.ipynb #9ba8250f
 def from_scratch(
     recipe:str,            # name of a registered recipe
     preset:str='mini',     # name of a preset, or a `Preset`
@@ -289,7 +289,7 @@ def _seeded(seed):
         if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(seed)
         yield
 
-# %% ../nbs/models.ipynb #46289002
+# %% ../nbs/models.ipynb #70f0eb10
 def count_parameters(
     model:nn.Module, # a causal language model, on any device
 )->dict:             # total, active, and the parts that total is made of
@@ -324,7 +324,7 @@ def _parts(model):
         counts[part] = sum(new.values())
     return counts
 
-# %% ../nbs/models.ipynb #2c1232c2
+# %% ../nbs/models.ipynb #15eb80e0
 def count_flops(
     model:nn.Module,     # a causal language model, on any device
     sequence_length:int, # S, tokens of context
@@ -387,7 +387,7 @@ def _architecture(config):
 
 def _hub_name(name): return name if re.fullmatch(r'[\w.-]+/[\w.-]+', name or '') and not os.path.exists(name) else None
 
-# %% ../nbs/models.ipynb #25688f24
+# %% ../nbs/models.ipynb #ed3777d8
 def model_card(
     model:MoEForCausalLM,
     name:str='FOLDER_OR_NAME', # what `from_pretrained` shall be given
@@ -422,7 +422,7 @@ def _upload(folder, repo_id, *, private=None, token=None, revision=None, create_
     return api.upload_folder(folder_path=folder, repo_id=repo_id, revision=revision, create_pr=create_pr or None, commit_message=commit_message,
                              commit_description=commit_description, ignore_patterns=['README.md'] if keep else None)
 
-# %% ../nbs/models.ipynb #97d497a7
+# %% ../nbs/models.ipynb #fd0d8fed
 @patch
 def save_pretrained(self:MoEForCausalLM, save_directory, is_main_process=True, push_to_hub=False, tags=(), **kwargs):
     "As in transformers; a model card goes with the weights."
@@ -433,7 +433,7 @@ def save_pretrained(self:MoEForCausalLM, save_directory, is_main_process=True, p
         _write_card(self, save_directory, name=name if push_to_hub else 'FOLDER_OR_NAME', tags=tags)
         if push_to_hub: return _upload(save_directory, name, **hub)
 
-# %% ../nbs/models.ipynb #7387ad15
+# %% ../nbs/models.ipynb #0c27d16a
 @patch
 def push_to_hub(self:MoEForCausalLM,
     repo_id:str,     # 'name' or 'organization/name'

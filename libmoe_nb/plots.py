@@ -29,7 +29,7 @@ _looks = dict(dense=('#222222', '--', 's'), smoe=('#0060c0', '-', 'o'), smoe_sig
     sharede_v2=('#11774f', '-', 'v'), sharede_v3=('#83d0a8', '-', 'P'), tcmoe=('#d1500a', '-', 'X'), moe_plus_plus=('#a0459a', '-', '*'))
 _further = [('#8c6d46', '-.', 'h'), ('#7a7a7a', '-.', 'p'), ('#5b5bd6', '-.', '<')]
 
-# %% ../nbs/plots.ipynb #d04a17d3
+# %% ../nbs/plots.ipynb #c69e366d
 def recipe_style(name:str)->dict: # keywords for `Axes.plot`
     "Colour, line and marker of a recipe."
     if name not in _looks: _looks[name] = _further[(len(_looks) - 8) % len(_further)]
@@ -37,7 +37,7 @@ def recipe_style(name:str)->dict: # keywords for `Axes.plot`
 
 def recipe_title(name:str)->str: return recipes[name].title if name in recipes else name
 
-# %% ../nbs/plots.ipynb #5e3a1e3d
+# %% ../nbs/plots.ipynb #310d9b45
 @plt.rc_context(style)
 def panels(
     columns:int=2,
@@ -72,7 +72,7 @@ def _legend(ax, ends):
     order = sorted(ends, key=lambda e: -ends[e][0])
     if order: ax.legend([ends[r][1] for r in order], [recipe_title(r) for r in order], loc='center left', bbox_to_anchor=(1, .5), handlelength=2.6)
 
-# %% ../nbs/plots.ipynb #5d4540f6
+# %% ../nbs/plots.ipynb #4c5c1d4a
 @plt.rc_context(style)
 def plot_curves(
     df:pd.DataFrame,        # columns recipe, seed, `x` and `y`
@@ -105,7 +105,7 @@ def _floor(draw, at, ax):
     trans = ax.get_xaxis_transform() if draw == ax.axvline else ax.get_yaxis_transform()
     ax.text(**where, s=f'unigram model {at:.0f}', transform=trans, color='#777777', fontsize=8)
 
-# %% ../nbs/plots.ipynb #7096e5c6
+# %% ../nbs/plots.ipynb #5636ad7a
 @plt.rc_context(style)
 def plot_perplexity(
     df:pd.DataFrame,     # columns recipe, seed, `x`: one row a run
@@ -126,7 +126,7 @@ def plot_perplexity(
     ax.set(xlabel=_label(x), xlim=(0, max([1.03 * (unigram or 0), df[x].max() * 1.36]))); ax.grid(axis='y', visible=False)
     return ax
 
-# %% ../nbs/plots.ipynb #e682c366
+# %% ../nbs/plots.ipynb #d1aba7ea
 @plt.rc_context(style)
 def plot_domains(
     df:pd.DataFrame,  # columns recipe, seed, domain and `x`
@@ -155,7 +155,7 @@ def _load_scale(fig, image, axes):
     bar = fig.colorbar(image, ax=axes, shrink=.9, aspect=14, pad=.02, ticks=[-3, 0, 3])
     bar.ax.set_yticklabels(['≤ ⅛', '1', '≥ 8']); bar.set_label('load (1: uniform)'); bar.outline.set_visible(False)
 
-# %% ../nbs/plots.ipynb #922f55d6
+# %% ../nbs/plots.ipynb #ccdbf35e
 @plt.rc_context(style)
 def plot_loads(
     df:pd.DataFrame,  # columns layer, domain, expert and load (of one recipe; averaged over seeds)
@@ -175,7 +175,7 @@ def plot_loads(
     if title: fig.suptitle(title, fontweight='bold', fontsize=10, x=.01, ha='left')
     return fig
 
-# %% ../nbs/plots.ipynb #70e47a12
+# %% ../nbs/plots.ipynb #9daa63e2
 @plt.rc_context(style)
 def plot_balance(
     df:pd.DataFrame,  # columns recipe, seed, `x` and each of `ys`; one row a layer is averaged
@@ -271,7 +271,7 @@ def _plot_lines(df, value, x, by, dash, random, ax):
     ax.set(xlabel=_label(x), ylabel=_label(value))
     return ax
 
-# %% ../nbs/plots.ipynb #a2df76ce
+# %% ../nbs/plots.ipynb #8ff33ae4
 @plt.rc_context(style)
 def plot_by_layer(
     df:pd.DataFrame,  # columns layer and `value`, and perhaps seed: a table of `metrics`, or several under each other
@@ -286,7 +286,7 @@ def plot_by_layer(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     return ax
 
-# %% ../nbs/plots.ipynb #6bdc458e
+# %% ../nbs/plots.ipynb #e191cde3
 @plt.rc_context(style)
 def plot_over_checkpoints(
     df:pd.DataFrame,  # columns `x` and `value`, and perhaps seed: of `over_checkpoints`, or several under each other
@@ -303,7 +303,7 @@ def plot_over_checkpoints(
     if x == 'tokens': ax.xaxis.set_major_formatter(EngFormatter(sep=''))
     return ax
 
-# %% ../nbs/plots.ipynb #099ab500
+# %% ../nbs/plots.ipynb #262db3d8
 @plt.rc_context(style)
 def plot_allocation(
     df:pd.DataFrame,    # columns domain and `value`, and perhaps recipe and seed: of `expert_allocation_entropy`
@@ -356,7 +356,7 @@ def _scale(image, ax, label, **kw):
     bar.set_label(label); bar.outline.set_visible(False)
     return bar
 
-# %% ../nbs/plots.ipynb #f586dffc
+# %% ../nbs/plots.ipynb #18fd1873
 @plt.rc_context(style)
 def plot_co_activation(
     df:pd.DataFrame,  # of `co_activation`, for one trace
@@ -379,7 +379,7 @@ def plot_co_activation(
     ax.set(title=f'layer {layer}', xlabel='expert', ylabel='given expert'); ax.set_aspect('equal')
     return ax
 
-# %% ../nbs/plots.ipynb #cc156cd5
+# %% ../nbs/plots.ipynb #a93b9d6f
 @plt.rc_context(style)
 def plot_specialisation(
     df:pd.DataFrame,  # of `domain_specialisation`, for one trace
@@ -400,7 +400,7 @@ def plot_specialisation(
     ax.set(title=f'layer {layer}', xlabel='expert, sorted by the domain it prefers' if sort else 'expert')
     return ax
 
-# %% ../nbs/plots.ipynb #4e2ade38
+# %% ../nbs/plots.ipynb #1471b648
 @plt.rc_context(style)
 def plot_similarity(
     df:pd.DataFrame,  # of `expert_parameter_similarity` for one model, or of `expert_output_similarity`
@@ -420,7 +420,7 @@ def plot_similarity(
     ax.set(title=f'layer {layer}', xlabel='expert', ylabel='expert'); ax.set_aspect('equal')
     return ax
 
-# %% ../nbs/plots.ipynb #bc566f7c
+# %% ../nbs/plots.ipynb #16bc3100
 @plt.rc_context(style)
 def plot_perturbation(
     df:pd.DataFrame,            # columns intervention and `value`, and perhaps recipe and seed: of `routing_perturbation`
@@ -482,7 +482,7 @@ def _token_span(l, trace, t, piece, rank, numbers):
     number = f'<sub style="font-size:.65em">{e if e < l.num_experts else "–"}</sub>' if numbers else ''
     return f'<span title="{title}" style="{_chip(e, l.num_experts)};border-radius:3px;padding:1px 0">{_shown(piece)}{number}</span>'
 
-# %% ../nbs/plots.ipynb #528607ad
+# %% ../nbs/plots.ipynb #e14e934d
 def token_html(
     trace,                # `Trace`
     tokenizer=None,       # with `decode`; None: numbers of tokens in the place of text
@@ -506,7 +506,7 @@ def token_html(
     return (f'<div style="color:inherit;line-height:1.75;max-width:60em"><div style="font-size:.85em;margin-bottom:.5em">{about} {key}</div>'
             f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.9em">{text}</div></div>')
 
-# %% ../nbs/plots.ipynb #ac415f57
+# %% ../nbs/plots.ipynb #d21871d6
 @plt.rc_context(style)
 def plot_comparison(
     curves:pd.DataFrame,  # for `plot_curves`
@@ -522,7 +522,7 @@ def plot_comparison(
     plot_perplexity(runs, unigram=unigram, ax=right)
     return fig
 
-# %% ../nbs/plots.ipynb #c95405a2
+# %% ../nbs/plots.ipynb #1bb139f5
 def figure_uri(fig)->str:
     "A figure as a `data:` address of an SVG image; the figure is closed."
     out = BytesIO()

@@ -13,7 +13,7 @@ import fastcore.xml as ft, json, math, os, pandas as pd
 from pathlib import Path
 from .plots import figure_uri
 
-# %% ../nbs/reports.ipynb #2b57bb91
+# %% ../nbs/reports.ipynb #8beb3c44
 def write_whole(
     path,
     text:str,
@@ -29,7 +29,7 @@ def _plain(o):
     if isinstance(o, (list, tuple)): return [_plain(v) for v in o]
     return None if isinstance(o, float) and not math.isfinite(o) else o
 
-# %% ../nbs/reports.ipynb #f7f87c19
+# %% ../nbs/reports.ipynb #31986777
 def write_json(path, o):
     "`write_whole` for what JSON can say."
     write_whole(path, json.dumps(_plain(o), indent=1, allow_nan=False) + '\n')
@@ -78,7 +78,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; border-top: 1p
 @media print { body { font-size: 10.5pt; margin: 0; max-width: none; padding: 0 } figure, tr, .verdict { break-inside: avoid } h2 { break-after: avoid } .scroll { overflow: visible } table { font-size: 8pt } }
 '''
 
-# %% ../nbs/reports.ipynb #8afe0d6e
+# %% ../nbs/reports.ipynb #86b0e030
 def report_figure(
     fig,               # a Figure, or Axes; it is closed
     alt:str,           # what it shows, for those who cannot see it
@@ -87,7 +87,7 @@ def report_figure(
     "A figure inside the page."
     return ft.Figure(ft.Img(src=figure_uri(getattr(fig, 'figure', fig)), alt=alt), *([ft.Figcaption(caption)] if caption else []))
 
-# %% ../nbs/reports.ipynb #246871bb
+# %% ../nbs/reports.ipynb #56921bf5
 def report_cells(
     values,
     left:int=1, # the first so many are words
@@ -112,7 +112,7 @@ def report_facts(
     "A table of names and what there is to know."
     return ft.Table(ft.Tbody(*[ft.Tr(ft.Th(k, cls='l'), ft.Td(v, cls='l w')) for k, v in facts.items()]))
 
-# %% ../nbs/reports.ipynb #d81d4e88
+# %% ../nbs/reports.ipynb #be249c47
 def report_page(
     title:str,
     lead:str,     # one sentence below it

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-# %% ../nbs/routers.ipynb #55e593d5
+# %% ../nbs/routers.ipynb #75ad2c8c
 @dataclass(frozen=True)
 class Routing:
     "What a router decided for T tokens: K of M choices each, and how sure it was."
@@ -46,7 +46,7 @@ def _assignments(r:Routing):
     first = ~same.tril(-1).any(-1)                                            # no earlier choice is the same expert
     return e.masked_fill(~first, r.num_experts), (same * w[:, None, :]).sum(-1) * first
 
-# %% ../nbs/routers.ipynb #e4029e0e
+# %% ../nbs/routers.ipynb #34fcb025
 @patch(as_prop=True)
 def expert_index(self:Routing):
     "[T, K] int64: the expert that each choice runs, N where it runs none"
@@ -57,7 +57,7 @@ def expert_weights(self:Routing):
     "[T, K]: the signed weight of each run"
     return _assignments(self)[1]
 
-# %% ../nbs/routers.ipynb #1bafbf46
+# %% ../nbs/routers.ipynb #3c27c38f
 def tokens_per_expert(
     routing:Routing,
     mask:Tensor=None,      # bool, in the leading shape of the hidden states; False: padding
@@ -74,7 +74,7 @@ def _sort_key(x:Tensor)->Tensor:
     b = (x.detach() + 0.).view(torch.int32).long()
     return torch.where(b < 0, b ^ 0x7fffffff, b).masked_fill(x.isnan(), 0x7fffffff)
 
-# %% ../nbs/routers.ipynb #16c8a225
+# %% ../nbs/routers.ipynb #fb763027
 def stable_topk(
     scores:Tensor, # [T, M]
     k:int,
@@ -86,7 +86,7 @@ def stable_topk(
     key = (_sort_key(scores.float()) << bits) | torch.arange(M - 1, -1, -1, device=scores.device)
     return M - 1 - (key.topk(k, dim=-1)[0] & ((1 << bits) - 1))
 
-# %% ../nbs/routers.ipynb #00c416bd
+# %% ../nbs/routers.ipynb #549a743a
 class Router(nn.Module):
     "Hidden states to `Routing`. Override `logits`, `score`, `choose` or `weigh` to make a new algorithm."
     uses_previous_logits = False  # whether `forward` wants the logits of the previous mixture-of-experts layer
@@ -115,7 +115,7 @@ class Router(nn.Module):
         self.register_buffer('expert_bias', torch.zeros(M) if expert_bias else None)
         self.reset_parameters()
 
-# %% ../nbs/routers.ipynb #db117628
+# %% ../nbs/routers.ipynb #34e25543
 @patch
 def build(self:Router, hidden_size, num_choices):
     "Make the parameters"
@@ -127,7 +127,7 @@ def reset_parameters(self:Router):
     "Draw the weights anew from N(0, init_std)."
     for p in self.parameters(recurse=False): nn.init.normal_(p, 0., self.init_std)
 
-# %% ../nbs/routers.ipynb #dc7ea91f
+# %% ../nbs/routers.ipynb #74013717
 @patch
 def logits(self:Router, x, previous_logits=None):
     "x [T, d] to logits [T, M]"
@@ -138,7 +138,7 @@ def score(self:Router, logits):
     "Logits [T, M] to scores [T, M]"
     raise NotImplementedError(f'{type(self).__name__} must define score(logits)')
 
-# %% ../nbs/routers.ipynb #2d1d532f
+# %% ../nbs/routers.ipynb #fd69a5eb
 @patch
 def choose(self:Router, scores):
     "Scores [T, M] to the indices of the chosen [T, K]"
@@ -151,7 +151,7 @@ def choose(self:Router, scores):
         s = groups.masked_fill(~keep[..., None], -float('inf')).flatten(-2)
     return stable_topk(s, self.top_k)
 
-# %% ../nbs/routers.ipynb #6fa249d9
+# %% ../nbs/routers.ipynb #9d281b04
 @patch
 def weigh(self:Router, scores, top_k_index):
     "Weights [T, K] of the chosen"
@@ -159,13 +159,13 @@ def weigh(self:Router, scores, top_k_index):
     if self.norm_topk_prob: w = w / w.sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
     return w if self.routed_scaling_factor == 1 else w * self.routed_scaling_factor
 
-# %% ../nbs/routers.ipynb #caf13f51
+# %% ../nbs/routers.ipynb #68516e89
 @patch
 def choice_maps(self:Router, device):
     "`expert_of` [M] and `sign_of` [M] of the record; None where choices are experts"
     return None, None
 
-# %% ../nbs/routers.ipynb #37147f7b
+# %% ../nbs/routers.ipynb #26492e62
 @patch
 def forward(self:Router, hidden_states, previous_logits=None):
     "hidden_states [..., d] to `Routing`"
@@ -178,18 +178,18 @@ def forward(self:Router, hidden_states, previous_logits=None):
         weights = self.weigh(scores, index)
     return Routing(logits, scores, index, weights, self.num_experts, *self.choice_maps(x.device), tuple(shape), self)
 
-# %% ../nbs/routers.ipynb #dca16f63
+# %% ../nbs/routers.ipynb #8e74ec90
 class SoftmaxRouter(Router):
     "SMoE: softmax scores."
     def score(self, logits): return logits.softmax(-1)
 
-# %% ../nbs/routers.ipynb #c2f5a0d9
+# %% ../nbs/routers.ipynb #22ccef2a
 class SigmoidRouter(Router):
     "SMoE-Sigmoid: each expert is scored on its own."
     group_best = 2
     def score(self, logits): return logits.sigmoid()
 
-# %% ../nbs/routers.ipynb #53e1b6b4
+# %% ../nbs/routers.ipynb #92b2fbb3
 @delegates()
 class CosineRouter(SoftmaxRouter):
     "XMoE: softmax of cosines in a reduced space."
@@ -206,20 +206,20 @@ class CosineRouter(SoftmaxRouter):
         self.embeddings = nn.Parameter(torch.empty(num_choices, self.router_size))
         if self.learnable_temperature: self.log_temperature = nn.Parameter(torch.empty(()))
 
-# %% ../nbs/routers.ipynb #83d59f78
+# %% ../nbs/routers.ipynb #17096021
 @patch
 def reset_parameters(self:CosineRouter):
     Router.reset_parameters(self)
     if self.learnable_temperature: nn.init.constant_(self.log_temperature, math.log(self.temperature))
 
-# %% ../nbs/routers.ipynb #76f6e97f
+# %% ../nbs/routers.ipynb #a6b95b36
 @patch
 def logits(self:CosineRouter, x, previous_logits=None):
     z, e = F.linear(x, self.proj.to(x.dtype)), self.embeddings.to(x.dtype)
     tau = self.log_temperature.to(x.dtype).exp() if self.learnable_temperature else self.temperature
     return F.linear(F.normalize(z, dim=-1), F.normalize(e, dim=-1)) * self.gain / tau
 
-# %% ../nbs/routers.ipynb #49f5bace
+# %% ../nbs/routers.ipynb #74a60f54
 @patch
 def score(self:CosineRouter, logits):
     p = logits.softmax(-1)
@@ -230,7 +230,7 @@ def weigh(self:CosineRouter, scores, top_k_index):
     if self.double_softmax != 'chosen': return Router.weigh(self, scores, top_k_index)
     return scores.gather(-1, top_k_index).softmax(-1) * self.routed_scaling_factor
 
-# %% ../nbs/routers.ipynb #33f51377
+# %% ../nbs/routers.ipynb #c5069416
 @delegates()
 class TernaryRouter(SoftmaxRouter):
     "TC-MoE: each expert can be chosen positively or negatively, or a choice left empty."
@@ -242,7 +242,7 @@ class TernaryRouter(SoftmaxRouter):
         N, i = self.num_experts, torch.arange(2*self.num_experts + self.top_k, device=device)
         return torch.where(i < 2*N, i % N, N), torch.where((i >= N) & (i < 2*N), -1., 1.)
 
-# %% ../nbs/routers.ipynb #cdf0ccce
+# %% ../nbs/routers.ipynb #f60c55ff
 @patch
 def logits(self:TernaryRouter, x, previous_logits=None):
     N, (neg, null) = self.num_experts, self.offsets
@@ -258,7 +258,7 @@ def weigh(self:TernaryRouter, scores, top_k_index):
         w = w / (chosen + scores[:, first_null:].sum(-1, keepdim=True)).clamp_min(torch.finfo(w.dtype).tiny)
     return w if self.routed_scaling_factor == 1 else w * self.routed_scaling_factor
 
-# %% ../nbs/routers.ipynb #bfbfb769
+# %% ../nbs/routers.ipynb #08393e62
 @delegates()
 class ResidualRouter(SoftmaxRouter):
     "MoE++: softmax over experts and zero-computation experts, with a gating residual from the previous router."
@@ -289,7 +289,7 @@ def _apply(self:Router, fn, recurse=True):
     if bias is not None and self.expert_bias.dtype in (torch.bfloat16, torch.float16): self.expert_bias = bias.to(self.expert_bias.device)
     return self
 
-# %% ../nbs/routers.ipynb #ef4459fb
+# %% ../nbs/routers.ipynb #54b614ac
 @torch.no_grad()
 def update_expert_bias(
     router:Router,

@@ -33,7 +33,7 @@ def _one_metric(df, metric=None):
     if not any(chosen.values()): raise ValueError(f'no task has an accuracy: name a metric, one of {", ".join(df.metric.unique())}')
     return df[df.metric == df.task.map(chosen)]
 
-# %% ../nbs/scores.ipynb #1ae37473
+# %% ../nbs/scores.ipynb #c6488128
 def task_scores(
     df:pd.DataFrame,  # results or samples
     metric=None,      # name of the metric, or a dict task -> name; None: the first accuracy
@@ -53,7 +53,7 @@ def _top(df):
     if 'group' not in df: return df.task
     return df.group.where(df.group.notna() & (df.group != ''), df.task)
 
-# %% ../nbs/scores.ipynb #601f9a2b
+# %% ../nbs/scores.ipynb #08a8b8c5
 def mean_rank(
     values:pd.DataFrame,  # [models, tasks], higher is better
     lower=None,           # Series or DataFrame over models: lower is better
@@ -101,7 +101,7 @@ def _sheet(samples, metric=None):
     per = {t: 1 / (tops.nunique() * (tops == tops[t]).sum() * (task == t).sum()) for t in tops.index}
     return X, task.map(per).to_numpy(), task
 
-# %% ../nbs/scores.ipynb #352c4f13
+# %% ../nbs/scores.ipynb #ebbcb6e3
 def score_table(
     df:pd.DataFrame,  # results or samples
     metric=None,      # name of the metric, or a dict task -> name; None: the first accuracy
@@ -121,7 +121,7 @@ def score_table(
     res = pd.DataFrame(dict(seeds=S, **({} if perplexity is None else dict(perplexity=pd.Series(perplexity))), **cols, mean=by_model(mean).mean(), mean_stderr=np.sqrt(total), rank=rank)).loc[value.index]
     return (res.join(rank_interval(df, metric, perplexity)) if 'doc' in df and len(res) > 1 else res).rename_axis('model').reset_index()
 
-# %% ../nbs/scores.ipynb #5b3c4112
+# %% ../nbs/scores.ipynb #c4224c51
 def rank_interval(
     samples:pd.DataFrame,
     metric=None,
@@ -168,7 +168,7 @@ def _sign_flip(d, w, permutations=10_000, seed=0):
         far, done = far + (np.abs(rng.choice([-1., 1.], (b, n)) @ x) >= seen).sum(0), done + b
     return (1 + far) / (1 + permutations)
 
-# %% ../nbs/scores.ipynb #71c24979
+# %% ../nbs/scores.ipynb #43ca9225
 def holm(
     p, # p-values
 )->np.ndarray:
@@ -179,7 +179,7 @@ def holm(
     res[order] = np.maximum.accumulate(np.minimum(1, p[order] * (m - np.arange(m))))
     return res
 
-# %% ../nbs/scores.ipynb #d72d71aa
+# %% ../nbs/scores.ipynb #6d94d2a8
 def paired_test(
     samples:pd.DataFrame,
     a=None,               # two models; None: all pairs
@@ -229,7 +229,7 @@ def _pair(x, y, w, task, level, p_docs, boot):
         low, high = diff + stats.t.ppf((1 + level) / 2, df) * stderr * np.array([-1, 1])
     return dict(difference=diff, low=low, high=high, stderr=stderr, p_documents=float(p_docs), seeds=min(S), p=float(p))
 
-# %% ../nbs/scores.ipynb #d0cb4ddf
+# %% ../nbs/scores.ipynb #82d875ac
 def ranking_verdict(
     tests:pd.DataFrame, # of `paired_test`, all pairs
     alpha:float=.05,    # level
@@ -269,7 +269,7 @@ def _strings(table, names, digits, bold, pm):
             row.append((bold(s) if s == best else s) + more)
     return ['model', *[{'mean': 'mean accuracy', 'rank': 'mean rank'}.get(c, c) for c in cols]], rows
 
-# %% ../nbs/scores.ipynb #9bf69e48
+# %% ../nbs/scores.ipynb #e0decb87
 def to_markdown(
     table:pd.DataFrame, # of `score_table`
     names=None,         # function model -> title
@@ -281,7 +281,7 @@ def to_markdown(
     line = lambda cells: '| ' + ' | '.join(map(esc, cells)) + ' |'
     return '\n'.join([line(head), '|' + '|'.join(['---'] + ['--:'] * (len(head) - 1)) + '|', *map(line, rows)]) + '\n'
 
-# %% ../nbs/scores.ipynb #ae6a68ff
+# %% ../nbs/scores.ipynb #afa4f60a
 def to_latex(
     table:pd.DataFrame, # of `score_table`
     names=None,         # function model -> title
@@ -297,7 +297,7 @@ def to_latex(
     if caption is None: return '\n'.join(body) + '\n'
     return '\n'.join([r'\begin{table}', r'\centering', rf'\caption{{{esc(caption)}}}', *([rf'\label{{{label}}}'] if label else []), *body, r'\end{table}']) + '\n'
 
-# %% ../nbs/scores.ipynb #3b12cdba
+# %% ../nbs/scores.ipynb #e410135f
 def total_score_change(
     df:pd.DataFrame,       # results or samples, with one more column that says what was done
     original='none',       # its value where nothing was; missing values count as that too

@@ -192,7 +192,7 @@ def next_word(self:_NGram, context, order=None):
     ids = sorted({self._top, *(i for i in set(seen.tolist()) if i in self._names)})
     return self._names[ids[int(self.probability(history, ids, order).argmax())]]
 
-# %% ../nbs/suites.ipynb #8894c555
+# %% ../nbs/suites.ipynb #8e1a5d1b
 @dataclass
 class HeldOut:
     "The held-out documents of one domain."
@@ -253,7 +253,7 @@ def _split_space(text, start, at):
     context = text[start:at].rstrip()
     return context, text[start+len(context):at]
 
-# %% ../nbs/suites.ipynb #0d72cff5
+# %% ../nbs/suites.ipynb #2006dedd
 @dataclass(frozen=True)
 class Kind:
     "A kind of task."
@@ -452,7 +452,7 @@ def _recall(held):
         lines = [f'{k}{sign} {x}' for k,x in zip(keys, values)]
         yield _example(-1, i, '\n'.join([*lines, keys[asked] + sign]), [f' {x}' for x in [values[asked], *values[:asked], *values[asked+1:]]])
 
-# %% ../nbs/suites.ipynb #d08ecd27
+# %% ../nbs/suites.ipynb #39e2bb08
 @dataclass
 class SuiteTask:
     "A task: its documents, and what it takes to judge answers."
@@ -468,7 +468,7 @@ class SuiteTask:
     baselines: dict = field(default_factory=dict) # accuracy of 'unigram' and 'ngram'
     def __len__(self): return len(self.docs)
 
-# %% ../nbs/suites.ipynb #808655e6
+# %% ../nbs/suites.ipynb #ab7b7951
 @dataclass
 class Suite:
     "Tasks made from held-out text."
@@ -582,7 +582,7 @@ def _named(name, taken):
     "A name that no other task has"
     return name if name not in taken else next(f'{name}_{i}' for i in range(2, len(taken) + 3) if f'{name}_{i}' not in taken)
 
-# %% ../nbs/suites.ipynb #18c85789
+# %% ../nbs/suites.ipynb #e2482312
 def make_suite(
     data,                  # a `TextData` (its validation documents), or held-out texts: a list, or a dict of domain and texts
     kinds=None,            # names in `suite_kinds` or of their groups; None: all that the text has examples for
@@ -637,7 +637,7 @@ def _add_task(suite, kind, held, n, least, known, ngram, lenient):
         if known: task.baselines = dict(unigram=_accuracy(task, ngram, 1), ngram=_accuracy(task, ngram, None))
         suite.tasks[name] = task
 
-# %% ../nbs/suites.ipynb #2f2bdcde
+# %% ../nbs/suites.ipynb #0d3e5b65
 @patch
 def baselines(self:Suite, groups=False)->pd.DataFrame:
     "Accuracy of guessing, of a unigram and of an n-gram model on each task; with `groups` the means of each group, too."
@@ -649,7 +649,7 @@ def baselines(self:Suite, groups=False)->pd.DataFrame:
             for g,names in self.groups.items() for sub in [res[res.task.isin(names)]]]
     return pd.concat([res, pd.DataFrame(mean)], ignore_index=True)
 
-# %% ../nbs/suites.ipynb #591856c0
+# %% ../nbs/suites.ipynb #186fa41f
 _FORMAT = 1
 
 @patch

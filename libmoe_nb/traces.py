@@ -23,7 +23,7 @@ _ranked = dict(choice='I16', weight='F16', score='F16')                         
 _tokens = dict(token='I32', position='I32', domain='I16')                                        # [T]
 _dtypes = dict(I8=np.int8, I16=np.int16, I32=np.int32, F16=np.float16)
 
-# %% ../nbs/traces.ipynb #5c1ff315
+# %% ../nbs/traces.ipynb #29effe0f
 @dataclass(frozen=True)
 class LayerTrace:
     "One layer of a `Trace`."
@@ -39,7 +39,7 @@ class LayerTrace:
     chosen      = property(lambda self: self.choice[:, :self.top_k])                             # [T, K]
     expert      = property(lambda self: self.expert_of[self.chosen])                             # [T, K], N: none
 
-# %% ../nbs/traces.ipynb #7be20895
+# %% ../nbs/traces.ipynb #3174ed8c
 @dataclass(frozen=True)
 class Trace:
     "What the routers of a model chose on a probe set."
@@ -66,7 +66,7 @@ def _one(values):
     "One number where all layers agree"
     return values[0] if len(set(values)) == 1 else values
 
-# %% ../nbs/traces.ipynb #f93a19fd
+# %% ../nbs/traces.ipynb #7c84d646
 @patch
 def layer(self:Trace, i):
     "The `LayerTrace` of layer number `i`"
@@ -85,7 +85,7 @@ def same_probe(self:Trace, other):
     "Are both traces about the same tokens?"
     return self.num_tokens == other.num_tokens and all((getattr(self, k) == getattr(other, k)).all() for k in ('token', 'position'))
 
-# %% ../nbs/traces.ipynb #98554240
+# %% ../nbs/traces.ipynb #ea67439c
 def make_trace(
     choice,              # [L, T, R]
     num_experts,         # N
@@ -116,7 +116,7 @@ def _ranks(r, extra):
     w = torch.cat([r.top_k_weights, r.top_k_weights.new_zeros(r.num_tokens, n)], -1)
     return dict(choice=choice, weight=w, score=r.scores.gather(-1, choice))
 
-# %% ../nbs/traces.ipynb #c1d8fdee
+# %% ../nbs/traces.ipynb #38f6145e
 def probe_batches(
     dataset,          # a `PackedDataset`, or any sequence of dicts of tensors
     batch_size:int=8, # sequences run together
@@ -219,7 +219,7 @@ def _collect(model, batches, spool, extra, run):
         T += int(keep.sum())
     return facts, T
 
-# %% ../nbs/traces.ipynb #4534a658
+# %% ../nbs/traces.ipynb #70bb84d1
 def write_trace(
     model,             # with mixture-of-experts layers: ours, or one that `libmoe_nb.adapters` knows
     batches,           # dicts with input_ids [B, S], and attention_mask, domain where there are (see `probe_batches`)
@@ -274,7 +274,7 @@ class _Slices:
     shape = property(lambda self: tuple(self.f.get_slice(self.name).get_shape()))
     def __len__(self): return self.shape[0]
 
-# %% ../nbs/traces.ipynb #f5c40f34
+# %% ../nbs/traces.ipynb #dec249ef
 def read_trace(
     path, # file written by `write_trace`
 )->Trace:

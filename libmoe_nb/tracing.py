@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from .layers import MoELayer
 
-# %% ../nbs/tracing.ipynb #da92e291
+# %% ../nbs/tracing.ipynb #a82a95a1
 class MoEAdapter:
     "How layers of one family route; this one is for `MoELayer`, other families override its methods."
     def router(self, layer): return layer.router
@@ -44,7 +44,7 @@ def _foreign(module):
     m = module._modules
     return 'experts' in m or ('router' in m or 'gate' in m) and re.search(r'mo_?e(layer|block)?$|sparsemlp$', type(module).__name__, re.I)
 
-# %% ../nbs/tracing.ipynb #3d3d8a52
+# %% ../nbs/tracing.ipynb #f183215f
 def adapter_of(
     module, # any module
 ):          # `MoEAdapter`, or None where the module is no mixture-of-experts layer
@@ -54,7 +54,7 @@ def adapter_of(
     from libmoe_nb import adapters
     return adapters.find_adapter(module)
 
-# %% ../nbs/tracing.ipynb #6450793e
+# %% ../nbs/tracing.ipynb #fcb02314
 def moe_layers(
     model, # any module
 )->dict:   # name of the layer in the model -> layer, in order
@@ -85,7 +85,7 @@ def _hooked(model, make_hook):
 # %% ../nbs/tracing.ipynb #8fbbd1cd
 def _in_backward(): return torch._C._current_graph_task_id() != -1
 
-# %% ../nbs/tracing.ipynb #4fcda161
+# %% ../nbs/tracing.ipynb #71001355
 @contextmanager
 def record_routing(model):
     "Yields a dict: name of each mixture-of-experts layer -> list of its `Routing`, one for each forward pass in the block."
@@ -97,7 +97,7 @@ def record_routing(model):
         return hook
     with _hooked(model, make_hook): yield records
 
-# %% ../nbs/tracing.ipynb #45f25c1d
+# %% ../nbs/tracing.ipynb #b475b93c
 @contextmanager
 def intervene(
     model,
@@ -111,7 +111,7 @@ def intervene(
         return lambda routing, args: f(routing) if layers is None or name in layers else None
     with _hooked(model, make_hook): yield
 
-# %% ../nbs/tracing.ipynb #b434ad4e
+# %% ../nbs/tracing.ipynb #ab1bb7ee
 @contextmanager
 def swap_routers(
     model,

@@ -34,7 +34,7 @@ with warnings.catch_warnings():
     from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin
     from fastai.callback.training import GradientClip
 
-# %% ../nbs/training.ipynb #6adf7721
+# %% ../nbs/training.ipynb #bdbb5124
 def next_token_loss(
     logits:Tensor,         # [B, S, V]
     labels:Tensor,         # [B, S] the token that follows each; -100: not counted
@@ -52,7 +52,7 @@ def _as_batch(b):
     if not real.all(): x['attention_mask'] = real.long()
     return x, b['labels'], b['domain']
 
-# %% ../nbs/training.ipynb #ed6e22c4
+# %% ../nbs/training.ipynb #fdbbc468
 class TrainBatches:
     "Endless training batches for fastai, `steps` of them an epoch."
     n_inp = 1
@@ -75,7 +75,7 @@ class TrainBatches:
     def to(self, device): return self
     def new(self, **kwargs): return self
 
-# %% ../nbs/training.ipynb #7a6b384b
+# %% ../nbs/training.ipynb #92339b7b
 class ValidBatches:
     "The validation batches for fastai: each block once, in a fixed order."
     n_inp, skip = 1, 0
@@ -91,7 +91,7 @@ class ValidBatches:
     def to(self, device): return self
     def new(self, **kwargs): return self
 
-# %% ../nbs/training.ipynb #01eb00d7
+# %% ../nbs/training.ipynb #a95520e9
 class MoELearner(Learner):
     "A fastai `Learner` whose batch is one optimiser step, and which can go on where another process stopped."
     def __init__(self, dls, model, *, grad_accum:int=1, bf16:bool=False, seed:int=0, loss_func=next_token_loss, **kwargs):
@@ -203,7 +203,7 @@ def _perplexity(loss, tokens):
     loss = loss / tokens if tokens else math.nan
     return dict(loss=loss, perplexity=math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan, tokens=int(tokens))
 
-# %% ../nbs/training.ipynb #2267ed8a
+# %% ../nbs/training.ipynb #86713d79
 def evaluate_perplexity(
     model,                # a causal language model
     data,                 # a `TextData`
@@ -238,13 +238,13 @@ def _load_table(loads, domains, layers):
             for n, (C, K) in loads.items() for d, counts, k in zip(domains, C, K) for e, c in enumerate(counts)]
     return pd.DataFrame(rows, columns='layer name domain expert tokens share load'.split())
 
-# %% ../nbs/training.ipynb #4771bc0b
+# %% ../nbs/training.ipynb #7fc51a02
 @delegates(evaluate_perplexity, but=['routing'])
 def routing_loads(model, data, batch_size:int=16, **kwargs)->pd.DataFrame: # columns layer, name, domain, expert, tokens, share, load
     "Tokens of each domain that each expert of each layer gets on the validation set."
     return evaluate_perplexity(model, data, batch_size, routing=True, **kwargs)['routing']
 
-# %% ../nbs/training.ipynb #78bcc19f
+# %% ../nbs/training.ipynb #6dfb24dd
 class TokenLoss(Metric):
     "Mean cross entropy over tokens."
     def reset(self): self.total, self.count = 0., 0
@@ -256,7 +256,7 @@ class TokenLoss(Metric):
     @property
     def name(self): return 'loss'
 
-# %% ../nbs/training.ipynb #c74682b3
+# %% ../nbs/training.ipynb #9818787f
 class Perplexity(TokenLoss):
     "Exponential of the mean cross entropy over tokens, of all or of one domain."
     def __init__(self,
@@ -273,7 +273,7 @@ class Perplexity(TokenLoss):
     @property
     def name(self): return self.title
 
-# %% ../nbs/training.ipynb #d6830512
+# %% ../nbs/training.ipynb #09dca8b4
 class AuxLoss(Callback):
     "Adds the model's auxiliary loss to the gradient, and shows its mean over the epoch."
     order, run_valid = -6, False
@@ -295,7 +295,7 @@ class AuxLoss(Callback):
     def state(self): return dict(total=self.total, count=self.count)
     def load_state(self, s): self.total, self.count = s['total'], s['count']
 
-# %% ../nbs/training.ipynb #2f276c58
+# %% ../nbs/training.ipynb #bfd01f0e
 class ExpertBiasUpdate(Callback):
     "Moves expert biases once a step, by the loads of the whole step."
     order, run_valid, uses_routing = 31, False, True
@@ -314,7 +314,7 @@ def _summed(loads):
     if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(load)
     return load
 
-# %% ../nbs/training.ipynb #fee41074
+# %% ../nbs/training.ipynb #dd5d1203
 class Throughput(Callback):
     "Training tokens per second, validation excluded."
     order, run_valid = 55, False
@@ -330,7 +330,7 @@ class Throughput(Callback):
     def state(self): return dict(tokens=self.tokens, seconds=self.seconds)
     def load_state(self, s): self.tokens, self.seconds = s['tokens'], s['seconds']
 
-# %% ../nbs/training.ipynb #fac2c7da
+# %% ../nbs/training.ipynb #a2da0639
 def warmup_cosine(
     lr:float,                     # peak
     steps:int,                    # n
@@ -341,13 +341,13 @@ def warmup_cosine(
     up, down = SchedLin(0., lr), SchedCos(lr, lr * final_lr_fraction)
     return lambda s: up((s + 1) / (warmup_steps + 1)) if s < warmup_steps else down(min((s - warmup_steps) / max(steps - 1 - warmup_steps, 1), 1.))
 
-# %% ../nbs/training.ipynb #5eadaf09
+# %% ../nbs/training.ipynb #24d238d7
 class StepScheduler(ParamScheduler):
     "A `ParamScheduler` whose schedules are functions of the step within the fit."
     def before_batch(self):
         for n, f in self.scheds.items(): self.opt.set_hyper(n, f(self.train_iter))
 
-# %% ../nbs/training.ipynb #733d8177
+# %% ../nbs/training.ipynb #f549628a
 @patch
 def fit_cosine(self:MoELearner,
     n_epoch:int=1,                 # epochs of as many steps as the learner was made with
@@ -374,7 +374,7 @@ def _check_model(model, data):
     _check(V is None or V >= data.vocab_size, 'vocab_size of the model', V, f'at least that of the data, {data.vocab_size}')
     _check(S is None or S >= data.sequence_length, 'max_position_embeddings of the model', S, f'at least the sequence_length of the data, {data.sequence_length}')
 
-# %% ../nbs/training.ipynb #44b2d79f
+# %% ../nbs/training.ipynb #e3bf98c5
 def moe_learner(
     model,                          # a `MoEForCausalLM`, or any causal language model of transformers
     data,                           # a `TextData`
@@ -422,14 +422,14 @@ def _equip(learn, data, grad_clip, bias_rate, domains, cbs):
     learn.metrics = [Perplexity(), *columns, ValueMetric(lambda: aux.value, 'aux_loss'), ValueMetric(lambda: speed.value and round(speed.value), 'tokens/s'), *learn.metrics]
     return learn
 
-# %% ../nbs/training.ipynb #0d9bc85c
+# %% ../nbs/training.ipynb #2925cb76
 @patch
 def history(self:MoELearner)->pd.DataFrame:
     "The progress table of the last fit."
     r = self.recorder
     return pd.DataFrame([list(v) for v in r.values], columns=r.metric_names[1:1 + len(r.values[0])] if r.values else None).rename_axis('epoch')
 
-# %% ../nbs/training.ipynb #f7bcbde2
+# %% ../nbs/training.ipynb #4b9d7c99
 @patch
 @delegates(Learner.lr_find)
 def lr_find(self:MoELearner, **kwargs):
@@ -455,7 +455,7 @@ def _set_rng_state(s):
     random.setstate(s['python'])
     if torch.cuda.is_available() and len(s.get('cuda', ())) == torch.cuda.device_count(): torch.cuda.set_rng_state_all([t.to(torch.uint8).cpu() for t in s['cuda']])
 
-# %% ../nbs/training.ipynb #f7cfadcb
+# %% ../nbs/training.ipynb #04b1e2e8
 def routing_stats(
     routing:Routing,
     mask:Tensor=None, # bool (B, S); False: padding
@@ -477,7 +477,7 @@ def _joined(records):
     masks = [torch.ones(r.shape, dtype=torch.bool, device=r.scores.device) if m is None else m for r, m in records]
     return r.replace(**cat, shape=(sum(r.shape[0] for r in rs), *r.shape[1:])), None if all(m is None for _, m in records) else torch.cat(masks)
 
-# %% ../nbs/training.ipynb #ccc07099
+# %% ../nbs/training.ipynb #55a6103b
 class RoutingTelemetry(Callback):
     "Keeps numbers on each router in step 1 and every `every`-th step."
     order, run_valid = 30, False
@@ -495,7 +495,7 @@ class RoutingTelemetry(Callback):
     def state(self): return dict(rows=self.rows)
     def load_state(self, s): self.rows = s['rows']
 
-# %% ../nbs/training.ipynb #0b62be4d
+# %% ../nbs/training.ipynb #a33d279d
 class MetricsWriter(Callback):
     "Appends what happens to a file of JSON lines."
     order = 65
@@ -586,7 +586,7 @@ def after_validate(self:MetricsWriter):
     values = {n: m.value for m, n in names.items() if n not in ('aux_loss', 'tokens/s')}
     self.write('valid', epoch=self.learn.epoch, tokens=self.learn.throughput.tokens, loss=self.learn.recorder.loss.value, **values, seconds=self.learn.throughput.seconds)
 
-# %% ../nbs/training.ipynb #49e13cae
+# %% ../nbs/training.ipynb #608b562f
 def read_metrics(
     path, # of a file that a `MetricsWriter` wrote
 )->pd.DataFrame:
@@ -676,7 +676,7 @@ def _remove(path):
 def _prune(folder, keep_last):
     for p in checkpoints(folder)[keep_last:]: _remove(p)
 
-# %% ../nbs/training.ipynb #c546d5e8
+# %% ../nbs/training.ipynb #ac92a649
 def save_checkpoint(
     learn,          # a `MoELearner`
     folder,         # where checkpoints are kept
@@ -697,7 +697,7 @@ def save_checkpoint(
     _fsync(folder); _remove(old)
     return path
 
-# %% ../nbs/training.ipynb #3a1495f7
+# %% ../nbs/training.ipynb #95b9c169
 def checkpoints(
     folder, # where checkpoints are kept
 )->list:    # their paths
@@ -705,7 +705,7 @@ def checkpoints(
     found = {p: p.name[5:].removesuffix('-old') for p in Path(folder).glob('step-*')}
     return sorted((p for p, n in found.items() if n.isdigit()), key=lambda p: (int(found[p]), not p.name.endswith('-old')), reverse=True)
 
-# %% ../nbs/training.ipynb #aaa427fc
+# %% ../nbs/training.ipynb #97da0d63
 class Checkpoint(Callback):
     "Saves the state of training every `every` steps and at the end of a fit."
     order, run_valid = 70, False
@@ -744,7 +744,7 @@ def _read_checkpoint(path, identity):
         if info['identity'].get(k) != v: raise refuse(f'of another run: its {k} is {info["identity"].get(k)}, not {v}')
     return info
 
-# %% ../nbs/training.ipynb #2ce5eec3
+# %% ../nbs/training.ipynb #66f3f43e
 def resume(
     learn,   # a new `MoELearner`, made as the one that saved
     folder,  # where checkpoints are kept
@@ -779,7 +779,7 @@ class _Distributed(Callback):
     def before_fit(self): self.learn.model = self.accelerator.prepare_model(self.learn.model.to(self.accelerator.device))
     def after_fit(self): self.learn.model = _unwrap(self.learn.model)
 
-# %% ../nbs/training.ipynb #edd5b30c
+# %% ../nbs/training.ipynb #abb83a9b
 @patch
 def distribute(self:MoELearner,
     **kwargs, # for accelerate's `Accelerator`

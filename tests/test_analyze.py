@@ -1,7 +1,7 @@
 "`libmoe analyze` as a user types it: runs of ours, models of every supported transformers class, bad input."
-import json, os, warnings
+import json, os
 
-import numpy as np, pandas as pd, pytest, torch, transformers
+import numpy as np, pandas as pd, pytest, transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 

@@ -313,7 +313,7 @@ def test_command(folder, model, tok, task, tmp_path):
     assert 'sums' in text and '±' in text and 'chance' in text
 
 @pytest.mark.parametrize('args, says', [
-    (['no/such/folder/here', '--tasks', 'blimp'], "'no/such/folder/here', which does not exist"), (['{folder}'], 'give --tasks, --suite, or both'),
+    (['no/such/folder/here', '--tasks', 'blimp'], "'no/such/folder/here', which does not exist"), (['{folder}'], 'give --tasks, --suite or --data'),
     (['{folder}', '--tasks', 'nowhere.yaml'], "task file 'nowhere.yaml' does not exist"), (['{folder}', '--tasks', '{task}', '--intervene', 'drop_topp1'], "did you mean 'drop_top1'"),
     (['{folder}', '--tasks', '{task}', '--intervene', 'temperature'], 'needs a value'), (['{folder}', '--tasks', '{task}', '--limit', '-3'], 'limit must be'),
     (['{folder}', '--tasks', '{task}', '--batch-size', 'big'], "--batch-size must be 'auto'"), (['{folder}', '--tasks', '{task}', '--intervene', 'top_k=100'], 'too few are left')])

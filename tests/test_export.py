@@ -1,9 +1,8 @@
 "Native architectures: what plain transformers makes of an exported folder, and what cannot be exported."
 import json, os, subprocess, sys
 import pytest, torch, transformers
-from pathlib import Path
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from libmoe_nb.adapters import tiny_moe
 from libmoe_nb.config import recipes
 from libmoe_nb.export import from_native, logit_error, natives, save_native, to_dense, to_native

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from libmoe_nb import suites as S
-from libmoe_nb.suites import Suite, SuiteTask, make_suite, suite_kinds
+from libmoe_nb.suites import Suite, make_suite, suite_kinds
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = 'harbour winter garden engine teacher window village doctor market letter river mountain captain soldier farmer painter bridge castle forest island'.split()

