@@ -161,14 +161,14 @@ def shell_blocks(text): return re.findall(r'^```sh\n(.*?)^```', text, re.M|re.S)
 def test_ci_runs_the_commands_of_the_readme():
     blocks = shell_blocks(read('README.md'))
     home = '\n'.join(source(c) for c in cells(NBS/'index.ipynb') if c['cell_type'] == 'markdown')
-    assert blocks == shell_blocks(home) and len(blocks) == 2 and all(len(b.splitlines()) == 1 for b in blocks)
+    assert blocks == shell_blocks(home) and len(blocks) == 3 and all(len(b.splitlines()) == 1 for b in blocks)
     ci = read('.ci/run')
     function = re.search(r'^readme\(\).*$', ci, re.M)[0]
     for n, block in enumerate(blocks, 1):
         said = subprocess.run(['bash', '-c', f'{function}\nreadme {n}'], capture_output=True, text=True, cwd=ROOT, check=True).stdout
         assert said == block
         assert f'$(readme {n}' in ci
-    assert ci.count('eval "$run"') == 2
+    assert ci.count('eval "$run"') == 3
     for own in ('pip install -e', 'nbdev-test --', 'pytest -'): assert own not in ci
 
 def test_readme_is_up_to_date():
