@@ -7,13 +7,13 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/loggers.html.md"""
 # %% auto #0
 __all__ = ['trackers', 'check_tracker', 'TelemetryLogger', 'LivePlot']
 
-# %% ../nbs/loggers.ipynb #77513623
-import contextlib, importlib.util, io, json, os, warnings
+# %% ../nbs/loggers.ipynb #f008f762
+import contextlib, importlib.util, io, json, warnings
 import pandas as pd
 from fastcore.basics import patch
 from pathlib import Path
 from uuid import uuid4
-from .config import did_you_mean
+from .config import did_you_mean, read_json, write_json
 from .tracing import moe_layers
 from .training import Callback, MetricsWriter, read_metrics, _unwrap
 
@@ -106,13 +106,13 @@ class TelemetryLogger(_Listener):
 # %% ../nbs/loggers.ipynb #442361eb
 _open = {}  # file of notes -> tracker; one that an interrupted fit left open is closed by the next
 
-# %% ../nbs/loggers.ipynb #92afcbae
+# %% ../nbs/loggers.ipynb #065146b1
 @patch
 def begin(self:TelemetryLogger, writer, step):
     "Open the tracker, where it is to go on from `step`"
     self.folder.mkdir(parents=True, exist_ok=True)
     self.notes, self.rows, self.layers = (self.folder/f'.sent-{self.to}.json').absolute(), [], len(moe_layers(_unwrap(self.learn.model)))
-    known = json.loads(self.notes.read_text()) if step and self.notes.exists() else dict(id=uuid4().hex[:8], last={})
+    known = read_json(self.notes) if step and self.notes.exists() else dict(id=uuid4().hex[:8], last={})
     self.id, self.last = known['id'], known['last']
     self.done = {} if trackers[self.to].replaces else dict(self.last)
     self.close()
@@ -125,7 +125,7 @@ def close(self:TelemetryLogger):
 @patch
 def after_fit(self:TelemetryLogger): self.close()
 
-# %% ../nbs/loggers.ipynb #3bc62c90
+# %% ../nbs/loggers.ipynb #695cb4b5
 @patch
 def tell(self:TelemetryLogger, row):
     "Pass on one line; those on routers wait for the last layer"
@@ -136,9 +136,7 @@ def tell(self:TelemetryLogger, row):
     rows, self.rows = self.rows, []
     self.tracker.log(_named(rows), step)
     self.last[split] = step
-    tmp = self.notes.with_suffix('.tmp')
-    tmp.write_text(json.dumps(dict(id=self.id, last=self.last)))
-    os.replace(tmp, self.notes)
+    write_json(self.notes, dict(id=self.id, last=self.last))
 
 # %% ../nbs/loggers.ipynb #0361776f
 class LivePlot(_Listener):

@@ -7,7 +7,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/suites.html.md"""
 # %% auto #0
 __all__ = ['suite_kinds', 'HeldOut', 'Kind', 'suite_kind', 'SuiteTask', 'Suite', 'make_suite']
 
-# %% ../nbs/suites.ipynb #7eb8985a
+# %% ../nbs/suites.ipynb #e10ad0e6
 import bisect, io, json, keyword, math, re, tokenize, unicodedata
 import numpy as np, pandas as pd
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from fastcore.basics import patch
-from .config import did_you_mean
+from .config import did_you_mean, write_whole
 
 # %% ../nbs/suites.ipynb #80a6c32e
 def _rank(*parts)->int:
@@ -649,7 +649,7 @@ def baselines(self:Suite, groups=False)->pd.DataFrame:
             for g,names in self.groups.items() for sub in [res[res.task.isin(names)]]]
     return pd.concat([res, pd.DataFrame(mean)], ignore_index=True)
 
-# %% ../nbs/suites.ipynb #186fa41f
+# %% ../nbs/suites.ipynb #d03a2a28
 _FORMAT = 1
 
 @patch
@@ -659,7 +659,7 @@ def save(self:Suite, path)->Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     tasks = [{k: v for k,v in asdict(t).items() if k != 'docs'} for t in self.tasks.values()]
     lines = [dict(format=_FORMAT, fingerprint=self.fingerprint, options=self.options, missing=self.missing, tasks=tasks), *(dict(task=n) | d for n,t in self.tasks.items() for d in t.docs)]
-    path.write_text(''.join(json.dumps(l) + '\n' for l in lines), encoding='utf-8')
+    write_whole(path, ''.join(json.dumps(l) + '\n' for l in lines))
     return path
 
 @patch(cls_method=True)
