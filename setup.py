@@ -3,7 +3,7 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 root = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
@@ -19,7 +19,7 @@ setup(
     classifiers=[f"Development Status :: {cfg['status']}", f"Intended Audience :: {cfg['audience']}",
                  'Topic :: Scientific/Engineering :: Artificial Intelligence', 'Programming Language :: Python :: 3',
                  *(f'Programming Language :: Python :: {v}' for v in cfg['python_versions'].split())],
-    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']), include_package_data=True,
+    packages=find_namespace_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']), include_package_data=True,
     install_requires=lines('requirements'),
     extras_require={k.removesuffix('_requirements'): lines(k) for k in cfg if k.endswith('_requirements')},
     entry_points={'console_scripts': lines('console_scripts'), 'nbdev': lines('nbdev_entry')})
