@@ -7,7 +7,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/analysis.html.md"""
 # %% auto #0
 __all__ = ['random_like', 'Subject', 'load_subject', 'measure_trace', 'measure_model', 'Analysis', 'analyze']
 
-# %% ../nbs/analysis.ipynb #b4b30c39
+# %% ../nbs/analysis.ipynb #0af113d4
 import fastcore.xml as ft, numpy as np, os, pandas as pd, platform, shlex, shutil, tempfile, time, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,12 +15,13 @@ from fastcore.basics import patch
 from fastcore.xml import Safe
 from pathlib import Path
 from . import __version__
+from .config import read_json, write_json, write_whole, _becoming, _plain
 from .data.text import TextData, default_data, text_data, _find_sources, _no_network
 from .interventions import drop_top1, drop_top12, random_routing, temperature
 from .metrics import *
 from .plots import plot_allocation, plot_by_layer, plot_co_activation, plot_loads, plot_perturbation, plot_similarity, plot_specialisation, token_html
-from .reports import read_json, report_facts, report_figure, report_page, report_table, write_json, write_whole
-from .reports import _and, _check_writable, _make_folder, _millions, _number, _plain
+from .reports import report_facts, report_figure, report_page, report_table
+from .reports import _and, _check_writable, _make_folder, _millions, _number
 from .traces import Trace, make_trace, probe_batches, read_trace, write_trace
 from .tracing import adapter_of, intervene, moe_layers, record_routing
 
@@ -43,7 +44,7 @@ def random_like(
         weight[i, :, :K] = -np.sort(-w / w.sum(-1, keepdims=True), -1)
     return replace(trace, choice=choice, weight=weight, score=score, meta=dict(m, recipe='random', model='random routing'), path=None)
 
-# %% ../nbs/analysis.ipynb #ea568a45
+# %% ../nbs/analysis.ipynb #9bd1afae
 def _folder_of(name):
     "Folder of the model that the folder `name` is about, and the configuration of the run that made it, or {}"
     f = Path(name).expanduser()
@@ -55,7 +56,7 @@ def _folder_of(name):
     if (f/'model'/'config.json').is_file(): return f/'model', own
     if 'run' in own: raise ValueError(f'model={str(name)!r} is a run without a model: it is not finished, or was told not to keep its model')
     if runs := sorted(p.parent.parent.name for p in f.glob('*/model/config.json')):
-        raise ValueError(f'model={str(name)!r} holds {len(runs)} models: name one of them, for instance {f/runs[0]}')
+        raise ValueError(f'model={str(name)!r} holds {len(runs)} model{"s" * (len(runs) > 1)}: name one, for instance {f/runs[0]}')
     raise ValueError(f'model={str(name)!r} is a folder without a config.json: expected the folder of a model or of a run')
 
 # %% ../nbs/analysis.ipynb #4bdca02f
@@ -178,7 +179,7 @@ def _read_text(data, tokenizer, num_tokens, sequence_length, batch_size, **readi
     if not any(len(ids) > 1 for _, ids in blocks): raise ValueError(f'data={data!r} holds no text')
     return _batches([b for b in blocks if len(b[1]) > 1], batch_size), list(streams)
 
-# %% ../nbs/analysis.ipynb #fa2470b8
+# %% ../nbs/analysis.ipynb #895f3309
 def _held_out(data, tokenizer, num_tokens, sequence_length, batch_size, **reading):
     "Batches and names of domains, of validation text"
     if not isinstance(data, TextData): data = text_data(data, tokenizer=tokenizer, sequence_length=sequence_length, **reading)
@@ -194,9 +195,10 @@ class Probe:
     domains: list    # names
     source: str      # what was read
     held_out: bool   # is it known not to be what the model was trained on?
+    own: bool        # is it the run's own, which it is without asking?
     num_tokens = property(lambda self: sum(int(b.get('attention_mask', torch.ones_like(b['input_ids'])).sum()) for b in self.batches))
 
-# %% ../nbs/analysis.ipynb #4eeabef4
+# %% ../nbs/analysis.ipynb #98b28abf
 def _text_config(model):
     try: return model.config.get_text_config()
     except ValueError: return model.config           # several, of encoder and decoder
@@ -210,13 +212,14 @@ def _make_probe(subject, data, num_tokens, sequence_length, batch_size, **readin
     config, known = _text_config(subject.model), subject.run.get('info', {}).get('data', {})
     S = sequence_length or subject.run.get('run', {}).get('data', {}).get('sequence_length') or 256
     S = min(S, getattr(config, 'max_position_embeddings', None) or S, num_tokens)
-    if data is None and known.get('source') is not None: data, reading = known['source'], known.get('reading') or {}
+    own = data is None and known.get('source') is not None
+    if own: data, reading = known['source'], known.get('reading') or {}
     if isinstance(data, TextData) or known:
         tokenizer = subject.tokenizer or data.tokenizer
-        res = Probe(*_held_out(data, tokenizer, num_tokens, S, batch_size, **reading), _source(data or default_data()), True)
+        res = Probe(*_held_out(data, tokenizer, num_tokens, S, batch_size, **reading), _source(data or default_data()), bool(known), own)
     else:
         reading.pop('max_bytes', None)
-        res = Probe(*_read_text(data, subject.tokenizer, num_tokens, S, batch_size, **reading), _source(data or default_data()), False)
+        res = Probe(*_read_text(data, subject.tokenizer, num_tokens, S, batch_size, **reading), _source(data or default_data()), False, False)
     V, most = subject.model.get_input_embeddings().weight.shape[0], max(int(b['input_ids'].max()) for b in res.batches)
     if most >= V: raise ValueError(f'tokenizer gives token {most}, but the model knows {V} tokens: it is the tokenizer of another model')
     return res
@@ -354,7 +357,7 @@ def summary(self:Analysis)->pd.DataFrame: # columns metric, value, random, low, 
     ints = dict.fromkeys(['low_layer', 'high_layer'], 'Int64')
     return pd.DataFrame(rows, columns='metric value random low low_layer high high_layer meaning'.split()).astype(ints)
 
-# %% ../nbs/analysis.ipynb #8af4977e
+# %% ../nbs/analysis.ipynb #600c24ac
 def _sizes(model, trace):
     "Parameters in all, and those that one token uses"
     total = sum(p.numel() for p in model.parameters())
@@ -367,9 +370,20 @@ def _about(s, probe, trace, seconds):
     dtype = str(next(s.model.parameters()).dtype).removeprefix('torch.')
     return dict(model=s.name, kind=type(s.model).__name__, recipe=m['recipe'], layers=m['num_layers'], num_experts=sorted(set(m['num_experts'])), top_k=sorted(set(m['top_k'])), num_choices=sorted(set(m['num_choices'])),
                 model_type=getattr(config, 'model_type', ''), dtype=dtype, **_sizes(s.model, trace), data=probe.source, domains={d: int((trace.domain == i).sum()) for i, d in enumerate(probe.domains)},
-                tokens=trace.num_tokens, sequence_length=int(trace.position.max()) + 1, held_out=probe.held_out, seconds=seconds, libmoe_nb=__version__, torch=torch.__version__, machine=f'{platform.system()} {platform.machine()}')
+                tokens=trace.num_tokens, sequence_length=int(trace.position.max()) + 1, held_out=probe.held_out, own_data=probe.own, seconds=seconds, libmoe_nb=__version__, torch=torch.__version__, machine=f'{platform.system()} {platform.machine()}')
 
-# %% ../nbs/analysis.ipynb #2012ea16
+# %% ../nbs/analysis.ipynb #dda6ca67
+def _check_sizes(**sizes):
+    for n, v in sizes.items():
+        least = 2 if n in ('num_tokens', 'sequence_length') else 1
+        if (v, n) != (None, 'sequence_length') and (isinstance(v, bool) or not isinstance(v, int) or v < least): raise ValueError(f'{n} must be a whole number of at least {least}, got {v!r}')
+
+def _asked(**kw):
+    "Arguments as text and numbers; objects in memory by name alone, in `live`"
+    live = [n for n in ('model', 'data', 'tokenizer') if not isinstance(kw[n], (str, os.PathLike, list, tuple, type(None)))]
+    return dict({n: v if v is None or isinstance(v, (bool, int)) else _source(v) for n, v in kw.items() if n not in live}, live=live)
+
+# %% ../nbs/analysis.ipynb #e0543a27
 def analyze(
     model,                    # folder of a model or of a run, name on the Hugging Face hub, or a model
     data=None,                # what `text_data` takes, or a `TextData`; None: the run's own, else the packaged corpora that are installed
@@ -386,15 +400,16 @@ def analyze(
     **reading,                # options of `text_data`: text_field, domain_field, max_bytes, cache_dir
 )->Analysis:
     "Look into a mixture of experts."
-    start, tell, asked = time.perf_counter(), progress or (lambda what: None), dict(num_tokens=num_tokens, sequence_length=sequence_length, batch_size=batch_size, similarity_tokens=similarity_tokens)
-    for n, v in asked.items():
-        if not (v is None and n == 'sequence_length') and (not isinstance(v, int) or v < (2 if n in ('num_tokens', 'sequence_length') else 1)): raise ValueError(f'{n} must be a whole number of at least 2, got {v!r}')
+    start, tell, reading = time.perf_counter(), progress or (lambda what: None), {**dict(text_field='text', domain_field=None, max_bytes=4_000_000), **reading}
+    sizes = dict(num_tokens=num_tokens, sequence_length=sequence_length, batch_size=batch_size, similarity_tokens=similarity_tokens)
+    _check_sizes(**sizes)
+    asked = _asked(model=model, data=data, tokenizer=tokenizer, perturb=perturb, device=device, dtype=dtype, **sizes, **reading)
     if out is not None: _check_writable(out := Path(out))
     tell('model')
     s = load_subject(model, tokenizer or (data.tokenizer if isinstance(data, TextData) else None), device, dtype)
     if s.tokenizer is None: raise ValueError('tokenizer must be given for a model that is no folder, got None')
     tell('text')
-    probe = _make_probe(s, data, num_tokens, sequence_length, batch_size, **{**dict(text_field='text', domain_field=None, max_bytes=4_000_000), **reading})
+    probe = _make_probe(s, data, num_tokens, sequence_length, batch_size, **reading)
     box = None if out else tempfile.TemporaryDirectory()
     if out: _make_folder(out)
     tell('trace')
@@ -447,12 +462,20 @@ def _perturbation_html(self:Analysis):
     figs = [report_figure(plot_perturbation(p), 'what interventions cost', 'Change of the loss, in nats a token.')] if len(p) > 1 else []
     return ft.Section(ft.H2('Routing otherwise'), ft.P(note, cls='soft'), report_table(['', 'loss', 'change', 'perplexity', 'accuracy', 'change'], rows), *figs)
 
-# %% ../nbs/analysis.ipynb #94f457f9
+# %% ../nbs/analysis.ipynb #f8875e50
+_flags = dict(num_tokens=('tokens', 16_384), tokenizer=('tokenizer', None), sequence_length=('sequence-length', None), batch_size=('batch-size', 8), max_bytes=('max-bytes', 4_000_000),
+              text_field=('text-field', 'text'), domain_field=('domain-field', None), device=('device', None))  # argument -> flag, value without it
+_no_flags = dict(similarity_tokens=2048, dtype='auto', cache_dir=None)
+
 @patch
-def command(self:Analysis)->str:
+def command(self:Analysis)->str: # None if there is none: objects in memory, and options that it does not have
     "The command that makes this analysis again."
-    i = self.info
-    return shlex.join(['libmoe', 'analyze', i['model'], '--data', i['data'], '--tokens', str(i['asked']['num_tokens']), '--sequence-length', str(i['sequence_length']), '--out', i.get('out', 'analysis')])
+    i, asked = self.info, self.info['asked']
+    if asked['live'] or any(asked.get(n, v) != v for n, v in _no_flags.items()): return None
+    words = ['libmoe', 'analyze', i['model'], *([] if i['own_data'] else ['--data', i['data']])]
+    for n, (flag, usual) in _flags.items():
+        if asked[n] != usual: words += [f'--{flag}', str(asked[n] or 0)]         # the shell's word for all of a source
+    return shlex.join(words + ['--no-perturb'] * (not asked['perturb']) + (['--out', i['out']] if 'out' in i else []))
 
 @patch
 def _facts_html(self:Analysis):
@@ -464,7 +487,7 @@ def _facts_html(self:Analysis):
         'held out': 'validation documents, which this model was not trained on' if i['held_out'] else 'not known: perplexity is not a score if the model was trained on this text',
         'random routing': 'drawn for the same tokens and sizes; of experts\' outputs: measured while experts are chosen at random; of their parameters: 0',
         'made by': f"libmoe-nb {i['libmoe_nb']}, torch {i['torch']}, {i['machine']}"}
-    return ft.Section(ft.H2('What was analysed'), report_facts(facts), ft.P('To make it again: ', ft.Code(self.command())))
+    return ft.Section(ft.H2('What was analysed'), report_facts(facts), ft.P('To make it again: ', ft.Code(self.command())) if self.command() else ft.P('Made in Python.'))
 
 # %% ../nbs/analysis.ipynb #acef6942
 @patch
@@ -556,14 +579,15 @@ def report(self:Analysis)->str: # HTML
     return report_page(f'What the routers of {self.title} do', lead, self._summary_html(), self._facts_html(), self._perturbation_html(), self._depth_html(), self._experts_html(), self._pairs_html(), self._text_html(),
                        footer='Trace and tables lie beside this page; libmoe_nb.traces.read_trace reads the trace.')
 
-# %% ../nbs/analysis.ipynb #9c55eeb8
+# %% ../nbs/analysis.ipynb #a447cb36
 @patch
 def save(self:Analysis,
     out, # folder
 ):
     "Write the trace, a CSV of each table, summary.csv, by_layer.csv, analysis.json and report.html."
     _make_folder(out := Path(out))
-    if self.trace.path and self.trace.path.resolve() != (out/'trace.safetensors').resolve(): shutil.copy(self.trace.path, out/'trace.safetensors')
+    if self.trace.path and self.trace.path.resolve() != (out/'trace.safetensors').resolve():
+        with _becoming(out/'trace.safetensors') as tmp: shutil.copy(self.trace.path, tmp)
     self.info['out'] = str(out)
     for n in self.metrics: write_whole(out/f'{n}.csv', self.table(n).to_csv(index=False))
     write_whole(out/'summary.csv', self.summary().to_csv(index=False))

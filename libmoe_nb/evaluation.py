@@ -7,7 +7,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/evaluation.html.md"""
 # %% auto #0
 __all__ = ['tasks_folder', 'cbt_docs', 'Evaluation', 'parse_intervention', 'evaluate', 'lm_eval_command']
 
-# %% ../nbs/evaluation.ipynb #187867b7
+# %% ../nbs/evaluation.ipynb #a19cf395
 import contextlib, copy, functools, io, json, logging, math, os, random, sys
 import numpy as np, pandas as pd, torch
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import libmoe_nb
 from . import interventions, models
-from .config import did_you_mean
+from .config import did_you_mean, read_json, write_json, write_whole, _plain
 from .traces import _evaluating
 from .tracing import intervene, moe_layers
 
@@ -100,15 +100,14 @@ def _find_model(name):
         raise ValueError(f"model must be a folder with config.json, or a name on the Hugging Face hub, got '{name}'" + ('' if path.exists() else ', which does not exist'))
     return str(name)
 
-# %% ../nbs/evaluation.ipynb #5c79fa20
+# %% ../nbs/evaluation.ipynb #4a0e3914
 def _load_model(name, tokenizer=None, device=None):
     "Model and tokenizer from a folder or the hub"
+    from libmoe_nb.analysis import _load_tokenizer, _pretrained
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try: model = AutoModelForCausalLM.from_pretrained(name, dtype='auto')
-    except OSError as e:
-        raise ValueError(f"model '{name}' is no folder here, and the Hugging Face hub (https://huggingface.co/{name}) is out of reach or does not have it") from e
-    try: return model.to(device), tokenizer or AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as e: raise ValueError(f"model '{name}' comes without a tokenizer: give one with the argument tokenizer") from e
+    model = _pretrained(AutoModelForCausalLM, name, name, 'model', dtype='auto')
+    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)): tokenizer = _load_tokenizer(tokenizer or name)
+    return model.to(device), tokenizer
 
 # %% ../nbs/evaluation.ipynb #1cd95a6a
 def tasks_folder()->Path:
@@ -124,7 +123,7 @@ def _manager(whole=False):
     folders = [Path(tasks.__file__).parent/f for f in 'lambada blimp hellaswag piqa arc'.split()]
     return tasks.TaskManager(include_path=[*map(str, folders), str(tasks_folder())], include_defaults=False)
 
-# %% ../nbs/evaluation.ipynb #34d9b04e
+# %% ../nbs/evaluation.ipynb #05222eba
 def _listed(tasks):
     "Names, files, configurations and suites as one flat list"
     if isinstance(tasks, str): return [t.strip() for t in tasks.split(',') if t.strip()]
@@ -138,7 +137,7 @@ def _resolved(name, bars=None):
         return _manager(), [name]
     quick = _manager()
     if name in {*quick.all_subtasks, *quick.all_groups}: return quick, [name]
-    if bars: print("reading lm-eval's registry of tasks (ten seconds or so) ...", file=bars, flush=True)
+    if bars: print("reading lm-eval's registry of tasks, which takes long ...", file=bars, flush=True)
     whole = _manager(True)
     names = whole.match_tasks([name])
     if not names: raise ValueError(_unknown(name, whole.all_tasks))
@@ -358,16 +357,7 @@ def table(self:Evaluation)->pd.DataFrame: # text
     t.insert(0, 'metric', about.metric); t.insert(1, 'n', about.n); t.insert(2, 'chance', [f'{100*c:.1f}' if c == c else '' for c in about.chance])
     return t.rename(columns=dict(none='score')).rename_axis(columns=None)
 
-# %% ../nbs/evaluation.ipynb #fe6fa5d1
-def _plain(o):
-    "As JSON has it: nan becomes null"
-    if isinstance(o, dict): return {str(k): _plain(v) for k, v in o.items()}
-    if isinstance(o, (list, tuple)): return [_plain(v) for v in o]
-    if isinstance(o, np.generic): o = o.item()
-    if isinstance(o, float) and not math.isfinite(o): return None
-    return o if o is None or isinstance(o, (str, int, float, bool)) else str(o)
-
-# %% ../nbs/evaluation.ipynb #3193d5b4
+# %% ../nbs/evaluation.ipynb #d9b99228
 @patch
 def to_dict(self:Evaluation)->dict: # ready for JSON
     "Results, scores, changes and how they were made."
@@ -381,12 +371,12 @@ def save(self:Evaluation,
 )->Path:
     "Write results.json, samples.csv and documents.jsonl."
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    (folder/'results.json').write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + '\n', encoding='utf-8')
-    self.samples.to_csv(folder/'samples.csv', index=False)
-    with open(folder/'documents.jsonl', 'w', encoding='utf-8') as f: f.writelines(json.dumps(_plain(d), ensure_ascii=False) + '\n' for d in self.documents)
+    write_whole(folder/'samples.csv', self.samples.to_csv(index=False))
+    write_whole(folder/'documents.jsonl', ''.join(json.dumps(_plain(d), ensure_ascii=False, default=str) + '\n' for d in self.documents))
+    write_json(folder/'results.json', self.to_dict())
     return folder
 
-# %% ../nbs/evaluation.ipynb #9eaf5964
+# %% ../nbs/evaluation.ipynb #061a041c
 @patch(cls_method=True)
 def load(cls:Evaluation,
     folder, # that `save` wrote
@@ -394,11 +384,13 @@ def load(cls:Evaluation,
     "Read an evaluation back."
     folder = Path(folder)
     if not (folder/'results.json').is_file(): raise ValueError(f"folder must hold results.json of an evaluation, got '{folder}'")
-    d = json.loads((folder/'results.json').read_text(encoding='utf-8'))
-    results = pd.DataFrame(d['results'])
-    for c in 'value', 'stderr', 'chance': results[c] = results[c].astype(float)
-    samples = pd.read_csv(folder/'samples.csv', keep_default_na=False, dtype=dict(group=str, intervention=str), float_precision='round_trip')
-    return cls(results, samples, [json.loads(l) for l in open(folder/'documents.jsonl', encoding='utf-8')], d['info'])
+    d = read_json(folder/'results.json')
+    try:
+        results = pd.DataFrame(d['results']).astype(dict.fromkeys(('value', 'stderr', 'chance'), float))
+        samples = pd.read_csv(folder/'samples.csv', keep_default_na=False, dtype=dict(group=str, intervention=str), float_precision='round_trip')
+        with open(folder/'documents.jsonl', encoding='utf-8') as f: documents = [json.loads(l) for l in f]
+        return cls(results, samples, documents, d['info'])
+    except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f"folder '{folder}' does not hold a whole evaluation: {type(e).__name__}: {e}") from None
 
 # %% ../nbs/evaluation.ipynb #d8b139d4
 def _numbers(s): return [int(x) for x in s.split('+')]

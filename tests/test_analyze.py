@@ -1,5 +1,5 @@
 "`libmoe analyze` as a user types it: runs of ours, models of every supported transformers class, bad input."
-import json, os
+import json, os, shlex, shutil
 
 import numpy as np, pandas as pd, pytest, transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -8,8 +8,10 @@ from typer.testing import CliRunner
 from libmoe_nb.adapters import tiny_moe
 from libmoe_nb.analysis import analyze, load_subject, measure_trace, random_like
 from libmoe_nb.cli import app
+from libmoe_nb.data.text import text_data
 from libmoe_nb.experiments import compare, read_comparison, train
 from libmoe_nb.metrics import expert_allocation_entropy
+from libmoe_nb.models import from_scratch
 from libmoe_nb.traces import make_trace, read_trace
 from test_adapters import FAMILIES
 
@@ -95,6 +97,38 @@ def test_the_text_of_a_run_is_held_out(runs, texts):
     s = load_subject(runs.folders[1])
     valid = ''.join((texts/d/f'{i}.txt').read_text() for d in ('tales', 'notes') for i in range(12))
     assert s.tokenizer.decode(a.trace.token[1:20]).strip()[:12] in valid
+
+
+def test_the_command_makes_it_again(runs, tmp_path):
+    "What the report says to type asks the same: the run's own text is not named, and each unusual option is"
+    args = ['--out', tmp_path/'a', '--tokens', 700, '--batch-size', 3, '--sequence-length', 50, '--no-perturb']
+    words = shlex.split(json.loads(libmoe('analyze', runs.folders[0], *args, '--json', '--threads', 1).stdout)['command'])
+    assert words[:3] == ['libmoe', 'analyze', str(runs.folders[0])] and sorted(words[3:]) == sorted(map(str, args))
+    a = np.array(read_trace(tmp_path/'a'/'trace.safetensors').choice)
+    shutil.rmtree(tmp_path/'a')
+    assert libmoe(*words[1:], '--threads', 1).exit_code == 0
+    assert (np.asarray(read_trace(tmp_path/'a'/'trace.safetensors').choice) == a).all() and not (tmp_path/'a'/'perturbation.csv').exists()
+
+
+def test_text_of_which_nobody_knows_whether_it_was_trained_on(texts, tmp_path):
+    "A model that does not say what it was trained on may have been trained on any text; objects in memory have no command"
+    data = text_data(str(texts), vocab_size=300, sequence_length=64)
+    a = analyze(from_scratch('smoe', 'tiny', vocab_size=data.vocab_size, seed=0), data, num_tokens=300, perturb=False, out=tmp_path/'a')
+    assert not a.info['held_out'] and a.command() is None and json.loads((tmp_path/'a'/'analysis.json').read_text())['command'] is None
+    assert 'not known: perplexity is not a score' in a.report()
+
+
+def test_a_trace_is_copied_whole_or_not_at_all(runs, tmp_path, monkeypatch):
+    a = analyze(runs.folders[0], num_tokens=300, perturb=False)
+    def half(src, dst):
+        with open(dst, 'wb') as f: f.write(open(src, 'rb').read(50))
+        raise OSError('disk full')
+    with monkeypatch.context() as m, pytest.raises(OSError, match='disk full'):
+        m.setattr(shutil, 'copy', half)
+        a.save(tmp_path/'a')
+    assert not list((tmp_path/'a').iterdir())
+    a.save(tmp_path/'a')
+    assert read_trace(tmp_path/'a'/'trace.safetensors').same_probe(a.trace)
 
 
 def test_choices_that_are_no_expert(runs, tmp_path):
@@ -191,7 +225,7 @@ def test_a_name_on_the_hub_without_a_network(texts, tmp_path):
     refused('is no folder here, and the Hugging Face hub gave no', 'somebody/some-moe', '--data', texts, '--out', tmp_path/'out')
 
 
-def test_a_folder_of_runs(runs, tmp_path): refused('holds 2 models: name one of them', runs.out, '--out', tmp_path/'out')
+def test_a_folder_of_runs(runs, tmp_path): refused('holds 2 models: name one, for instance', runs.out, '--out', tmp_path/'out')
 
 
 @pytest.mark.parametrize('args, says', [(['--tokens', '0'], 'num_tokens must be a whole number'), (['--batch-size', '0'], 'batch_size must be'), (['--sequence-length', '1'], 'sequence_length must be'),

