@@ -8,7 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/experiments.html.md"""
 __all__ = ['run_config', 'run_hash', 'run_name', 'SuiteCallback', 'train_run', 'evaluate_run', 'use_threads', 'Comparison',
            'verdict', 'print_progress', 'compare', 'read_comparison', 'train']
 
-# %% ../nbs/experiments.ipynb #2070a6fe
+# %% ../nbs/experiments.ipynb #61fd1629
 import contextlib, dataclasses, json, math, os, platform, shlex, shutil, tempfile, time
 import fastcore.xml as ft, numpy as np, pandas as pd, torch
 from datetime import datetime, timezone
@@ -20,7 +20,7 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from . import __version__
-from .config import MoESpec, Preset, did_you_mean, get_preset, get_recipe, presets, recipes
+from .config import MoESpec, Preset, did_you_mean, get_preset, get_recipe, presets, read_json, recipes, write_json, write_whole, _plain
 from .data.text import TextData, text_data
 from .layers import build_layer
 from .models import count_parameters, from_scratch
@@ -31,9 +31,9 @@ from .loggers import TelemetryLogger, check_tracker
 from .metrics import expert_change_rate, over_checkpoints, router_margin, router_saturation
 from .plots import plot_by_layer, plot_over_checkpoints, plot_balance, plot_comparison, plot_curves, plot_domains, plot_loads, plot_perplexity, recipe_style, recipe_title
 from .scores import paired_test, ranking_verdict, score_table
-from .reports import report_cells, report_facts, report_figure, report_page, report_table, read_json, write_json, write_whole
+from .reports import report_cells, report_facts, report_figure, report_page, report_table
 from .analysis import _quietly
-from .reports import _and, _check_writable, _duration, _make_folder, _millions, _number, _plain
+from .reports import _and, _check_writable, _duration, _make_folder, _millions, _number
 
 # %% ../nbs/experiments.ipynb #326b08af
 _sizes = 'steps batch_size sequence_length vocab_size hidden_size num_hidden_layers num_attention_heads head_dim'.split()
@@ -222,14 +222,14 @@ def _claim(folder, config, info):
     elif any(p.name[0] != '.' for p in folder.iterdir()): raise ValueError(f'{folder} is neither empty nor the folder of a run: choose another folder')
     else: write_json(path, dict(run=config, info=info))
 
-# %% ../nbs/experiments.ipynb #66a03b30
+# %% ../nbs/experiments.ipynb #5f2cc78e
 def _balance(loads, model, tokens):
     "Busiest expert over the mean, and experts that a token runs; None where there is no router"
     if loads.empty: return dict(load_max_mean=None, experts_per_token=None)
-    counts, shared = loads.groupby(['layer', 'expert']).tokens.sum().unstack(), next(iter(moe_layers(model).values())).shared_experts
-    K = next(iter(moe_layers(model).values()))
+    counts, layer = loads.groupby(['layer', 'expert']).tokens.sum().unstack(), next(iter(moe_layers(model).values()))
+    shared = layer.spec.num_shared_experts if layer.shared_experts is not None else 0
     return dict(load_max_mean=float((counts.max(axis=1) / counts.mean(axis=1)).mean()),
-                experts_per_token=float(counts.sum(axis=1).mean() / tokens) + (K.spec.num_shared_experts if shared is not None else 0))
+                experts_per_token=float(counts.sum(axis=1).mean() / tokens) + shared)
 
 # %% ../nbs/experiments.ipynb #bfcc8fab
 def _facts(config, result):
@@ -260,7 +260,7 @@ def _finish(learn, config, data, folder, keep_model=True, traces=0, suite=None):
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
     return _plain(result)
 
-# %% ../nbs/experiments.ipynb #68ba936d
+# %% ../nbs/experiments.ipynb #c316f87f
 def train_run(
     config:dict,          # of `run_config`
     data:TextData,
@@ -268,7 +268,7 @@ def train_run(
     tell=None,            # called with step=, loss=, tokens_per_second= after each step
     info:dict=None,       # to be kept with the configuration
     keep_model:bool=True, # save the trained model in the folder
-    traces=True,          # write what routers choose on validation tokens, a dozen times; True, False or how many tokens
+    traces=True,          # write what routers choose on validation tokens, up to ten times; True, False or how many tokens
     suite=None,           # a `Suite` to score the model on, a few times during training and at its end
     log=None,             # 'tensorboard', 'trackio' or 'wandb': send telemetry there, too
 )->dict:                  # the result
