@@ -83,27 +83,27 @@ def _agreement(a, b, k, units, by):
         if by == 'vocabulary': ia, ib = (_by_vocabulary(t, i, U, i.shape[1]) for t, i in ((a, ia), (b, ib)))
         yield dict(layer=n, k=ia.shape[1], agreement=_overlap(ia, ib).mean() / ia.shape[1], units=units, N=U, assignments=ia.size)
 
-# %% ../nbs/metrics.ipynb #b91eaad8
+# %% ../nbs/metrics.ipynb #5ac4579d
 def expert_change_rate(
     a:Trace, b:Trace,  # of two checkpoints, on one probe set
     units='choices',   # 'choices' or 'experts'
     by='token',        # 'vocabulary': as in the code of the paper's authors
     by_layer=False,    # one row a layer?
 )->pd.DataFrame:
-    "Share of assignments that two checkpoints do not have in common."
+    "Share of assignments that two checkpoints do not have in common; of choices by default, since TC-MoE's +e and −e are two choices of one expert."
     df = pd.DataFrame(_agreement(a, b, None, units, by)).rename(columns={'agreement': 'change_rate'}).drop(columns='k')
     df.change_rate = 1 - df.change_rate
     if by_layer: return df
     return pd.DataFrame([dict(layer='all', change_rate=np.average(df.change_rate, weights=df.assignments), units=units, N=df.N.iloc[0], assignments=df.assignments.sum())])
 
-# %% ../nbs/metrics.ipynb #baa99c28
+# %% ../nbs/metrics.ipynb #a6f12986
 def router_saturation(
     trace:Trace, final:Trace, # of a checkpoint and of the last one, on one probe set
     k=None,                   # the k best; None: 1 and K
     units='choices',          # 'choices' or 'experts'
     by='token',               # 'vocabulary': as in the code of the paper's authors
 )->pd.DataFrame:              # one row for each layer and k
-    "Share of the last checkpoint's choices that a checkpoint makes already."
+    "Share of the last checkpoint's choices that a checkpoint makes already; choices by default, since TC-MoE's +e and −e are two of one expert."
     ks = sorted({1, *trace.meta['top_k']}) if k is None else [k]
     if min(ks) < 1: raise ValueError(f'k must be at least 1, got {k}')
     return pd.DataFrame([r for k in ks for r in _agreement(trace, final, k, units, by) if r['k'] == k]).rename(columns={'agreement': 'saturation'})
@@ -117,7 +117,7 @@ def _normalised_entropy(counts):
     if counts.sum() == 0: return np.nan
     return _entropy(counts / counts.sum()) / math.log(len(counts)) if len(counts) > 1 else 1.
 
-# %% ../nbs/metrics.ipynb #db2e917c
+# %% ../nbs/metrics.ipynb #f798ee60
 def expert_allocation_entropy(
     trace:Trace,
     by_domain=True,   # one row for each domain?
@@ -125,7 +125,7 @@ def expert_allocation_entropy(
     top=None,         # count the first choices only; None: all K
     layers=None,      # numbers of layers; None: all
 )->pd.DataFrame:      # one row for each layer and domain
-    "Normalised entropy of how assignments spread over experts."
+    "Normalised entropy of how assignments spread over FFN experts, where TC-MoE's +e and −e are one; over all M choices with `units='choices'`."
     return pd.DataFrame([dict(layer=n, domain=d, entropy=_normalised_entropy(_counts(i[m], U)), units=units, N=U, tokens=len(i[m]))
                          for n, l in _layers(trace, layers) for i, U in [_units(l, units, top)] for d, m in _groups(trace, by_domain)])
 

@@ -1,5 +1,6 @@
 """Traces: memory, faults, foreign files, and metrics computed by hand from the raw file."""
-import os, pickle, signal, subprocess, sys, textwrap
+import json, os, pickle, re, signal, subprocess, sys, textwrap
+from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st, HealthCheck
 from safetensors.numpy import load_file, save_file
@@ -49,6 +50,15 @@ def test_a_trace_is_what_routers_chose(recipe, tmp_path):
             assert (l.choice[at:at + n, l.top_k:] == left.sort(dim=-1, descending=True, stable=True)[1][:, :2].numpy()).all()
         at += n
     assert at == t.num_tokens and t.recipe == recipe and m.training is False
+
+
+def test_the_example_by_hand_runs(tmp_path, monkeypatch):
+    cells = json.loads((Path(__file__).parents[1]/'nbs/traces.ipynb').read_text(encoding='utf-8'))['cells']
+    code, = re.findall(r'```python\n(.*?)```', '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown'), re.S)
+    t = write_trace(from_scratch('tcmoe', 'tiny', seed=0, router_init_std=.3), probe(), tmp_path/'trace.safetensors')
+    monkeypatch.chdir(tmp_path)
+    exec(code, names := {})
+    assert (names['expert'] == t.layer(0).expert).all()
 
 
 def test_next_ranks_follow_the_bias(tmp_path):
