@@ -49,7 +49,7 @@ def panels(
     "Axes beside each other, in our style."
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout='constrained', **kw)[1]
 
-# %% ../nbs/plots.ipynb #cd1828bf
+# %% ../nbs/plots.ipynb #6c0d6e1c
 def _axes(ax, width=5.2, height=3.2): return plt.subplots(figsize=(width, height), layout='constrained')[1] if ax is None else ax
 
 _names = dict(valid_perplexity='validation perplexity', valid_loss='validation loss (nats per token)', train_loss='training loss (nats per token)',
@@ -58,9 +58,13 @@ _names = dict(valid_perplexity='validation perplexity', valid_loss='validation l
     loss_change='change of loss (nats per token)', accuracy_change='change of accuracy', entropy='entropy of load (1: uniform)', dead_experts='experts without a token', aux_loss='auxiliary loss')
 def _label(name): return _names.get(name, name.replace('_', ' '))
 
+def _as_text(legend):
+    "Names from outside are no formulas"
+    for t in legend.get_texts(): t.set_parse_math(False)
+
 def _in_order(df): return list(dict.fromkeys(r for r in [*recipes, *df.recipe] if r in set(df.recipe)))
 
-# %% ../nbs/plots.ipynb #745d2107
+# %% ../nbs/plots.ipynb #93fbc89b
 def _smooth(s, window): return s if window < 2 else s.rolling(window, min_periods=1).mean()
 
 def _spread(df, x, y, window):
@@ -70,7 +74,7 @@ def _spread(df, x, y, window):
 
 def _legend(ax, ends):
     order = sorted(ends, key=lambda e: -ends[e][0])
-    if order: ax.legend([ends[r][1] for r in order], [recipe_title(r) for r in order], loc='center left', bbox_to_anchor=(1, .5), handlelength=2.6)
+    if order: _as_text(ax.legend([ends[r][1] for r in order], [recipe_title(r) for r in order], loc='center left', bbox_to_anchor=(1, .5), handlelength=2.6))
 
 # %% ../nbs/plots.ipynb #4c5c1d4a
 @plt.rc_context(style)
@@ -105,7 +109,7 @@ def _floor(draw, at, ax):
     trans = ax.get_xaxis_transform() if draw == ax.axvline else ax.get_yaxis_transform()
     ax.text(**where, s=f'unigram model {at:.0f}', transform=trans, color='#777777', fontsize=8)
 
-# %% ../nbs/plots.ipynb #5636ad7a
+# %% ../nbs/plots.ipynb #eca88dd6
 @plt.rc_context(style)
 def plot_perplexity(
     df:pd.DataFrame,     # columns recipe, seed, `x`: one row a run
@@ -116,17 +120,18 @@ def plot_perplexity(
     "Bars of the mean over seeds, best on top."
     mean = df.groupby('recipe')[x].mean().sort_values(ascending=False)
     ax = _axes(ax, 5.2, .6 + .3*len(mean))
-    ax.barh([recipe_title(r) for r in mean.index], mean, color=[recipe_style(r)['color'] for r in mean.index], height=.68)
+    ax.barh(range(len(mean)), mean, color=[recipe_style(r)['color'] for r in mean.index], height=.68)
     for i, r in enumerate(mean.index):
         runs = df.loc[df.recipe == r, x].dropna()
         if len(runs) > 1: ax.plot(runs, [i] * len(runs), ls='', marker='o', ms=4, mec='#222222', mfc='white', mew=.8)
         ax.annotate(f'{mean[r]:.1f}' + (f' ± {runs.std():.1f}' if len(runs) > 1 else ''), (runs.max() if len(runs) else 0, i), (6, 0), textcoords='offset points',
             va='center', bbox=dict(facecolor='white', edgecolor='none', pad=.4))
     if unigram is not None: _floor(ax.axvline, unigram, ax)
+    ax.set_yticks(range(len(mean)), [recipe_title(r) for r in mean.index], parse_math=False)
     ax.set(xlabel=_label(x), xlim=(0, max([1.03 * (unigram or 0), df[x].max() * 1.36]))); ax.grid(axis='y', visible=False)
     return ax
 
-# %% ../nbs/plots.ipynb #d1aba7ea
+# %% ../nbs/plots.ipynb #87b95e90
 @plt.rc_context(style)
 def plot_domains(
     df:pd.DataFrame,  # columns recipe, seed, domain and `x`
@@ -141,7 +146,7 @@ def plot_domains(
             runs = df.loc[(df.domain == d) & (df.recipe == r), x]
             ax.plot([runs.min(), runs.max()], [i, i], color=recipe_style(r)['color'], lw=2.2, alpha=.5, solid_capstyle='round')
             ax.plot(runs.mean(), i, **dict(recipe_style(r), linestyle=''), ms=7)
-        ax.set_title(d, parse_math=False); ax.set_yticks(range(len(order)), [recipe_title(r) for r in order]); ax.margins(x=.12); ax.set_ylim(-.5, len(order) - .5)
+        ax.set_title(d, parse_math=False); ax.set_yticks(range(len(order)), [recipe_title(r) for r in order], parse_math=False); ax.margins(x=.12); ax.set_ylim(-.5, len(order) - .5)
     fig.supxlabel(_label(x), fontsize=9)
     return fig
 
@@ -155,7 +160,7 @@ def _load_scale(fig, image, axes):
     bar = fig.colorbar(image, ax=axes, shrink=.9, aspect=14, pad=.02, ticks=[-3, 0, 3])
     bar.ax.set_yticklabels(['≤ ⅛', '1', '≥ 8']); bar.set_label('load (1: uniform)'); bar.outline.set_visible(False)
 
-# %% ../nbs/plots.ipynb #ccdbf35e
+# %% ../nbs/plots.ipynb #90c5688c
 @plt.rc_context(style)
 def plot_loads(
     df:pd.DataFrame,  # columns layer, domain, expert and load (of one recipe; averaged over seeds)
@@ -172,7 +177,7 @@ def plot_loads(
         ax.set_title(d, fontweight='normal', fontsize=9, parse_math=False); ax.grid(False); ax.spines[:].set_visible(False); ax.tick_params(length=0)
         ax.set_yticks(np.arange(L) + .5, layers); ax.set_xticks([.5, N - .5], ['0', f'{N-1}'] if N > 1 else ['0', '']); ax.invert_yaxis()
     axes[0].set_ylabel('layer'); axes[len(axes)//2].set_xlabel('expert'); _load_scale(fig, image, list(axes))
-    if title: fig.suptitle(title, fontweight='bold', fontsize=10, x=.01, ha='left')
+    if title: fig.suptitle(title, fontweight='bold', fontsize=10, x=.01, ha='left', parse_math=False)
     return fig
 
 # %% ../nbs/plots.ipynb #9daa63e2
@@ -250,7 +255,7 @@ def _lines(ax, df, x, y, by, dash):
             ends.setdefault(n, (d['mean'].iloc[-1], line))
     return ends
 
-# %% ../nbs/plots.ipynb #8550b60f
+# %% ../nbs/plots.ipynb #e84adacc
 def _key(ax, ends, by, chance, dashes=()):
     "Legend or colour scale, beside the axes"
     many = len(ends) > 8 and all(isinstance(n, (int, float, np.number)) for n in ends)
@@ -258,7 +263,7 @@ def _key(ax, ends, by, chance, dashes=()):
     pairs = [(ends[n][1], recipe_title(n) if by == 'recipe' else f'{_label(by)} {n}' if isinstance(n, (int, float, np.number)) else str(n)) for n in order]
     pairs += [(plt.Line2D([], [], color='#555555', ls=_dashes[i % 4]), d) for i, d in enumerate(dashes)]
     if chance: pairs.append(([ax.axhline(at, color='#777777', lw=1.2, ls=':', zorder=1) for at in chance][0], 'random routing: ' + ', '.join(f'{at:.3g}' for at in chance)))
-    if pairs: ax.legend(*zip(*pairs), loc='upper left' if many else 'center left', bbox_to_anchor=(0, -.2) if many else (1, .5), handlelength=2.6)
+    if pairs: _as_text(ax.legend(*zip(*pairs), loc='upper left' if many else 'center left', bbox_to_anchor=(0, -.2) if many else (1, .5), handlelength=2.6))
     if many:
         at = plt.cm.ScalarMappable(Normalize(min(ends), max(ends)), ListedColormap([_shade(i, 64) for i in range(64)]))
         bar = ax.figure.colorbar(at, ax=ax, shrink=.9, aspect=16, pad=.02, label=_label(by)); bar.outline.set_visible(False)
@@ -303,7 +308,7 @@ def plot_over_checkpoints(
     if x == 'tokens': ax.xaxis.set_major_formatter(EngFormatter(sep=''))
     return ax
 
-# %% ../nbs/plots.ipynb #262db3d8
+# %% ../nbs/plots.ipynb #07728b7d
 @plt.rc_context(style)
 def plot_allocation(
     df:pd.DataFrame,    # columns domain and `value`, and perhaps recipe and seed: of `expert_allocation_entropy`
@@ -325,7 +330,7 @@ def plot_allocation(
     for i in range(1, len(domains)): ax.axhline(i - .5, color='#e8e8e8', lw=.8, zorder=0)
     chance = [(ax.axvline(at, color='#777777', lw=1.2, ls=':', zorder=1), f'random routing: {at:.3g}') for at in _chance(df, value, random)]
     pairs = [] if by is None else [(l, recipe_title(n) if by == 'recipe' else str(n)) for n, (_, l) in ends.items()]
-    if pairs + chance: ax.legend(*zip(*pairs, *chance), loc='center left', bbox_to_anchor=(1, .5))
+    if pairs + chance: _as_text(ax.legend(*zip(*pairs, *chance), loc='center left', bbox_to_anchor=(1, .5)))
     ax.set_yticks(range(len(domains)), domains, parse_math=False); ax.grid(axis='y', visible=False); ax.tick_params(axis='y', length=0)
     ax.set(xlabel='entropy of allocation (1: even)' if value == 'entropy' else _label(value), ylim=(-.5, len(domains) - .5))
     return ax
@@ -420,7 +425,7 @@ def plot_similarity(
     ax.set(title=f'layer {layer}', xlabel='expert', ylabel='expert'); ax.set_aspect('equal')
     return ax
 
-# %% ../nbs/plots.ipynb #16bc3100
+# %% ../nbs/plots.ipynb #156bd90f
 @plt.rc_context(style)
 def plot_perturbation(
     df:pd.DataFrame,            # columns intervention and `value`, and perhaps recipe and seed: of `routing_perturbation`
@@ -439,7 +444,7 @@ def plot_perturbation(
         ax.barh(at, d.mean().reindex(groups), h * .92, color=looks[n]['color'], label=None if by is None else recipe_title(n) if by == 'recipe' else str(n))
         for y, g in zip(at, groups):
             if len(v := d.get_group(g) if g in d.groups else []) > 1: ax.plot(v, [y] * len(v), ls='', marker='o', ms=3.5, mec='#222222', mfc='white', mew=.8)
-    if by is not None: ax.legend(loc='center left', bbox_to_anchor=(1, .5))
+    if by is not None: _as_text(ax.legend(loc='center left', bbox_to_anchor=(1, .5)))
     ax.axvline(0, color='#555555', lw=1); ax.set_yticks(range(len(groups)), groups, parse_math=False); ax.invert_yaxis(); ax.grid(axis='y', visible=False)
     ax.set_xlabel(_label(value)); ax.tick_params(axis='y', length=0)
     return ax

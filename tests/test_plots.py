@@ -6,6 +6,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
+from libmoe_nb import plots
 from libmoe_nb.metrics import *
 from libmoe_nb.plots import *
 from libmoe_nb.traces import make_trace
@@ -68,6 +69,25 @@ def test_one_colour_for_a_recipe_everywhere(name):
     handles, labels = ax.get_legend_handles_labels() if name == 'perturbation' else (ax.get_legend().legend_handles, [t.get_text() for t in ax.get_legend().get_texts()])
     colours = dict(zip(labels, [matplotlib.colors.to_hex(h[0].get_facecolor() if hasattr(h, 'patches') else h.get_color()) for h in handles]))
     for r in EIGHT[1:]: assert colours[recipe_title(r)] == recipe_style(r)['color']
+
+ODD = ['cost_$_and_$', 'b']
+
+@pytest.mark.parametrize('draw', [
+    lambda: plot_by_layer(expert_weight_entropy(random_trace(60, domain=np.arange(60) % 2, domains=ODD)), 'entropy'),
+    lambda: plot_allocation(pd.concat(expert_allocation_entropy(random_trace(60, domain=np.arange(60) % 2, domains=ODD)).assign(model=m) for m in ODD)),
+    lambda: plot_specialisation(domain_specialisation(random_trace(60, domain=np.arange(60) % 2, domains=ODD))),
+    lambda: plot_perturbation(pd.DataFrame([dict(intervention=i, model=m, loss_change=.1) for i in ODD for m in ODD])),
+    lambda: plot_curves(pd.DataFrame([dict(recipe=r, seed=0, tokens=t, valid_perplexity=9.) for r in ODD for t in (0, 1)])),
+    lambda: plot_perplexity(pd.DataFrame([dict(recipe=r, seed=0, perplexity=9.) for r in ODD])),
+    lambda: plot_domains(pd.DataFrame([dict(recipe=r, seed=0, domain=d, perplexity=9.) for r in ODD for d in ODD])),
+    lambda: plot_loads(pd.DataFrame([dict(layer=0, domain=d, expert=e, load=1.) for d in ODD for e in (0, 1)]), title=ODD[0])])
+def test_names_are_no_formulas(draw, monkeypatch):
+    monkeypatch.setattr('libmoe_nb.plots._looks', dict(plots._looks))
+    fig = draw()
+    fig = getattr(fig, 'figure', None) or fig
+    fig.canvas.draw()
+    said = [t.get_text() for t in fig.findobj(matplotlib.text.Text)]
+    assert any('cost_$_and_$' in s for s in said)
 
 class Reader(html.parser.HTMLParser):
     "Tokens of the text (title, style, text), and whether all tags are closed"
