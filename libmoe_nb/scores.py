@@ -229,7 +229,7 @@ def _pair(x, y, w, task, level, p_docs, boot):
         low, high = diff + stats.t.ppf((1 + level) / 2, df) * stderr * np.array([-1, 1])
     return dict(difference=diff, low=low, high=high, stderr=stderr, p_documents=float(p_docs), seeds=min(S), p=float(p))
 
-# %% ../nbs/scores.ipynb #82d875ac
+# %% ../nbs/scores.ipynb #b59de5ee
 def ranking_verdict(
     tests:pd.DataFrame, # of `paired_test`, all pairs
     alpha:float=.05,    # level
@@ -239,10 +239,10 @@ def ranking_verdict(
     name, means = names or str, dict([*zip(tests.a, tests.mean_a), *zip(tests.b, tests.mean_b)])
     best, sure, n, S = max(means, key=means.get), tests[tests.p_holm < alpha], len(tests), tests.seeds.min()
     open_ = [m for m in sorted(means, key=means.get, reverse=True) if m != best and not ((sure.a == best) & (sure.b == m) | (sure.a == m) & (sure.b == best)).any()]
-    what = f'{"the pair" if n == 1 else f"all {n} pairs" if len(sure) == n else f"{len(sure)} of {n} pairs"}'
+    what = 'The two differ' if n == 1 else f'All {n} pairs differ' if len(sure) == n else f'{len(sure)} of {n} pairs differ{"s" * (len(sure) == 1)}'
     head = f'{name(best)} has the highest mean accuracy ({100*means[best]:.1f} %). '
     if not len(sure): head += f'{"The two do not" if n == 1 else f"No two of the {len(means)} models"} differ by more than chance. Do not read the order as a ranking. '
-    else: head += f'By more than chance differ {what}{_some(sure, name)}. '
+    else: head += f'{what} by more than chance{_some(sure, name)}. '
     if len(sure) and open_: head += f'Not told apart from the first: {", ".join(map(name, open_))}. '
     if S < 2: return head + 'Each algorithm was trained with one seed, so this speaks of these trained models only; another seed may turn it round.'
     return head + f'Seeds ({S} of each) and documents are both counted as chance' + (f'; level {100*alpha:g} %, corrected for {n} pairs.' if n > 1 else f'; level {100*alpha:g} %.')

@@ -168,7 +168,9 @@ def test_identical_models():
 def test_verdict_says_what_the_tests_say():
     t = paired_test(simulate([.9, .5, .49], docs=200, seeds=3))
     says = ranking_verdict(t, names=str.upper)
-    assert says.startswith('A has the highest') and '2 of 3 pairs' in says and 'Not told apart' not in says and 'one seed' not in says
+    assert says.startswith('A has the highest') and ' 2 of 3 pairs differ by more than chance: A over ' in says and 'Not told apart' not in says and 'one seed' not in says
+    assert ' The two differ by more than chance: ' in ranking_verdict(paired_test(simulate([.9, .3], docs=200, seeds=3)))
+    assert ' All 3 pairs differ by more than chance: ' in ranking_verdict(t.assign(p_holm=0.))
     alone = ranking_verdict(paired_test(simulate([.9, .89, .1], docs=100)))
     assert 'Not told apart from the first: ' in alone and 'one seed' in alone
 
