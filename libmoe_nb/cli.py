@@ -1,4 +1,4 @@
-"""`libmoe`: compare, train, upcycle, list and report from a shell, with progress on stderr and results on stdout.
+"""`libmoe`: compare, train, upcycle, analyze, evaluate, list and report from a shell, with progress on stderr and results on stdout.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/cli.html.md"""
 
@@ -35,7 +35,7 @@ def _kindly(f):
             raise typer.Exit(130) from None
     return run
 
-# %% ../nbs/cli.ipynb #ebadd667
+# %% ../nbs/cli.ipynb #bc1140d0
 def _option(help, *names, **kwargs): return typer.Option(*names, help=help, show_default=False, **kwargs)
 
 Log = Annotated[Optional[str], _option('Send the telemetry of training to tensorboard, trackio or wandb as well.')]
@@ -56,7 +56,7 @@ def _options(
     max_bytes: Annotated[int, _option('Text to read of each source, in bytes (default 4000000; 0: all).')] = 4_000_000,
     text_field: Annotated[str, _option('Field of .jsonl, .parquet and datasets that holds the text (default: text).')] = 'text',
     domain_field: Annotated[Optional[str], _option('Field that holds the domain (default: one domain a source).')] = None,
-    traces: Annotated[int, _option('Validation tokens on which the routers\' choices are kept, a dozen times in a training (default 4096; 0: none).')] = 4096,
+    traces: Annotated[int, _option('Validation tokens on which the routers\' choices are kept, up to ten times in a training (default 4096; 0: none).')] = 4096,
     bf16: Annotated[bool, _option('Train under autocast to bfloat16.', '--bf16')] = False,
     device: Annotated[Optional[str], _option('cpu or cuda (default: a GPU if there is one).')] = None,
     threads: Annotated[Optional[int], _option('Threads to compute with (default: the cores of this process, at most 8).')] = None,
@@ -308,10 +308,10 @@ def upcycle(
     options = dict(locals())
     _upcycle(options.pop('name'), options.pop('out'), options)
 
-# %% ../nbs/cli.ipynb #fc9a6112
+# %% ../nbs/cli.ipynb #a05d56df
 def _upcycle(name, out, options):
     from libmoe_nb.upcycle_run import upcycle_and_train
-    from libmoe_nb.reports import _plain
+    from libmoe_nb.config import _plain
     out = out or Path('upcycled')/f"{Path(name).name}-{options['recipe']}"
     with _UpcyclingProgress() as progress: table = upcycle_and_train(name, out=out, progress=progress, **_upcycle_settings(options))
     rows = _plain(table.reset_index().to_dict('records'))
