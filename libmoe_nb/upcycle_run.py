@@ -13,12 +13,12 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from . import __version__
-from .config import did_you_mean, get_recipe, recipes
+from .config import did_you_mean, get_recipe, read_json, recipes, write_json
 from .models import MoEForCausalLM, count_parameters
 from .upcycling import load_dense, upcycle, _exact_options
 from .data.text import TextData, cache_folder, text_data, _is_path, _no_network
 from .training import MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, resume
-from .reports import read_json, write_json, _check_writable
+from .reports import _check_writable
 from .experiments import print_progress, use_threads, _claim, _Minutely, _owned, _quietly, _Tell
 
 # %% ../nbs/upcycle_run.ipynb #0c949749
