@@ -63,7 +63,7 @@ def _positive(**sizes):
     for name,n in sizes.items():
         if not isinstance(n, int) or n < 1: raise ValueError(f"{name}={n!r} is not a size; expected an integer of at least 1")
 
-# %% ../nbs/experts.ipynb #c584b48d
+# %% ../nbs/experts.ipynb #38d8ced2
 class FeedForward(nn.Module):
     "One dense FFN: `down_proj(act(up_proj(x)))`, or gated"
     def __init__(self,
@@ -94,14 +94,14 @@ class FeedForward(nn.Module):
         down_std=None,  # ... of the second (h**-0.5)
     ):
         up,down = getattr(self, self.up_name),self.down_proj
-        _normal(up.weight, up_std or self.hidden_size**-0.5, generator)
-        _normal(down.weight, down_std or self.intermediate_size**-0.5, generator)
+        _normal(up.weight, self.hidden_size**-0.5 if up_std is None else up_std, generator)
+        _normal(down.weight, self.intermediate_size**-0.5 if down_std is None else down_std, generator)
         if up.bias is not None: nn.init.zeros_(up.bias); nn.init.zeros_(down.bias)
 
     def extra_repr(self): return f'hidden_act={self.hidden_act!r}, gated={self.gated}'
 
-# %% ../nbs/experts.ipynb #56c66d3b
-kernels = {}
+# %% ../nbs/experts.ipynb #8b0b781e
+kernels = {} # name -> f(experts, hidden_states [T, d], expert_index [T, K], weights [T, K]) -> [T, o]
 
 def register_kernel(name):
     "Decorator: make a kernel `f(experts, hidden_states, expert_index, weights)` available as `Experts(..., kernel=name)`"
@@ -110,7 +110,7 @@ def register_kernel(name):
         return f
     return _register
 
-# %% ../nbs/experts.ipynb #411ab622
+# %% ../nbs/experts.ipynb #ce5adf55
 class Experts(nn.Module):
     "N FFNs with stacked parameters; a token's output is the weighted sum of the experts that it chose"
     def __init__(self,
@@ -148,8 +148,8 @@ class Experts(nn.Module):
         down_std=None,  # ... of the second (h**-0.5)
     ):
         up,down,*biases = self.stacked
-        _normal(up, up_std or self.hidden_size**-0.5, generator)
-        _normal(down, down_std or self.intermediate_size**-0.5, generator)
+        _normal(up, self.hidden_size**-0.5 if up_std is None else up_std, generator)
+        _normal(down, self.intermediate_size**-0.5 if down_std is None else down_std, generator)
         for b in filter(torch.is_tensor, biases): nn.init.zeros_(b)
 
     @torch._disable_dynamo

@@ -7,10 +7,11 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models.html.md"""
 # %% auto #0
 __all__ = ['MoEConfig', 'MoEForCausalLM', 'MoECausalLMOutput', 'from_scratch', 'count_parameters', 'count_flops', 'model_card']
 
-# %% ../nbs/models.ipynb #15e8eba0
+# %% ../nbs/models.ipynb #81e91876
 import copy, dataclasses, math, os, re, tempfile, torch
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
@@ -23,7 +24,7 @@ from .config import MoESpec, Preset, get_preset, get_recipe, did_you_mean
 from .experts import FeedForward
 from .layers import MoELayer, aux_loss, build_layer, recipe_options
 from .tracing import record_routing
-from .upcycling import find_ffns, moeify, _indices
+from .upcycling import find_ffns, moeify, _indices, _replace_text
 
 # %% ../nbs/models.ipynb #701739ee
 class MoEConfig(PreTrainedConfig):
@@ -78,7 +79,7 @@ for _n in ('vocab_size hidden_size num_hidden_layers num_attention_heads num_key
 # %% ../nbs/models.ipynb #dac8ae49
 AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
 
-# %% ../nbs/models.ipynb #30f924d2
+# %% ../nbs/models.ipynb #1a9ce569
 class MoEForCausalLM(PreTrainedModel, GenerationMixin):
     "A causal language model with a recipe's layers in the place of its feed-forward networks."
     config_class = MoEConfig
@@ -92,7 +93,7 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         config.base_config = self.base.config
         _unpack_lone_experts(self.base)
         moeify(self.base, config.spec, config.layers)
-        if not self.device.type == 'meta': self._mark_initialized()
+        if self.device.type != 'meta': self._mark_initialized()
         self.post_init()
         self.generation_config = copy.deepcopy(self.base.generation_config)
 
@@ -403,12 +404,12 @@ def model_card(
                          tags=['libmoe', 'mixture-of-experts', config.spec.recipe, *tags])
     return ModelCard(f'---\n{data.to_yaml()}\n---\n{text}')
 
-# %% ../nbs/models.ipynb #dadea87d
+# %% ../nbs/models.ipynb #024d27c0
 def _ours(text): return _card_mark in text
 
 def _write_card(model, folder, **kw):
-    path = os.path.join(folder, 'README.md')
-    if not os.path.exists(path) or _ours(open(path, encoding='utf-8').read()): model_card(model, **kw).save(path)
+    path = Path(folder)/'README.md'
+    if not path.exists() or _ours(path.read_text(encoding='utf-8')): _replace_text(path, str(model_card(model, **kw)))
 
 # %% ../nbs/models.ipynb #e3a2a37e
 _hub_args = 'repo_id private revision create_pr commit_message commit_description'.split()

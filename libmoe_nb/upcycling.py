@@ -8,8 +8,8 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/upcycling.html.md"""
 __all__ = ['ffn_families', 'initialisations', 'FFNFamily', 'register_ffn', 'find_ffns', 'moeify', 'FFNWeights', 'ffn_weights',
            'Initialisation', 'initialisation', 'upcycle', 'load_upcycled', 'load_dense']
 
-# %% ../nbs/upcycling.ipynb #75d4c00a
-import copy, fnmatch, inspect, json, re, torch, torch.nn.functional as F
+# %% ../nbs/upcycling.ipynb #42e83496
+import copy, fnmatch, inspect, json, os, re, torch, torch.nn.functional as F
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MethodType
@@ -47,7 +47,7 @@ def register_ffn(
     if not down or bool(up) == bool(gate_up): raise ValueError(f"family '{name}' must name down and one of up and gate_up, got up={up!r}, gate_up={gate_up!r}, down={down!r}")
     ffn_families[name] = FFNFamily(name, up or gate_up, down, gate, bool(gate_up), act, whole)
 
-# %% ../nbs/upcycling.ipynb #aa123b39
+# %% ../nbs/upcycling.ipynb #82b22782
 register_ffn('two-matrix', up='up_proj', down='down_proj')                # MPT, Nemotron, Arcee
 register_ffn('llama', up='up_proj', gate='gate_proj', down='down_proj')   # Llama, SmolLM, Mistral, Qwen, OLMo, Gemma, ...
 register_ffn('phi3', gate_up='gate_up_proj', down='down_proj')            # Phi-3, GLM
@@ -57,7 +57,7 @@ register_ffn('gptj', up='fc_in', down='fc_out')                           # GPT-
 register_ffn('clip', up='fc1', down='fc2')                                # CLIP, SigLIP, ViT, DINOv2, Phi, OPT, BART, Whisper
 register_ffn('bert', up='intermediate.dense', down='output.dense', act='intermediate.intermediate_act_fn')  # BERT, RoBERTa, ELECTRA
 register_ffn('distilbert', up='lin1', down='lin2')
-register_ffn('t5', up='wi', down='wo', whole=True)                        # T5, mT5: ReLU
+register_ffn('t5', up='wi', down='wo', whole=True)                        # T5: ReLU
 register_ffn('t5_gated', up='wi_1', gate='wi_0', down='wo')               # T5 1.1, Flan-T5, mT5, UMT5
 register_ffn('llava', up='linear_1', down='linear_2')                     # the projector between vision and language
 
@@ -203,14 +203,14 @@ def _named_layers(s, n):
     k = int(m[2])
     return range(k - 1, n, k) if m[1] == 'every' else range(min(k, n)) if m[1] == 'first' else range(max(n - k, 0), n)
 
-# %% ../nbs/upcycling.ipynb #7d085725
+# %% ../nbs/upcycling.ipynb #554cb368
 @dataclass
 class FFNWeights:
     "The weights of one FFN, of width h."
     up: Tensor               # [h, d], or gated [2h, d]: the gate's rows, then the up projection's
     down: Tensor             # [d, h], or [o, h] where the output has another size
     up_bias: Tensor = None   # [h] or [2h]
-    down_bias: Tensor = None # [d]
+    down_bias: Tensor = None # [d], or [o] where the output has another size
     hidden_act: str = 'relu'
     gated: bool = False
 
@@ -271,12 +271,12 @@ def _agrees(module, w):
     finally: module.train(training)
     return (y - z).abs().max() <= y.abs().max() * (1e-4 if w.up.dtype in (torch.float32, torch.float64) else 0.05)
 
-# %% ../nbs/upcycling.ipynb #6b358a40
+# %% ../nbs/upcycling.ipynb #6e5efba6
 _how_to_register = "register_ffn('name', up='path.of.first.matrix', down='path.of.second.matrix', gate='path.of.gate') makes a family known"
 
 def _unknown(module, name):
     parts = ', '.join(f'{n} ({type(m).__name__})' for n, m in module.named_modules() if n) or 'no modules'
-    return f'layer {name} is a {type(module).__name__}, an FFN of no known family; it holds {parts}. {_how_to_register}'
+    return f'layer {name} ({type(module).__name__}) is an FFN of no known family; it holds {parts}. {_how_to_register}'
 
 # %% ../nbs/upcycling.ipynb #881bbf5e
 @patch
@@ -439,7 +439,7 @@ def _upcycled_layer(w, spec, init, options, rescale, exact):
     if exact: _keep_outside(layer.router)
     return layer
 
-# %% ../nbs/upcycling.ipynb #15d0ab8e
+# %% ../nbs/upcycling.ipynb #17b6ae89
 _read_off = 'recipe num_experts top_k hidden_size output_size hidden_act gated bias options'.split()
 
 def _init_options(init):
@@ -452,6 +452,8 @@ def _sort_options(recipe, init, exact, overrides):
     for k in overrides:
         if k in _read_off: raise ValueError(f'{k} must be left to the model, whose feed-forward networks it is read off')
         if of_recipe is not None and k not in [*of_init, *of_spec, *of_recipe]: raise ValueError(did_you_mean('option', k, [*of_init, *of_spec, *of_recipe]))
+    for k, v in (_exact_options(recipe) if exact else {}).items():
+        if overrides.get(k, v) != v: raise ValueError(f'{k} must be {v} where exact=True, got {overrides[k]!r}')
     spec = {k: v for k, v in overrides.items() if k in of_spec}
     spec['options'] = (_exact_options(recipe) if exact else {}) | {k: v for k, v in overrides.items() if k not in of_init and k not in of_spec}
     return spec, {k: v for k, v in overrides.items() if k in of_init}
@@ -483,9 +485,9 @@ def _check_init(layer, spec, init, h):
     for k, v in dict(top_k=spec.top_k).items() if dense else numbers.items():
         if v % (h // d_e): raise ValueError(f'{k} must leave whole groups of {h // d_e} experts of moe_intermediate_size={d_e}, which make an FFN of {h}; it leaves {v}')
 
-# %% ../nbs/upcycling.ipynb #7fa405ef
+# %% ../nbs/upcycling.ipynb #8d68c8e8
 def upcycle(
-    model,                    # dense model of transformers, or name or folder of one
+    model,                    # dense model of transformers, or a `MoEForCausalLM` of the recipe 'dense', or name or folder of one
     recipe:str='smoe',        # name of a registered recipe
     num_experts:int=8,        # N, shared experts included
     top_k:int=2,              # K, shared experts included
@@ -555,21 +557,27 @@ def _unwrapped(model, layers):
     if layers is not None or model.config.layers is not None: raise ValueError('layers must be all layers where the model is a MoEForCausalLM of the dense recipe')
     return model.base
 
-# %% ../nbs/upcycling.ipynb #f487849c
+# %% ../nbs/upcycling.ipynb #6c03d922
 def _remembering(model, specs):
     "`model`, saved with the specs of its layers from now on"
     model.config.libmoe = json.loads(json.dumps(specs))
     model.save_pretrained = MethodType(_save_upcycled, model)
     return model
 
-def _save_upcycled(self, save_directory, *args, push_to_hub=False, **kwargs):
+def _save_upcycled(self, save_directory, is_main_process=True, *args, push_to_hub=False, **kwargs):
     if push_to_hub: raise ValueError('push_to_hub must be False for an upcycled model that is no causal language model: call its method push_to_hub, got True')
-    type(self).save_pretrained(self, save_directory, *args, **kwargs | dict(variant='libmoe'))
+    type(self).save_pretrained(self, save_directory, is_main_process, *args, **kwargs | dict(variant='libmoe'))
+    if not is_main_process: return
     path = Path(save_directory)/'config.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(model_type=f'libmoe_{self.config.model_type}'), indent=2))
+    _replace_text(path, json.dumps(json.loads(path.read_text()) | dict(model_type=f'libmoe_{self.config.model_type}'), indent=2))
 _save_upcycled.__name__ = 'save_pretrained' # by which pickle finds it
 
-# %% ../nbs/upcycling.ipynb #7774f7a1
+def _replace_text(path, text):
+    "Write under another name, then rename: who reads sees the old file or the new one"
+    (new := path.with_name(f'.{path.name}.{os.getpid()}.tmp')).write_text(text, encoding='utf-8')
+    os.replace(new, path)
+
+# %% ../nbs/upcycling.ipynb #a33d4b63
 def load_upcycled(
     name,     # folder, or name on the Hugging Face hub, of an upcycled model that is no causal language model
     **kwargs, # for `from_pretrained`
@@ -579,8 +587,9 @@ def load_upcycled(
     saved, _ = transformers.PreTrainedConfig.get_config_dict(name)
     kind = saved.pop('model_type', '')
     if 'libmoe' not in saved: raise ValueError(f'name must be of a model that upcycle made, got {str(name)!r}, a {kind or "folder without a model type"}; causal language models are loaded by AutoModelForCausalLM')
-    cls = getattr(transformers, saved['architectures'][0])
-    made, info = _rebuilding(cls).from_pretrained(name, config=transformers.AutoConfig.for_model(kind.removeprefix('libmoe_'), **saved), output_loading_info=True, **kwargs | dict(variant='libmoe'))
+    cls = getattr(transformers, (made_by := (saved.get('architectures') or [''])[0]), None)
+    if cls is None: raise ValueError(f'name must be of a model whose configuration names a class of transformers, got {str(name)!r} with architectures={made_by!r}')
+    made, info = _rebuilding(cls).from_pretrained(name, config=transformers.AutoConfig.for_model(kind.removeprefix('libmoe_'), **saved), output_loading_info=True, **dict(ignore_mismatched_sizes=True) | kwargs | dict(variant='libmoe'))
     bad = [f'{why}: {k if isinstance(k, str) else k[0]}' for why in ('missing_keys', 'mismatched_keys', 'unexpected_keys') for k in sorted(info[why])]
     if bad: raise ValueError(f'checkpoint {name} does not fit its configuration: {"; ".join(bad[:4])}')
     made.__class__ = cls
@@ -597,14 +606,22 @@ def _rebuilding(cls):
         _swapped_model(self, plan, inplace=True)
     return type(cls.__name__, (cls,), dict(__init__=init, __module__=cls.__module__))
 
-# %% ../nbs/upcycling.ipynb #a7dea5d7
+# %% ../nbs/upcycling.ipynb #0911acef
+def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+def _config_of(folder, name=None):
+    "The configuration of a model, which errors call `name`"
+    import transformers, libmoe_nb.models
+    try: return transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as e: raise ValueError(f'model must be the name or folder of a model of transformers, got {str(name or folder)!r}: {_first_line(e)}') from e
+
+# %% ../nbs/upcycling.ipynb #28169957
 def load_dense(
     name, # of a model on the Hugging Face hub, or a folder
 ):
     "A model of transformers by its name: a causal language model if it can be one, else of the class that saved it."
-    import transformers, libmoe_nb.models
-    try: config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as e: raise ValueError(f'model must be the name or folder of a model of transformers, got {str(name)!r}: {str(e).splitlines()[0]}') from None
+    import transformers
+    config = _config_of(name)
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     saved = getattr(transformers, (config.architectures or [''])[0], None)
     return (transformers.AutoModelForCausalLM if causal else saved or transformers.AutoModel).from_pretrained(name, dtype='auto')

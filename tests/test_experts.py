@@ -252,6 +252,11 @@ def test_initialisation_comes_from_the_generator():
     assert abs(a.gate_up_proj.std() * 64**.5 - 1) < .05 and abs(a.down_proj.std() * 32**.5 - 1) < .05
     a.reset_parameters(up_std=.02, down_std=.01)
     assert abs(a.gate_up_proj.std() / .02 - 1) < .05 and abs(a.down_proj.std() / .01 - 1) < .05
+    for m in (a, FeedForward(64, 32, gated=True)):
+        m.reset_parameters(down_std=0.)
+        assert not next(p for n,p in m.named_parameters() if 'down_proj' in n).any() and all(p.any() for n,p in m.named_parameters() if 'gate_up' in n)
+        m.reset_parameters(up_std=0.)
+        assert not next(p for n,p in m.named_parameters() if 'gate_up' in n).any() and all(p.any() for n,p in m.named_parameters() if 'down' in n)
 
 def test_bad_arguments():
     e,x,(index,w) = build(),torch.randn(9, 16),choices(9, 4, 2)

@@ -1,6 +1,6 @@
 "Upcycling: every family with every recipe, what is read and swapped, saving, and a real model."
 
-import copy, os, subprocess, sys
+import copy, json, os, subprocess, sys
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -202,9 +202,25 @@ def test_damaged_folders_are_refused(tmp_path):
     for change, why in ((lambda n, t: None, 'missing_keys'), (lambda n, t: t[:-1].contiguous(), 'mismatched_keys')):
         new = {n: change(n, t) if n == name else t for n, t in w.items()}
         save_file({n: t for n, t in new.items() if t is not None}, f, metadata=dict(format='pt'))
-        with pytest.raises(ValueError, match=f'{why}: {name}'): load_upcycled(tmp_path, ignore_mismatched_sizes=True)
+        with pytest.raises(ValueError, match=f'{why}: {name}'): load_upcycled(tmp_path)
     encoder('bert').save_pretrained(tmp_path/'dense')
     with pytest.raises(ValueError, match='name must be of a model that upcycle made.*a bert'): load_upcycled(tmp_path/'dense')
+    config = tmp_path/'config.json'
+    said = json.loads(config.read_text())
+    for architectures in None, [], ['NoSuchModel']:
+        config.write_text(json.dumps(said | dict(architectures=architectures)))
+        with pytest.raises(ValueError, match='whose configuration names a class of transformers'): load_upcycled(tmp_path)
+
+def test_only_the_main_process_writes_the_configuration(tmp_path):
+    moe = upcycle(encoder('bert'), 'smoe', 4, 2)
+    moe.save_pretrained(tmp_path)
+    files = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    moe.save_pretrained(tmp_path, is_main_process=False)
+    assert (tmp_path/'config.json').stat().st_mtime_ns == files['config.json'] and {p.name for p in tmp_path.iterdir()} == set(files)
+
+@pytest.mark.parametrize('recipe, undo', [('tcmoe', dict(expert_bias=False)), ('tcmoe', dict(null_offset=0.)), ('moe_plus_plus', dict(expert_bias=False))])
+def test_what_undoes_exact_is_refused(recipe, undo):
+    with pytest.raises(ValueError, match=f'{next(iter(undo))} must be .* where exact=True'): upcycle(causal('llama'), recipe, 4, 2, exact=True, **undo)
 
 # reading and swapping
 
@@ -305,7 +321,7 @@ class Odd(nn.Module):
 def test_unknown_ffns_are_named_and_can_be_registered():
     dense = causal('llama')
     for l in dense.model.layers: l.mlp = Odd()
-    with pytest.raises(ValueError, match=r"layer model.layers.0.mlp is a Odd, an FFN of no known family; it holds a \(Linear\), b \(Linear\), c \(Linear\).*register_ffn"): upcycle(dense)
+    with pytest.raises(ValueError, match=r"layer model.layers.0.mlp \(Odd\) is an FFN of no known family; it holds a \(Linear\), b \(Linear\), c \(Linear\).*register_ffn"): upcycle(dense)
     try:
         register_ffn('odd', up='b', gate='a', down='c', act=torch.tanh)
         moe = upcycle(dense, 'smoe', 4, 2)
