@@ -207,7 +207,7 @@ def native_form(
     raise _NoForm(f"no native architecture computes this with a body of '{body}': " + (', '.join(f'{n} ({w})' for n, w in known.items()) if known else
         f"{'bodies that agree are ' + ', '.join(sorted({b for w in whys.values() for b in w}))}"))
 
-# %% ../nbs/export.ipynb #65cafd96
+# %% ../nbs/export.ipynb #60953e8f
 @torch.no_grad()
 def logit_error(
     a, b, # causal language models
@@ -216,8 +216,9 @@ def logit_error(
     "How much two models disagree about random tokens."
     ids = torch.randint(a.config.get_text_config().vocab_size, (2, 24), generator=torch.Generator().manual_seed(seed))
     modes = [m.training for m in (a, b)]
-    la, lb = (m.eval()(input_ids=ids.to(m.device)).logits.float().cpu() for m in (a, b))
-    for m, t in zip((a, b), modes): m.train(t)
+    try: la, lb = (m.eval()(input_ids=ids.to(m.device)).logits.float().cpu() for m in (a, b))
+    finally:
+        for m, t in zip((a, b), modes): m.train(t)
     return ((la - lb).norm(dim=-1) / la.norm(dim=-1)).flatten()
 
 # %% ../nbs/export.ipynb #570f1319
@@ -239,14 +240,14 @@ def _filled(config, weights, like):
     made.generation_config = copy.deepcopy(like.generation_config)
     return made.train(like.training)
 
-# %% ../nbs/export.ipynb #888b81ec
+# %% ../nbs/export.ipynb #22be3fd5
 @torch.no_grad()
 def to_native(
     model,            # a `MoEForCausalLM`, or a causal language model with `MoELayer`s
     family:str=None,  # model_type of a native architecture; None: the first that agrees
     check:bool=True,  # compare logits before returning?
 )->nn.Module:         # a model of transformers that needs nothing of this library
-    "The same function as a published architecture; a `ValueError` that says why, where there is none."
+    "The same function as a published architecture; a `ValueError` that says why, where there is none, and a `RuntimeError` where logits differ."
     base, ffns = _inside(model)
     if not any(isinstance(f, MoELayer) for f in ffns.values()): return _to_dense_native(model, base, ffns, check)
     n, layers = native_form(model, family), {k: f for k, f in ffns.items() if isinstance(f, MoELayer)}
@@ -343,14 +344,14 @@ def _own_weights(n, layer, form):
     if form.gate: out['shared_gate.weight'] = layer.shared_expert_gate.weight
     return out
 
-# %% ../nbs/export.ipynb #50492ed8
+# %% ../nbs/export.ipynb #272c9cb4
 @torch.no_grad()
 def from_native(
     model,           # a mixture-of-experts model of transformers, or name or folder of one
     check:bool=True, # compare logits before returning?
     **kwargs,        # for `from_pretrained`, where a name is given
 )->MoEForCausalLM:
-    "A published mixture of experts as a model of ours; a `ValueError` that says why, where it cannot be."
+    "A published mixture of experts as a model of ours; a `ValueError` that says why, where it cannot be, and a `RuntimeError` where logits differ."
     if not isinstance(model, nn.Module): model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
     config, known = model.config, natives.get(model.config.model_type)
     if known is None: raise ValueError(f"model must be of a registered native architecture ({', '.join(natives)}), got '{config.model_type}'")
@@ -399,7 +400,7 @@ def _merged(layer, share, total):
     out = {f'{name}.weight': halves(0), 'down_proj.weight': torch.cat([p[1] for p in parts], 1)}
     return out if down_bias is None else out | {f'{name}.bias': halves(2), 'down_proj.bias': down_bias}
 
-# %% ../nbs/export.ipynb #c01b3718
+# %% ../nbs/export.ipynb #1421beb7
 @torch.no_grad()
 def to_dense(
     model:MoEForCausalLM,
@@ -415,8 +416,8 @@ def to_dense(
         if l.shared_gate is not None: raise ValueError(f'shared experts must be without a gate to be part of one network, got one in {n}')
         if data is None and not l.router.norm_topk_prob: raise ValueError('data must be given where weights are not divided by their sum: the size of the output depends on it')
     mode = model.training
-    loads, sums = ({}, {}) if data is None else _loads(model, data)
-    model.train(mode)
+    try: loads, sums = ({}, {}) if data is None else _loads(model, data)
+    finally: model.train(mode)
     width = spec.moe_intermediate_size + max(l.shared_experts.intermediate_size if l.shared_experts is not None else 0 for l in layers.values())
     dense = dataclasses.replace(spec, recipe='dense', num_experts=1, top_k=1, num_shared_experts=0, moe_intermediate_size=width, options={})
     made = MoEForCausalLM(MoEConfig(copy.deepcopy(model.config.base_config), dense, layers=model.config.layers)).to(device=model.device, dtype=model.dtype)
