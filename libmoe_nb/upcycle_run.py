@@ -7,17 +7,17 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/upcycle_run.html.md"""
 # %% auto #0
 __all__ = ['packaged_models', 'packaged_model', 'find_model', 'text_perplexities', 'upcycling_table', 'upcycle_and_train']
 
-# %% ../nbs/upcycle_run.ipynb #d01179d5
+# %% ../nbs/upcycle_run.ipynb #ea1dd76b
 import contextlib, gc, importlib.util, json, os, shutil, tempfile, torch, pandas as pd
 from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from . import __version__
 from .config import did_you_mean, get_recipe, read_json, recipes, write_json
 from .models import MoEForCausalLM, count_parameters
-from .upcycling import load_dense, upcycle, _exact_options
+from .upcycling import load_dense, upcycle, _config_of, _exact_options, _first_line
 from .data.text import TextData, cache_folder, text_data, _is_path, _no_network
-from .training import MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, resume
+from .training import MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, resume, _check_int
 from .reports import _check_writable
 from .experiments import print_progress, use_threads, _claim, _Minutely, _owned, _quietly, _Tell
 
@@ -65,7 +65,7 @@ def find_model(
     if not isinstance(config := try_to_load_from_cache(name, 'config.json'), str): raise ValueError(f'{what}, which is not here, and there is no network to fetch it')
     return Path(config).parent
 
-# %% ../nbs/upcycle_run.ipynb #6c9c7915
+# %% ../nbs/upcycle_run.ipynb #37f3898e
 @torch.no_grad()
 def text_perplexities(
     model,              # a causal language model
@@ -76,6 +76,8 @@ def text_perplexities(
     "Perplexity of a model on the beginnings of texts."
     training, device = model.training, next(model.parameters()).device
     ids = {n: tokenizer(t[:max_tokens * 40], return_tensors='pt').input_ids[:, :max_tokens].to(device) for n, t in texts.items()}
+    for n, i in ids.items():
+        if i.shape[1] < 2: raise ValueError(f'texts must be of at least 2 tokens each, got {i.shape[1]} in {n!r}')
     try: return {n: model.eval()(input_ids=i, labels=i, use_cache=False).loss.exp().item() for n, i in ids.items()}
     finally: model.train(training)
 
@@ -99,26 +101,22 @@ def upcycling_table(
         del moe; gc.collect()
     return pd.DataFrame.from_dict(rows, orient='index').astype(dict(parameters=int, active=int))
 
-# %% ../nbs/upcycle_run.ipynb #5a1333bb
+# %% ../nbs/upcycle_run.ipynb #a88905ef
 def _every_recipe():
     "Label -> keywords of `upcycle`"
     exact = {f'{r.title}, exact': dict(recipe=n, exact=True) for n, r in recipes.items() if _exact_options(n)}
-    return {f'{r.title}': dict(recipe=n) for n, r in recipes.items()} | exact
+    return {r.title: dict(recipe=n) for n, r in recipes.items()} | exact
 
-# %% ../nbs/upcycle_run.ipynb #81593449
-def _check_number(name, value, least, kind=int):
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not value >= least:
-        raise ValueError(f'{name} must be a {"whole " if kind is int else ""}number of at least {least}, got {value!r}')
-
+# %% ../nbs/upcycle_run.ipynb #6aef9d03
 def _check_settings(numbers, lr, recipe, seed, valid_tokens):
     get_recipe(recipe)
-    for n, v in numbers.items(): _check_number(n, v, 0 if n == 'warmup_steps' else 1)
-    _check_number('seed', seed, 0)
-    if valid_tokens is not None: _check_number('valid_tokens', valid_tokens, 1)
+    for n, v in numbers.items(): _check_int(n, v, 0 if n == 'warmup_steps' else 1)
+    _check_int('seed', seed, 0)
+    if valid_tokens is not None: _check_int('valid_tokens', valid_tokens)
     if not lr > 0: raise ValueError(f'lr must be above 0, got {lr}')
     if numbers['grad_accum'] > numbers['batch_size']: raise ValueError(f"grad_accum must be at most batch_size={numbers['batch_size']}, got {numbers['grad_accum']}")
 
-# %% ../nbs/upcycle_run.ipynb #a54d3d20
+# %% ../nbs/upcycle_run.ipynb #d1607abb
 def _check_causal(config, name):
     known, made_by = AutoModelForCausalLM._model_mapping, (config.architectures or [None])[0]
     classes = known[type(config)] if type(config) in known else ()
@@ -127,8 +125,7 @@ def _check_causal(config, name):
 
 def _rehearse(folder, name, recipe, num_experts, top_k, sequence_length, overrides):
     "Upcycle a model without memory that has the configuration of the real one"
-    try: config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as e: raise ValueError(f'model must be the name or folder of a model of transformers, got {str(name)!r}: {str(e).splitlines()[0]}') from None
+    config = _config_of(folder, name)
     _check_causal(config, name)
     if Path(folder).is_dir() and not any(p.suffix in ('.safetensors', '.bin') for p in Path(folder).iterdir()): raise ValueError(f'model {str(name)!r} has a configuration but no weights (model.safetensors)')
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(config)
@@ -137,10 +134,10 @@ def _rehearse(folder, name, recipe, num_experts, top_k, sequence_length, overrid
     if S and S < sequence_length: raise ValueError(f'sequence_length must be at most that of the model, {S}, got {sequence_length}')
     return config
 
-# %% ../nbs/upcycle_run.ipynb #546078ab
+# %% ../nbs/upcycle_run.ipynb #8caf550c
 def _tokenizer_of(folder, name, config):
     try: tok = AutoTokenizer.from_pretrained(folder)
-    except Exception as e: raise ValueError(f'model {str(name)!r} must come with a tokenizer, which cannot be loaded: {str(e).splitlines()[0]}') from None
+    except Exception as e: raise ValueError(f'model {str(name)!r} must come with a tokenizer, which cannot be loaded: {_first_line(e)}') from e
     V = config.get_text_config().vocab_size
     if len(tok) > V: raise ValueError(f'tokenizer of {str(name)!r} must have at most the {V} pieces of the model, got {len(tok)}')
     return tok
@@ -214,24 +211,24 @@ def _keep(moe, tokenizer, rows, config, out):
     write_json(out/'results.json', dict(results=rows, config=config))
     for p in out.glob('*/checkpoints'): shutil.rmtree(p, ignore_errors=True)
 
-# %% ../nbs/upcycle_run.ipynb #60f0bc0e
+# %% ../nbs/upcycle_run.ipynb #40d20f7f
 def _data_for(data, tokenizer, sequence_length, seed, options):
     return data if isinstance(data, TextData) else text_data(data, tokenizer=tokenizer, sequence_length=sequence_length, seed=seed, **options)
 
 def _config(name, recipe, num_experts, top_k, dense, device, valid_tokens, data, source, training, overrides):
     "Everything that determines the result"
     where = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else str(name)
-    source = 'TextData' if isinstance(source, TextData) else source if source is None or isinstance(source, str) else [str(s) for s in source] if isinstance(source, (list, tuple)) else str(source)
+    source = ', '.join(data.domains) if isinstance(source, TextData) else source if source is None or isinstance(source, str) else [str(s) for s in source] if isinstance(source, (list, tuple)) else str(source)
     about = dict(fingerprint=data.fingerprint, domains=data.domains, sequence_length=data.sequence_length, source=source)
     return json.loads(json.dumps(dict(format=1, model=where, recipe=recipe, num_experts=num_experts, top_k=top_k, options=overrides, dense=dense, device=device.type, valid_tokens=valid_tokens, data=about, training=training)))
 
 def _as_table(rows): return pd.DataFrame(rows).set_index('model')
 
-# %% ../nbs/upcycle_run.ipynb #0d2c22cf
+# %% ../nbs/upcycle_run.ipynb #a41ad9ac
 def upcycle_and_train(
     name,                  # of a model, see `find_model`
     recipe:str='smoe',     # name of a registered recipe
-    data=None,             # what `text_data` understands, or a `TextData` made with the model's tokenizer
+    data=None,             # what `text_data` understands, or a `TextData` made with the model's tokenizer, whose sequence_length counts
     steps:int=100,         # optimiser steps
     out=None,              # folder for model and results; None: nothing is kept
     *, num_experts:int=4, top_k:int=2, # N and K, shared experts included
@@ -246,9 +243,12 @@ def upcycle_and_train(
     checkpoint_seconds:float=600, # time between two saves of the state of training
     data_options:dict=None, # for `text_data`: max_bytes, valid_fraction, ...
     **overrides,           # for `upcycle`: init, layers, exact, ...
-)->pd.DataFrame:           # one row a model: size, perplexity before and after, overall and by domain
+)->pd.DataFrame:           # one row a model: sizes, perplexity before and after (overall, by domain), tokens_per_second, seconds of training
     "Upcycle a model and train it, beside the dense model it came from. A finished folder is not worked on again, an interrupted call goes on."
     out, progress, source = None if out is None else Path(out).expanduser(), progress or (lambda *a, **k: None), data
+    if isinstance(data, TextData):
+        if data_options: raise ValueError(f'data_options must be left out where data is a TextData, got {data_options}')
+        sequence_length = data.sequence_length
     numbers = dict(steps=steps, batch_size=batch_size, sequence_length=sequence_length, warmup_steps=warmup_steps, grad_accum=grad_accum, valid_batch_size=valid_batch_size)
     _check_settings(numbers, lr, recipe, seed, valid_tokens)
     if out is not None: _check_out(out)
@@ -267,11 +267,11 @@ def upcycle_and_train(
         progress('plan', names=[r['model'] for r in rows], done=[True] * len(rows), steps=steps)
         return _as_table(rows)
 
-# %% ../nbs/upcycle_run.ipynb #5024097f
+# %% ../nbs/upcycle_run.ipynb #5817d267
 def _loaded(folder):
     try:
         with _quietly(): return load_dense(folder).float()
-    except Exception as e: raise ValueError(f'model {str(folder)!r} cannot be loaded: {type(e).__name__}: {str(e).splitlines()[0]}') from None
+    except Exception as e: raise ValueError(f'model {str(folder)!r} cannot be loaded: {type(e).__name__}: {_first_line(e)}') from e
 
 def _device(name):
     try: device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
 from libmoe_nb.tracing import moe_layers
+from libmoe_nb.upcycle_run import upcycle_and_train
 
 SMALL = '--batch-size 4 --sequence-length 32 --learning-rate 3e-3 --threads 1 --valid-tokens 2000'.split()
 SIZES = dict(llama=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2),
@@ -163,6 +164,14 @@ def test_damaged_weights(box, tmp_path):
 def test_a_mixture_is_refused(box, tmp_path):
     model = result(upcycle(box, 'llama', tmp_path/'out', '--json', steps=1))['model']
     refused('model must be dense', model, '--data', box/'texts', '--out', tmp_path/'again')
+
+def test_ready_text_brings_its_own_length(box, tmp_path):
+    data = text_data(box/'texts', tokenizer=AutoTokenizer.from_pretrained(box/'gpt2'), sequence_length=32)
+    run = dict(data=data, steps=1, out=tmp_path/'out', dense=False, threads=1, valid_tokens=500, progress=None)
+    upcycle_and_train(box/'gpt2', sequence_length=512, **run)                 # 512 would be more than the model's 64
+    assert json.loads((tmp_path/'out'/'results.json').read_text())['config']['data']['sequence_length'] == 32
+    assert '| data | notes, tales |' in (tmp_path/'out'/'model'/'README.md').read_text()
+    with pytest.raises(ValueError, match='data_options must be left out'): upcycle_and_train(box/'gpt2', **run, data_options=dict(max_bytes=100))
 
 def test_bad_text(box, tmp_path): refused('does not exist', box/'llama', '--data', tmp_path/'nowhere.txt', '--out', tmp_path/'out')
 
