@@ -7,7 +7,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models.html.md"""
 # %% auto #0
 __all__ = ['MoEConfig', 'MoEForCausalLM', 'MoECausalLMOutput', 'from_scratch', 'count_parameters', 'count_flops', 'model_card']
 
-# %% ../nbs/models.ipynb #81e91876
+# %% ../nbs/models.ipynb #6b56d180
 import copy, dataclasses, math, os, re, tempfile, torch
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -20,11 +20,11 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
-from .config import MoESpec, Preset, get_preset, get_recipe, did_you_mean
+from .config import MoESpec, Preset, get_preset, get_recipe, did_you_mean, write_whole
 from .experts import FeedForward
 from .layers import MoELayer, aux_loss, build_layer, recipe_options
 from .tracing import record_routing
-from .upcycling import find_ffns, moeify, _indices, _replace_text
+from .upcycling import find_ffns, moeify, _indices
 
 # %% ../nbs/models.ipynb #701739ee
 class MoEConfig(PreTrainedConfig):
@@ -404,12 +404,12 @@ def model_card(
                          tags=['libmoe', 'mixture-of-experts', config.spec.recipe, *tags])
     return ModelCard(f'---\n{data.to_yaml()}\n---\n{text}')
 
-# %% ../nbs/models.ipynb #024d27c0
+# %% ../nbs/models.ipynb #1d1611fd
 def _ours(text): return _card_mark in text
 
 def _write_card(model, folder, **kw):
     path = Path(folder)/'README.md'
-    if not path.exists() or _ours(path.read_text(encoding='utf-8')): _replace_text(path, str(model_card(model, **kw)))
+    if not path.exists() or _ours(path.read_text(encoding='utf-8')): write_whole(path, str(model_card(model, **kw)))
 
 # %% ../nbs/models.ipynb #e3a2a37e
 _hub_args = 'repo_id private revision create_pr commit_message commit_description'.split()

@@ -8,14 +8,14 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/upcycling.html.md"""
 __all__ = ['ffn_families', 'initialisations', 'FFNFamily', 'register_ffn', 'find_ffns', 'moeify', 'FFNWeights', 'ffn_weights',
            'Initialisation', 'initialisation', 'upcycle', 'load_upcycled', 'load_dense']
 
-# %% ../nbs/upcycling.ipynb #42e83496
-import copy, fnmatch, inspect, json, os, re, torch, torch.nn.functional as F
+# %% ../nbs/upcycling.ipynb #efd17e98
+import copy, fnmatch, inspect, json, re, torch, torch.nn.functional as F
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MethodType
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .config import MoESpec, did_you_mean
+from .config import MoESpec, did_you_mean, write_whole
 from .experts import Experts, FeedForward, activation, ffn, _activations
 from .layers import MoELayer, build_layer, link_layers, recipe_options
 
@@ -557,7 +557,7 @@ def _unwrapped(model, layers):
     if layers is not None or model.config.layers is not None: raise ValueError('layers must be all layers where the model is a MoEForCausalLM of the dense recipe')
     return model.base
 
-# %% ../nbs/upcycling.ipynb #6c03d922
+# %% ../nbs/upcycling.ipynb #862fbb89
 def _remembering(model, specs):
     "`model`, saved with the specs of its layers from now on"
     model.config.libmoe = json.loads(json.dumps(specs))
@@ -569,13 +569,8 @@ def _save_upcycled(self, save_directory, is_main_process=True, *args, push_to_hu
     type(self).save_pretrained(self, save_directory, is_main_process, *args, **kwargs | dict(variant='libmoe'))
     if not is_main_process: return
     path = Path(save_directory)/'config.json'
-    _replace_text(path, json.dumps(json.loads(path.read_text()) | dict(model_type=f'libmoe_{self.config.model_type}'), indent=2))
+    write_whole(path, json.dumps(json.loads(path.read_text()) | dict(model_type=f'libmoe_{self.config.model_type}'), indent=2))
 _save_upcycled.__name__ = 'save_pretrained' # by which pickle finds it
-
-def _replace_text(path, text):
-    "Write under another name, then rename: who reads sees the old file or the new one"
-    (new := path.with_name(f'.{path.name}.{os.getpid()}.tmp')).write_text(text, encoding='utf-8')
-    os.replace(new, path)
 
 # %% ../nbs/upcycling.ipynb #a33d4b63
 def load_upcycled(
