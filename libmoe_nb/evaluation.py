@@ -7,7 +7,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/evaluation.html.md"""
 # %% auto #0
 __all__ = ['tasks_folder', 'cbt_docs', 'Evaluation', 'parse_intervention', 'evaluate', 'lm_eval_command']
 
-# %% ../nbs/evaluation.ipynb #a19cf395
+# %% ../nbs/evaluation.ipynb #efb8087f
 import contextlib, copy, functools, io, json, logging, math, os, random, sys
 import numpy as np, pandas as pd, torch
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from . import interventions, models
 from .config import did_you_mean, read_json, write_json, write_whole, _plain
 from .traces import _evaluating
 from .tracing import intervene, moe_layers
+from .upcycling import _first_line
 
 # %% ../nbs/evaluation.ipynb #5a8a1950
 def _tokens_per_batch(device, vocab_size):
@@ -147,17 +148,15 @@ def _unknown(name, known):
     near = did_you_mean('task', name, known).split(' known are ')[0]
     return near + f" lm-eval knows {len(known):,} names, see `lm_eval ls tasks`; a file of your own ends in .yaml"
 
-# %% ../nbs/evaluation.ipynb #da4085db
+# %% ../nbs/evaluation.ipynb #2052d749
 _formats = 'json csv parquet text arrow'.split()
 
 def _missing(task, path, name, error):
     "One sentence about data that could not be loaded"
-    if path in _formats: return f"task '{task}' reads local files that could not be loaded: {_first_line(error)}"
+    if path in _formats: return f"task '{task}' reads local files that could not be loaded: {_first_line(error)[:200]}"
     of = f"'{path}'" + (f' (configuration {name})' if name else '')
     return (f"task '{task}' needs the data set {of} from the Hugging Face hub, https://huggingface.co/datasets/{path}, which is neither in the local cache nor within reach: "
             f'run the command once with network, or set HF_HOME to a cache that has it')
-
-def _first_line(error): return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 # %% ../nbs/evaluation.ipynb #a3da3fe6
 @contextlib.contextmanager

@@ -21,18 +21,6 @@ FEW = 'mixtral olmoe qwen3_moe gpt_oss deepseek_v3 llama4_text granitemoe longca
 SMALL = dict(preset='tiny', steps=6, batch_size=4, sequence_length=64, vocab_size=300, threads=1, progress=None)
 
 
-@pytest.fixture(scope='module')
-def texts(tmp_path_factory):
-    "A user's folder: two subfolders of .txt files"
-    folder = tmp_path_factory.mktemp('texts')
-    for d in ('tales', 'notes'):
-        (folder/d).mkdir()
-        for i in range(12):
-            words = ' '.join(f'{w}{(i * j) % 7}' for j in range(60) for w in ('the', d, 'of', 'house', 'river', 'stone'))
-            (folder/d/f'{i}.txt').write_text(f'{d} number {i}.\n{words}\n' * 2)
-    return folder
-
-
 @pytest.fixture(autouse=True, scope='module')
 def surroundings(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:

@@ -8,17 +8,6 @@ from libmoe_nb.cli import app
 
 SMALL = '--preset tiny --steps 4 --batch-size 4 --sequence-length 64 --vocab-size 300 --threads 1'.split()
 
-@pytest.fixture(scope='module')
-def texts(tmp_path_factory):
-    "A user's folder: two subfolders of .txt files"
-    folder = tmp_path_factory.mktemp('texts')
-    for d in ('tales', 'notes'):
-        (folder/d).mkdir()
-        for i in range(12):
-            words = ' '.join(f'{w}{(i * j) % 7}' for j in range(60) for w in ('the', d, 'of', 'house', 'river', 'stone'))
-            (folder/d/f'{i}.txt').write_text(f'{d} number {i}.\n{words}\n' * 2)
-    return folder
-
 @pytest.fixture(autouse=True, scope='module')
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:

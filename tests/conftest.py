@@ -1,0 +1,14 @@
+"What several test files use."
+import pytest
+
+def write_texts(folder):
+    "A user's folder: two subfolders of .txt files"
+    for d in ('tales', 'notes'):
+        (folder/d).mkdir(parents=True)
+        for i in range(12):
+            words = ' '.join(f'{w}{(i * j) % 7}' for j in range(60) for w in ('the', d, 'of', 'house', 'river', 'stone'))
+            (folder/d/f'{i}.txt').write_text(f'{d} number {i}.\n{words}\n' * 2)
+    return folder
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory): return write_texts(tmp_path_factory.mktemp('texts'))
