@@ -198,7 +198,7 @@ class Probe:
     own: bool        # is it the run's own, which it is without asking?
     num_tokens = property(lambda self: sum(int(b.get('attention_mask', torch.ones_like(b['input_ids'])).sum()) for b in self.batches))
 
-# %% ../nbs/analysis.ipynb #98b28abf
+# %% ../nbs/analysis.ipynb #c532fbc8
 def _text_config(model):
     try: return model.config.get_text_config()
     except ValueError: return model.config           # several, of encoder and decoder
@@ -212,11 +212,11 @@ def _make_probe(subject, data, num_tokens, sequence_length, batch_size, **readin
     config, known = _text_config(subject.model), subject.run.get('info', {}).get('data', {})
     S = sequence_length or subject.run.get('run', {}).get('data', {}).get('sequence_length') or 256
     S = min(S, getattr(config, 'max_position_embeddings', None) or S, num_tokens)
-    own = data is None and known.get('source') is not None
+    own = known.get('source') is not None and (data is None or not isinstance(data, TextData) and _source(data) == _source(known['source']))
     if own: data, reading = known['source'], known.get('reading') or {}
     if isinstance(data, TextData) or known:
         tokenizer = subject.tokenizer or data.tokenizer
-        res = Probe(*_held_out(data, tokenizer, num_tokens, S, batch_size, **reading), _source(data or default_data()), bool(known), own)
+        res = Probe(*_held_out(data, tokenizer, num_tokens, S, batch_size, **reading), _source(data or default_data()), own, own)
     else:
         reading.pop('max_bytes', None)
         res = Probe(*_read_text(data, subject.tokenizer, num_tokens, S, batch_size, **reading), _source(data or default_data()), False, False)

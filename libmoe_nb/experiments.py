@@ -8,7 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/experiments.html.md"""
 __all__ = ['run_config', 'run_hash', 'run_name', 'SuiteCallback', 'train_run', 'evaluate_run', 'use_threads', 'Comparison',
            'verdict', 'print_progress', 'compare', 'read_comparison', 'train']
 
-# %% ../nbs/experiments.ipynb #61fd1629
+# %% ../nbs/experiments.ipynb #d38e57de
 import contextlib, dataclasses, json, math, os, platform, shlex, shutil, tempfile, time
 import fastcore.xml as ft, numpy as np, pandas as pd, torch
 from datetime import datetime, timezone
@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from . import __version__
 from .config import MoESpec, Preset, did_you_mean, get_preset, get_recipe, presets, read_json, recipes, write_json, write_whole, _plain
-from .data.text import TextData, text_data
+from .data.text import TextData, default_data, text_data
 from .layers import build_layer
 from .models import count_parameters, from_scratch
 from .tracing import moe_layers
@@ -384,11 +384,12 @@ def _prepare(names, data, preset, out, progress, options=None, bf16=False, devic
     config = lambda r, s: run_config(r, s, preset, data, layer, options.get(r), bf16, device, valid_tokens)
     return data, config, names, _info(data, source, threads, dict(max_bytes=max_bytes, text_field=text_field, domain_field=domain_field))
 
-# %% ../nbs/experiments.ipynb #324abd7e
+# %% ../nbs/experiments.ipynb #47da62b5
 def _info(data, source, threads, reading):
     "What is worth knowing of a run but does not determine it"
     unigram = dict(perplexity=data.unigram_perplexity(), domains=data.unigram_perplexity(by_domain=True))
-    name = None if source is None or isinstance(source, TextData) else [str(s) for s in source] if isinstance(source, (list, tuple)) else str(source)
+    source = default_data() if source is None else source
+    name = None if isinstance(source, TextData) else [str(s) for s in source] if isinstance(source, (list, tuple)) else str(source)
     return dict(libmoe_nb=__version__, torch=torch.__version__, python=platform.python_version(), machine=f'{platform.system()} {platform.machine()}', threads=threads,
                 data=dict(source=name, reading=reading, parts=data.info, train_tokens=data.train.num_tokens, valid_tokens=data.valid.num_tokens), unigram=unigram)
 

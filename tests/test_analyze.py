@@ -82,6 +82,8 @@ def test_the_text_of_a_run_is_held_out(runs, texts):
     "What is analysed is what the run was validated on, whether it is asked for by name or not"
     a, b = analyze(runs.folders[1], num_tokens=1000, perturb=False), analyze(str(runs.folders[1]), str(texts), num_tokens=1000, perturb=False)
     assert a.trace.same_probe(b.trace) and a.info['held_out'] and b.info['held_out']
+    other = analyze(runs.folders[1], str(texts/'tales'), num_tokens=500, perturb=False)          # a part of it, split anew: who knows
+    assert not other.info['held_out'] and '--data' in other.command()
     s = load_subject(runs.folders[1])
     valid = ''.join((texts/d/f'{i}.txt').read_text() for d in ('tales', 'notes') for i in range(12))
     assert s.tokenizer.decode(a.trace.token[1:20]).strip()[:12] in valid
