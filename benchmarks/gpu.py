@@ -22,7 +22,8 @@ from libmoe_nb.layers import build_layer
 
 # name: d, N experts, h, K, activation, gated, bias, T tokens
 shapes = {'paper-0.15b': (512, 66, 128, 8, 'relu', False, False, 65536), 'paper-0.68b': (1024, 66, 256, 8, 'relu', False, False, 32768),
-          'paper-vlm': (1152, 6, 4304, 3, 'gelu_pytorch_tanh', False, True, 16384), 'gated 64x1024': (2048, 64, 1024, 8, 'silu', True, False, 8192)}
+          'paper-vlm': (1152, 6, 4304, 3, 'gelu_pytorch_tanh', False, True, 16384), 'gated 64x1024': (2048, 64, 1024, 8, 'silu', True, False, 8192),
+          'gated 8x4096': (2048, 8, 4096, 2, 'silu', True, False, 16384)}
 tiny_shapes = {'paper-0.15b': (32, 6, 16, 2, 'relu', False, False, 64), 'gated': (32, 4, 16, 2, 'silu', True, True, 64)}
 datasheet = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16 FLOP/s
 tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}

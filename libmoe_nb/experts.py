@@ -477,25 +477,84 @@ def _fits_grouped_mm(experts, dtype):
     sizes = experts.hidden_size,experts.intermediate_size,experts.output_size
     return hasattr(F, 'grouped_mm') and dtype in (torch.float32, torch.bfloat16, torch.float16) and all(n*dtype.itemsize % 16 == 0 for n in sizes)
 
+# %% ../nbs/experts.ipynb #b0d58890
+@dataclass
+class _Slots:
+    token: torch.Tensor  # [S+1] int32: the token in each slot; the last slot is nobody's
+    slot: torch.Tensor   # [T, K] int32: the slot of each choice (S: no expert)
+    order: torch.Tensor  # [S] int64: the choice in each slot
+    expert: torch.Tensor # [S+1] int64, at most N-1
+    unused: torch.Tensor # [S+1, 1] bool: no expert
+    ends: torch.Tensor   # [N] int32: where each expert's slots end
+
+def _slots(index, N):
+    (T,K),device = index.shape,index.device
+    e,order = index.flatten().to(torch.uint8 if N < 256 else torch.int32).sort(stable=True)
+    e = F.pad(e.long(), (0, 1), value=N)
+    ends = torch.searchsorted(e[:-1], torch.arange(N, device=device), right=True).to(torch.int32)
+    slot = torch.empty(T*K, dtype=torch.int32, device=device)
+    slot[order] = torch.arange(T*K, dtype=torch.int32, device=device)
+    token = F.pad(order.div(K, rounding_mode='floor'), (0, 1)).to(torch.int32)
+    return _Slots(token, slot.view(T, K).masked_fill(index == N, T*K), order, e.clamp(max=N-1), e[:,None] == N, ends)
+
+# %% ../nbs/experts.ipynb #b31e75a0
+def _add_up(rows, s): return F.embedding_bag(s.slot, rows, mode='sum', padding_idx=len(rows)-1) # [S+1, d] -> [T, d]
+
+class _Fill(torch.autograd.Function):
+    "[T, d] -> [S+1, d]: each slot's token"
+    @staticmethod
+    def forward(ctx, x, s):
+        ctx.s = s
+        return x.index_select(0, s.token)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad): return _add_up(grad, ctx.s),None
+
+class _AddUp(torch.autograd.Function):
+    "[S+1, d] -> [T, d]: the sum of each token's slots"
+    @staticmethod
+    def forward(ctx, rows, s):
+        ctx.s = s
+        return _add_up(rows, s)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad): return grad.index_select(0, ctx.s.token),None
+
+# %% ../nbs/experts.ipynb #bc047732
+class _AddBias(torch.autograd.Function):
+    "[S+1, h] + the bias [h] of each slot's expert"
+    @staticmethod
+    def forward(ctx, p, bias, s):
+        ctx.s,ctx.N = s,len(bias)
+        return p + bias.index_select(0, s.expert)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        mine = ctx.s.expert[:,None] == torch.arange(ctx.N, device=grad.device)
+        return grad,mine.to(grad.dtype).t() @ grad,None
+
+def _second_bias(bias, index, w):
+    "[T, o]: each token's weighted sum of its experts' biases"
+    spread = w.new_zeros(len(w), len(bias)+1).scatter_add(1, index, w)
+    return spread[:,:-1].to(bias.dtype) @ bias
+
 # %% ../nbs/experts.ipynb #39c49555
 @register_kernel('grouped_mm')
 def grouped_mm_kernel(experts, hidden_states, expert_index, weights):
     "`torch.nn.functional.grouped_mm` on the choices sorted by expert; the one for GPUs"
-    dtype,N,(T,K) = _compute_dtype(hidden_states),experts.num_experts,expert_index.shape
+    dtype,N,w = _compute_dtype(hidden_states),experts.num_experts,weights
     if not _fits_grouped_mm(experts, dtype):
         raise ValueError(f"kernel='grouped_mm' got dtype {dtype}, hidden_size={experts.hidden_size}, intermediate_size={experts.intermediate_size}; "
                          "expected float32, bfloat16 or float16, and sizes of a multiple of 16 bytes")
+    if not expert_index.numel(): return loop_kernel(experts, hidden_states, expert_index, weights)
     x,up,down,up_bias,down_bias = (t if t is None else t.to(dtype) for t in (hidden_states, *experts.stacked))
-    e,order = expert_index.flatten().sort(stable=True)
-    ends = torch.searchsorted(e, torch.arange(N, device=e.device), right=True).to(torch.int32)
-    real,e = (e < N)[:,None],e.clamp(max=N-1)
-    def linear(rows, W, b):
-        out = F.grouped_mm(rows.masked_fill(~real, 0), W.mT, offs=ends)
-        return (out if b is None else out + b.float()[e].to(dtype)).masked_fill(~real, 0)
-    p = linear(x[order.div(max(K, 1), rounding_mode='floor')], up, up_bias)
-    h = experts.act(p) if not experts.gated else experts.act(p[:,:p.shape[1]//2]) * p[:,p.shape[1]//2:]
-    out = linear(h, down, down_bias) * weights.flatten()[order,None]
-    return out[order.argsort()].view(T, K, experts.output_size).sum(1).to(dtype)
+    s = _slots(expert_index, N)
+    p = F.grouped_mm(_Fill.apply(x, s), up.mT, offs=s.ends)
+    if up_bias is not None: p = _AddBias.apply(p, up_bias, s)
+    h = _activated(p.masked_fill(s.unused, 0), experts.act, experts.gated)
+    h = (h * F.pad(w.flatten()[s.order], (0, 1))[:,None].to(dtype)).masked_fill(s.unused, 0)
+    y = _AddUp.apply(F.grouped_mm(h, down.mT, offs=s.ends), s)
+    return y if down_bias is None else y + _second_bias(down_bias, expert_index, w)
 
 # %% ../nbs/experts.ipynb #b622ffb0
 def _auto_kernel(experts, x):
