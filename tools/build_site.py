@@ -29,6 +29,9 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag): self.in_title = self.in_title and tag != 'title'
 
+RENDER = dict(smalldocs=[sys.executable, '-c', 'import sys; from smalldocs.cli import main; sys.exit(main())', 'render', '_proc'],
+              quarto=['quarto', 'render', '_proc', '--no-execute'])
+
 def check_source(target, anchor, repo):
     "A link into the repository's source must name a file here and a line that it has"
     path = repo/target.split('/', 2)[2]
@@ -81,7 +84,7 @@ def build(renderer):
     for nb in proc.rglob('*.ipynb'):  # signatures name the classes of their own notebook `__main__.X`
         text = nb.read_text(encoding='utf-8')
         if '__main__.' in text: nb.write_text(text.replace('__main__.', ''), encoding='utf-8')
-    command = ['smalldocs', 'render', '_proc'] if renderer == 'smalldocs' else ['quarto', 'render', '_proc', '--no-execute']
+    command = RENDER[renderer]
     sys.stdout.flush()
     subprocess.run(command, cwd=ROOT, check=True)
     unlink_undocumented(proc/cfg.doc_path.name, cfg.doc_url.rstrip('/'))
