@@ -25,6 +25,9 @@ from .reports import _and, _check_writable, _make_folder, _millions, _number
 from .traces import Trace, make_trace, probe_batches, read_trace, write_trace
 from .tracing import adapter_of, intervene, moe_layers, record_routing
 
+# %% ../nbs/analysis.ipynb #8240726b
+from .data.text import check_ids
+
 # %% ../nbs/analysis.ipynb #ad7f629a
 def random_like(
     trace:Trace,
@@ -220,8 +223,7 @@ def _make_probe(subject, data, num_tokens, sequence_length, batch_size, **readin
     else:
         reading.pop('max_bytes', None)
         res = Probe(*_read_text(data, subject.tokenizer, num_tokens, S, batch_size, **reading), _source(data or default_data()), False, False)
-    V, most = subject.model.get_input_embeddings().weight.shape[0], max(int(b['input_ids'].max()) for b in res.batches)
-    if most >= V: raise ValueError(f'tokenizer gives token {most}, but the model knows {V} tokens: it is the tokenizer of another model')
+    check_ids(max(int(b['input_ids'].max()) for b in res.batches), subject.model)
     return res
 
 # %% ../nbs/analysis.ipynb #afc5c0c3

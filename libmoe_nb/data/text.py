@@ -10,21 +10,24 @@ __all__ = ['corpora', 'END_OF_TEXT', 'Document', 'Corpus', 'default_data', 'load
            'unigram_loss']
 
 # %% ../../nbs/data/text.ipynb #18dc4771
-import ast, bz2, difflib, gzip, importlib.metadata, importlib.util, io, json, lzma, math, os, re, shutil, socket, sysconfig
-import tempfile, warnings, zlib
+import ast, difflib, gzip, importlib.metadata, importlib.util, json, math, os, re, shutil, socket, sysconfig
+import tempfile, zlib
 import numpy as np, torch
-from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 from fastcore.basics import patch
+
+# %% ../../nbs/data/text.ipynb #e1389eb7
+import bz2, io, lzma, warnings
+from collections import deque
+from types import SimpleNamespace
 
 # %% ../../nbs/data/text.ipynb #b9a0e21d
 class Document(NamedTuple):
@@ -978,8 +981,7 @@ def check_ids(
     of=None,    # what to call the tokenizer in the message
 ):
     "Raise ValueError if a token has no row in the model's embedding."
-    if isinstance(source, TextData): source = source.tokenizer
-    largest, rows = source if isinstance(source, (int, np.integer)) else largest_id(source), _rows(model)
+    largest, rows = source if isinstance(source, (int, np.integer)) else largest_id(getattr(source, 'tokenizer', source)), _rows(model)
     if rows is not None and largest >= rows:
         raise ValueError(f'{of or "tokenizer"} gives token {largest}, but the model knows {rows} tokens: it is the tokenizer of another model')
 
