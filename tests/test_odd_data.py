@@ -79,6 +79,11 @@ def test_odd_lines(tmp_path):
     for bad, says in [(b'{"text": ["a"]}', 'is a list'), (b'{"text": {"a": 1}}', 'is a dict'), (b'{"text": true}', 'is a bool'), (b'3', 'no field'), (b'{"a"', 'not valid JSON')]:
         p.write_bytes(line('one') + bad); refused(p, f'{p} line 2', says)
 
+def test_names_of_fields(tmp_path):
+    (tmp_path/'a.jsonl').write_bytes(line('one'))
+    for kw, says in [(dict(text_field=None), 'text_field=None is a NoneType'), (dict(text_field=3), 'text_field=3 is a int'), (dict(domain_field=['a']), "domain_field=['a'] is a list")]:
+        refused(tmp_path/'a.jsonl', says, **kw)
+
 # --- tables ----------------------------------------------------------------------------------------------------------------------
 def broken_utf8(n=600, at=(300, 555)):
     import pyarrow as pa

@@ -473,6 +473,9 @@ def _names(data):
     raise ValueError(f'data={data!r} is a {type(data).__name__}: expected a name, a path, or a list of them')
 
 def _find_sources(data, **kw):
+    for n,none in dict(text_field=False, domain_field=True).items():
+        if not (isinstance(kw.get(n, ''), str) or none and kw[n] is None):
+            raise ValueError(f'{n}={kw[n]!r} is a {type(kw[n]).__name__}: expected the name of a field')
     names = _names(data)
     if not names or not all(names):
         raise ValueError(f'data={data!r} names nothing: expected a packaged corpus ({", ".join(corpora)}), a path or a dataset')
