@@ -201,6 +201,12 @@ class Probe:
     own: bool        # is it the run's own, which it is without asking?
     num_tokens = property(lambda self: sum(int(b.get('attention_mask', torch.ones_like(b['input_ids'])).sum()) for b in self.batches))
 
+# %% ../nbs/analysis.ipynb #2018e0de
+def _as_trained(data, parts):
+    "Has the text the documents that it had when the run read it?"
+    about = lambda rows: {(r['split'], r['domain']): (r['documents'], r['bytes']) for r in rows}
+    return parts is None or about(data.info) == about(parts)
+
 # %% ../nbs/analysis.ipynb #c532fbc8
 def _text_config(model):
     try: return model.config.get_text_config()
@@ -219,7 +225,8 @@ def _make_probe(subject, data, num_tokens, sequence_length, batch_size, **readin
     if own: data, reading = known['source'], known.get('reading') or {}
     if isinstance(data, TextData) or known:
         tokenizer = subject.tokenizer or data.tokenizer
-        res = Probe(*_held_out(data, tokenizer, num_tokens, S, batch_size, **reading), _source(data or default_data()), own, own)
+        text = data if isinstance(data, TextData) else text_data(data, tokenizer=tokenizer, sequence_length=S, **reading)
+        res = Probe(*_held_out(text, tokenizer, num_tokens, S, batch_size), _source(data or default_data()), own and _as_trained(text, known.get('parts')), own)
     else:
         reading.pop('max_bytes', None)
         res = Probe(*_read_text(data, subject.tokenizer, num_tokens, S, batch_size, **reading), _source(data or default_data()), False, False)

@@ -153,3 +153,21 @@ def test_max_bytes_of_evaluate(words, tmp_path):
 def test_a_suite_that_is_no_suite(tmp_path):
     (tmp_path/'s').write_text('['*100_000)
     with pytest.raises(ValueError, match='damaged or no suite'): Suite.load(tmp_path/'s')
+
+# --- held out is what a run held out
+def test_text_that_changed_is_not_held_out(words):
+    from libmoe_nb.analysis import _as_trained
+    data = text_data(str(words), vocab_size=300, sequence_length=32)
+    parts = json.loads(json.dumps(data.info))
+    assert _as_trained(data, parts) and _as_trained(text_data(str(words), tokenizer=data.tokenizer, sequence_length=16), parts) and _as_trained(data, None)
+    for p in (words/'notes').glob('3*.txt'): p.unlink()
+    assert not _as_trained(text_data(str(words), tokenizer=data.tokenizer, sequence_length=32), parts)
+
+def test_an_analysis_of_a_run_whose_text_changed(words, tmp_path):
+    args = ['--preset', 'tiny', '--steps', 2, '--batch-size', 2, '--sequence-length', 32, '--vocab-size', 300, '--threads', 1, '--traces', 0]
+    res = command('train', 'smoe', '--data', words, '--out', tmp_path/'run', *args)
+    assert res.exit_code == 0, res.stderr
+    look = lambda: json.loads(command('analyze', tmp_path/'run', '--tokens', 300, '--no-perturb', '--json', '--out', tmp_path/'a').stdout)
+    assert look()['held_out']
+    for p in (words/'notes').glob('3*.txt'): p.unlink()
+    assert not look()['held_out']
