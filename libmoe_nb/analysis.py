@@ -25,6 +25,9 @@ from .reports import _and, _check_writable, _make_folder, _millions, _number
 from .traces import Trace, make_trace, probe_batches, read_trace, write_trace
 from .tracing import adapter_of, intervene, moe_layers, record_routing
 
+# %% ../nbs/analysis.ipynb #8240726b
+from .data.text import check_ids
+
 # %% ../nbs/analysis.ipynb #ad7f629a
 def random_like(
     trace:Trace,
@@ -198,6 +201,12 @@ class Probe:
     own: bool        # is it the run's own, which it is without asking?
     num_tokens = property(lambda self: sum(int(b.get('attention_mask', torch.ones_like(b['input_ids'])).sum()) for b in self.batches))
 
+# %% ../nbs/analysis.ipynb #2018e0de
+def _as_trained(data, parts):
+    "Has the text the documents that it had when the run read it?"
+    about = lambda rows: {(r['split'], r['domain']): (r['documents'], r['bytes']) for r in rows}
+    return parts is None or about(data.info) == about(parts)
+
 # %% ../nbs/analysis.ipynb #c532fbc8
 def _text_config(model):
     try: return model.config.get_text_config()
@@ -216,12 +225,12 @@ def _make_probe(subject, data, num_tokens, sequence_length, batch_size, **readin
     if own: data, reading = known['source'], known.get('reading') or {}
     if isinstance(data, TextData) or known:
         tokenizer = subject.tokenizer or data.tokenizer
-        res = Probe(*_held_out(data, tokenizer, num_tokens, S, batch_size, **reading), _source(data or default_data()), own, own)
+        text = data if isinstance(data, TextData) else text_data(data, tokenizer=tokenizer, sequence_length=S, **reading)
+        res = Probe(*_held_out(text, tokenizer, num_tokens, S, batch_size), _source(data or default_data()), own and _as_trained(text, known.get('parts')), own)
     else:
         reading.pop('max_bytes', None)
         res = Probe(*_read_text(data, subject.tokenizer, num_tokens, S, batch_size, **reading), _source(data or default_data()), False, False)
-    V, most = subject.model.get_input_embeddings().weight.shape[0], max(int(b['input_ids'].max()) for b in res.batches)
-    if most >= V: raise ValueError(f'tokenizer gives token {most}, but the model knows {V} tokens: it is the tokenizer of another model')
+    check_ids(max(int(b['input_ids'].max()) for b in res.batches), subject.model)
     return res
 
 # %% ../nbs/analysis.ipynb #afc5c0c3

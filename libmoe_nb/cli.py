@@ -366,6 +366,9 @@ def evaluate(
     tasks: Annotated[Optional[str], _option("Names of lm-eval with commas (paper_lm: the paper's nine benchmarks), or YAML files.")] = None,
     suite: Annotated[Optional[list[Path]], _option('File that `Suite.save` or `libmoe compare --evaluate` wrote; may be repeated.', metavar='FILE')] = None,
     data: Annotated[Optional[str], _option('Corpus, file, folder or dataset: tasks are made from the part of it that `libmoe compare` holds out.')] = None,
+    max_bytes: Annotated[int, _option('Text to read of each source, in bytes, where it is split into training and validation (default 4000000; 0: all).')] = 4_000_000,
+    text_field: Annotated[str, _option('Field of .jsonl, .parquet and datasets that holds the text (default: text).')] = 'text',
+    domain_field: Annotated[Optional[str], _option('Field that holds the domain (default: one domain a source).')] = None,
     examples: Annotated[int, _option('Questions of each of these tasks, at most (default 25).')] = 25,
     intervene: Annotated[Optional[list[str]], _option('drop_top1, drop_top12, drop_top=N, temperature=TAU, top_k=K, random, ban=EXPERT or force=EXPERT; may be repeated.', metavar='NAME[=VALUE]')] = None,
     limit: Annotated[Optional[float], _option('Documents of each task: a number, or a share below 1 (default: all).')] = None,
@@ -383,21 +386,20 @@ def evaluate(
     import torch
     from libmoe_nb import evaluation
     if threads: torch.set_num_threads(threads)
-    res = evaluation.evaluate(model, [*([tasks] if tasks else []), *_suites(suite, data, examples)], intervention=intervene, limit=limit, num_fewshot=num_fewshot,
+    res = evaluation.evaluate(model, [*([tasks] if tasks else []), *_suites(suite, data, examples, max_bytes=max_bytes or None, text_field=text_field, domain_field=domain_field)], intervention=intervene, limit=limit, num_fewshot=num_fewshot,
                               batch_size=batch_size if batch_size == 'auto' else int(batch_size), seed=seed, out=out, device=device)
     if as_json: return print(json.dumps(res.to_dict(), indent=1))
     _print(*_score_tables(res), *([f'saved: {out}'] if out else []))
 
-def _suites(files, data, examples):
+def _suites(files, data, examples, **reading):
     if not files and not data: return []
     from libmoe_nb.suites import Suite, make_suite
     loaded = [Suite.load(f) for f in files or []]
     if not data: return loaded
-    from libmoe_nb.config import get_preset
-    from libmoe_nb.data.text import text_data
+    from libmoe_nb.data.text import split_documents
     _say('reading the text and making tasks from what is held out ...')
-    p = get_preset('mini')
-    return [*loaded, make_suite(text_data(data, vocab_size=p.vocab_size, sequence_length=p.sequence_length, max_bytes=4_000_000), num_examples=examples)]
+    train, valid = split_documents(data, **reading)
+    return [*loaded, make_suite(valid, train=train, num_examples=examples)]
 
 # %% ../nbs/cli.ipynb #bb5b4c5d
 def _score_tables(res):

@@ -22,6 +22,9 @@ from .traces import _evaluating
 from .tracing import intervene, moe_layers
 from .upcycling import _first_line
 
+# %% ../nbs/evaluation.ipynb #752bbfef
+from .data.text import check_ids
+
 # %% ../nbs/evaluation.ipynb #5a8a1950
 def _tokens_per_batch(device, vocab_size):
     "Tokens of a batch: enough to keep the device busy, not so many that their logits fill the memory"
@@ -531,6 +534,7 @@ def _evaluate(model, t, ways, tokenizer, batch_size, device, bars, limit, num_fe
         lm = model
         if isinstance(model, torch.nn.Module):
             tokenizer = _tokenizer_of(model, tokenizer)
+            check_ids(tokenizer, model)
             stack.enter_context(_placed(model, device))
             stack.enter_context(_evaluating(model))
             lm = _make_lm(model, tokenizer, batch_size, bars)

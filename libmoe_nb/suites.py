@@ -672,5 +672,5 @@ def load(cls:Suite, path)->Suite:
         res = cls(tasks, head['options'], head['missing'])
         if head['format'] == _FORMAT and res.fingerprint == head['fingerprint']: return res
     except (OSError, UnicodeDecodeError) as e: raise ValueError(f'suite {str(path)!r} cannot be read: {getattr(e, "strerror", None) or e}') from None
-    except (ValueError, KeyError, TypeError, AttributeError): pass
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError): pass
     raise ValueError(f'suite {str(path)!r} is damaged or no suite: expected a file written by Suite.save')

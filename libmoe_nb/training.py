@@ -25,6 +25,9 @@ from .layers import MoELayer
 from .routers import Routing, tokens_per_expert, update_expert_bias
 from .tracing import moe_layers, record_routing
 
+# %% ../nbs/training.ipynb #1a78508e
+from .data.text import check_ids
+
 # %% ../nbs/training.ipynb #217f9a90
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')
@@ -370,8 +373,8 @@ def _check_int(name, value, least=1): _check(isinstance(value, int) and not isin
 
 def _check_model(model, data):
     config = model.config.get_text_config() if hasattr(model, 'config') else None
-    V, S = getattr(config, 'vocab_size', None), getattr(config, 'max_position_embeddings', None)
-    _check(V is None or V >= data.vocab_size, 'vocab_size of the model', V, f'at least that of the data, {data.vocab_size}')
+    S = getattr(config, 'max_position_embeddings', None)
+    check_ids(data, model)
     _check(S is None or S >= data.sequence_length, 'max_position_embeddings of the model', S, f'at least the sequence_length of the data, {data.sequence_length}')
 
 # %% ../nbs/training.ipynb #e3bf98c5

