@@ -8,7 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models.html.md"""
 __all__ = ['MoEConfig', 'MoEForCausalLM', 'MoECausalLMOutput', 'from_scratch', 'count_parameters', 'count_flops', 'model_card']
 
 # %% ../nbs/models.ipynb #6b56d180
-import copy, dataclasses, math, os, re, tempfile, torch
+import copy, dataclasses, inspect, math, os, re, tempfile, torch
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -168,6 +168,13 @@ def _shares(labels=None, num_items_in_batch=None, shift_labels=None, **kwargs):
     if num_items_in_batch is None or labels is None: return None
     n = (labels[:, shift_labels is None:] != -100).sum(1) / torch.as_tensor(num_items_in_batch, device=labels.device).reshape(-1)[:1].clamp(min=1)
     return n.expand(2, -1)
+
+# %% ../nbs/models.ipynb #595fe3ab
+@patch(as_prop=True)
+def accepts_loss_kwargs(self:MoEForCausalLM)->bool:
+    "Does the base model divide its loss by `num_items_in_batch`? Where it does not, a trainer divides by the number of micro-batches."
+    own, code = getattr(self.base, 'accepts_loss_kwargs', None), inspect.unwrap(type(self.base).forward).__code__
+    return 'loss_function' in code.co_names if own is None else own
 
 # %% ../nbs/models.ipynb #24695926
 @patch(as_prop=True)

@@ -478,6 +478,43 @@ def _equip(learn, data, grad_clip, bias_rate, domains, cbs):
     learn.metrics = [Perplexity(), *columns, ValueMetric(lambda: aux.value, 'aux_loss'), ValueMetric(lambda: speed.value and round(speed.value), 'tokens/s'), *learn.metrics]
     return learn
 
+# %% ../nbs/training.ipynb #f61385d9
+_hyper_names = dict(wd='weight_decay', mom='betas[0]', sqr_mom='betas[1]')
+_not_told = 'foreach maximize capturable differentiable fused decoupled_weight_decay amsgrad'.split()
+
+def _hypers(learn, scheduled):
+    "What the optimiser was given, without what a schedule sets"
+    hs = [h for h in learn.opt.hypers]
+    same = lambda k: hs[0][k] if all(h[k] == hs[0][k] for h in hs) else [h[k] for h in hs]
+    return {_hyper_names.get(k, k): same(k) for k in hs[0] if k not in {*scheduled, *_not_told}}
+
+def _schedule(cb, steps):
+    "What a `ParamScheduler` was told, or, as it holds functions, some of their values"
+    if told := vars(cb).get('told'): return told
+    at = [p * steps if isinstance(cb, StepScheduler) else p for p in (0., .05, .25, .5, .75, .95, 1.)]
+    return {f'schedule of {n}': [np.asarray(f(p), dtype=float).tolist() for p in at] for n, f in cb.scheds.items() if callable(f)}
+
+# %% ../nbs/training.ipynb #58e5837c
+_of_no_run = 'transformers_version _name_or_path architectures dtype torch_dtype training evaluation output_router_logits use_cache'.split()
+
+def _config_settings(model):
+    "The configuration of a model, without what says nothing about its training"
+    config = _unwrap(model).config.to_dict() if hasattr(_unwrap(model), 'config') else {}
+    drop = lambda d: {k: drop(v) if isinstance(v, dict) else v for k, v in d.items() if k not in _of_no_run}
+    return drop(config)
+
+def _settings(learn):
+    "What determines the course of a fit, as JSON"
+    scheds, train, valid = [cb for cb in learn.cbs if isinstance(cb, ParamScheduler)], learn.dls.train, learn.dls.valid
+    res = dict(epochs=learn.n_epoch, **_hypers(learn, {n for cb in scheds for n in cb.scheds}), grad_clip=0.)
+    for cb in scheds: res |= _schedule(cb, learn.n_epoch * len(train))
+    for cb in learn.cbs:
+        if isinstance(cb, GradientClip): res['grad_clip'] = cb.max_norm
+        if hasattr(type(cb), 'settings'): res |= cb.settings()
+    res |= dict(bf16=learn.bf16, grad_accum=learn.grad_accum, processes=_world(learn), device=torch.device(learn.dls.device or 'cpu').type,
+                valid_batch_size=getattr(valid, 'batch_size', None), valid_steps=getattr(valid, 'steps', None))
+    return json.loads(json.dumps(dict(res, model=_config_settings(learn.model)), default=str))
+
 # %% ../nbs/training.ipynb #2925cb76
 @patch
 def history(self:MoELearner)->pd.DataFrame:
@@ -691,43 +728,6 @@ def _identity(learn):
 def _opt_name(learn):
     opt = getattr(learn.opt, 'opt', learn.opt)
     return type(opt).__name__
-
-# %% ../nbs/training.ipynb #f61385d9
-_hyper_names = dict(wd='weight_decay', mom='betas[0]', sqr_mom='betas[1]')
-_not_told = 'foreach maximize capturable differentiable fused decoupled_weight_decay amsgrad'.split()
-
-def _hypers(learn, scheduled):
-    "What the optimiser was given, without what a schedule sets"
-    hs = [h for h in learn.opt.hypers]
-    same = lambda k: hs[0][k] if all(h[k] == hs[0][k] for h in hs) else [h[k] for h in hs]
-    return {_hyper_names.get(k, k): same(k) for k in hs[0] if k not in {*scheduled, *_not_told}}
-
-def _schedule(cb, steps):
-    "What a `ParamScheduler` was told, or, as it holds functions, some of their values"
-    if told := vars(cb).get('told'): return told
-    at = [p * steps if isinstance(cb, StepScheduler) else p for p in (0., .05, .25, .5, .75, .95, 1.)]
-    return {f'schedule of {n}': [np.asarray(f(p), dtype=float).tolist() for p in at] for n, f in cb.scheds.items() if callable(f)}
-
-# %% ../nbs/training.ipynb #58e5837c
-_of_no_run = 'transformers_version _name_or_path architectures dtype torch_dtype training evaluation output_router_logits use_cache'.split()
-
-def _config_settings(model):
-    "The configuration of a model, without what says nothing about its training"
-    config = _unwrap(model).config.to_dict() if hasattr(_unwrap(model), 'config') else {}
-    drop = lambda d: {k: drop(v) if isinstance(v, dict) else v for k, v in d.items() if k not in _of_no_run}
-    return drop(config)
-
-def _settings(learn):
-    "What determines the course of a fit, as JSON"
-    scheds, train, valid = [cb for cb in learn.cbs if isinstance(cb, ParamScheduler)], learn.dls.train, learn.dls.valid
-    res = dict(epochs=learn.n_epoch, **_hypers(learn, {n for cb in scheds for n in cb.scheds}), grad_clip=0.)
-    for cb in scheds: res |= _schedule(cb, learn.n_epoch * len(train))
-    for cb in learn.cbs:
-        if isinstance(cb, GradientClip): res['grad_clip'] = cb.max_norm
-        if hasattr(type(cb), 'settings'): res |= cb.settings()
-    res |= dict(bf16=learn.bf16, grad_accum=learn.grad_accum, processes=_world(learn), device=torch.device(learn.dls.device or 'cpu').type,
-                valid_batch_size=getattr(valid, 'batch_size', None), valid_steps=getattr(valid, 'steps', None))
-    return json.loads(json.dumps(dict(res, model=_config_settings(learn.model)), default=str))
 
 # %% ../nbs/training.ipynb #4be90011
 def _digest(path):

@@ -177,3 +177,17 @@ def test_trainer_over_two_processes(tmp_path):
         a, b = (load_file(tmp_path/f'{i}-{r}.safetensors') for r in range(2))
         assert all(torch.equal(a[n], b[n]) for n in a)
         assert (furthest(one, a) < 1e-6) == (kw != MICRO), (recipe, kw, furthest(one, a))
+
+def test_a_base_that_ignores_the_number_of_labels(tmp_path):
+    "Its loss is a mean, so a trainer has to divide by the number of micro-batches: 4 of equal rows are one of four"
+    from transformers import AutoConfig
+    base = AutoConfig.for_model('llama', vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    assert from_scratch('smoe', 'tiny', base=base, seed=0).accepts_loss_kwargs
+    def old():
+        m = model()
+        loss = m.base.loss_function
+        m.base.loss_function, m.base.accepts_loss_kwargs = lambda *a, num_items_in_batch=None, **k: loss(*a, **k), False
+        return m
+    whole, losses = trained(tmp_path, old(), 4, 1, lengths=(64,) * 4)
+    parts, others = trained(tmp_path, old(), 1, 4, lengths=(64,) * 4)
+    assert furthest(whole, parts) < 1e-6 and others == pytest.approx(losses, abs=1e-4)

@@ -533,8 +533,8 @@ def test_the_search_for_a_rate_may_diverge(data):
 
 # folders of runs, in Python and on the command line
 
-def test_a_folder_says_what_differs(tmp_path, monkeypatch, capsys):
-    from libmoe_nb import cli, experiments
+def test_a_folder_says_what_differs(tmp_path):
+    from libmoe_nb import experiments
     (tmp_path/'texts').mkdir()
     (tmp_path/'texts'/'a.txt').write_text('\n\n'.join(f'line {i} ' + 'word ' * (i % 7 + 3) for i in range(3000)))
     small = dict(preset='tiny', out=tmp_path/'run', progress=None, steps=4, batch_size=2, sequence_length=16, hidden_size=16, head_dim=8, vocab_size=300, valid_tokens=256, cache_dir=tmp_path/'cache')
