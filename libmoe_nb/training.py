@@ -837,9 +837,9 @@ def _differences(saved, asked, name='', strict=True):
         elif a != b: res[n] = a, b
     return res
 
-def _told(differences, most=6):
+def _told(differences, form="{} is {!r}, not {!r}", most=6):
     "Differences as a clause"
-    res = [f'{n} is {a!r}, not {b!r}' for n, (a, b) in differences.items()]
+    res = [form.format(n, a, b) for n, (a, b) in differences.items()]
     return ', '.join(res[:most]) + (f' and {len(res) - most} more' if len(res) > most else '')
 
 def _read_checkpoint(path, identity):
@@ -865,7 +865,7 @@ def _check_settings(resumed, asked):
     new, path, change = _differences(resumed['settings'], asked, strict=False), resumed['path'], resumed['change']
     if refused := {n: v for n, v in new.items() if not _allowed(n, change)}:
         raise ValueError(f'checkpoint {path} was trained with other settings: its {_told(refused)}. Ask for what it had, or allow a change by name: resume(..., change={list(refused)})')
-    if new: warnings.warn(f'going on from {path.name} with other settings: its {_told(new)}')
+    if new: warnings.warn(f'going on from {path.name} with other settings: {_told(new, "{0} is {2!r}, was {1!r}")}')
 
 # %% ../nbs/training.ipynb #66f3f43e
 def resume(
