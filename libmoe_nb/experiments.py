@@ -26,7 +26,7 @@ from .layers import build_layer
 from .models import count_parameters, from_scratch
 from .tracing import moe_layers
 from .traces import read_trace, write_trace
-from .training import Checkpoint, MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, next_token_loss, read_metrics, resume, _as_batch, _autocast
+from .training import Checkpoint, MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, next_token_loss, read_metrics, resume, _as_batch, _autocast, _differences, _told
 from .loggers import TelemetryLogger, check_tracker
 from .metrics import expert_change_rate, over_checkpoints, router_margin, router_saturation
 from .plots import plot_by_layer, plot_over_checkpoints, plot_balance, plot_comparison, plot_curves, plot_domains, plot_loads, plot_perplexity, recipe_style, recipe_title
@@ -218,7 +218,8 @@ def _claim(folder, config, info):
     "Make the folder of a run, or check that it is this run's"
     _make_folder(folder)
     if (path := folder/'config.json').exists():
-        if read_json(path).get('run') != config: raise ValueError(f'{folder} holds a run of another configuration: choose another folder, or remove it')
+        if (saved := read_json(path).get('run')) != config:
+            raise ValueError(f'{folder} holds a run of another configuration: its {_told(_differences(saved or {}, config))}. Choose another folder, or remove it')
     elif any(p.name[0] != '.' for p in folder.iterdir()): raise ValueError(f'{folder} is neither empty nor the folder of a run: choose another folder')
     else: write_json(path, dict(run=config, info=info))
 

@@ -96,15 +96,19 @@ def zero_weights(routing):
 
 # %% ../nbs/layers.ipynb #70d4a846
 @patch
-def aux_losses(self:MoELayer, routing, mask=None):
+def aux_losses(self:MoELayer, routing, mask=None, shares=None):
     "Each loss of this layer, before its weight: name -> scalar"
-    return {n: f(routing, mask) for n, (_, f) in self.losses.items()}
+    if shares is None: return {n: f(routing, mask) for n, (_, f) in self.losses.items()}
+    return {n: f(routing, mask, shares=shares) if _takes_shares(f) else f(routing, mask) * shares[1].sum() for n, (_, f) in self.losses.items()}
+
+def _takes_shares(f): return 'shares' in inspect.signature(f).parameters
 
 # %% ../nbs/layers.ipynb #30df6bb3
 def aux_loss(
     routings,             # pairs of a `MoELayer` and its `Routing`, one for each layer
     mask:Tensor=None,     # bool (B, S); False: padding
     reduction:str='mean', # over layers: 'mean' or 'sum'
+    shares:Tensor=None,   # [2, B] of each sequence in the step: as a sequence, and by its tokens; None: this is all of it
 )->tuple:                 # the weighted total, and each unweighted term reduced over layers
     "The auxiliary loss of a model from what its routers decided."
     if reduction not in ('mean', 'sum'): raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
@@ -112,7 +116,7 @@ def aux_loss(
     share = 1 / max(len(routings), 1) if reduction == 'mean' else 1
     total, terms = 0., {}
     for layer, routing in routings:
-        for name, value in layer.aux_losses(routing, mask).items():
+        for name, value in layer.aux_losses(routing, mask, shares).items():
             total = total + layer.losses[name][0] * value * share
             terms[name] = terms.get(name, 0.) + value * share
     return total, terms

@@ -17,7 +17,9 @@ def _groups(routing:Routing, group:str):
     "The number of groups G, and T as [G, T/G]"
     known = ('sequence', 'micro_batch', 'global_batch')
     if group not in known: raise ValueError(f"group must be one of {', '.join(known)}, got {group!r}")
-    return max(routing.shape[0], 1) if group == 'sequence' and len(routing.shape) > 1 else 1
+    return _sequences(routing) if group == 'sequence' else 1
+
+def _sequences(routing): return max(routing.shape[0], 1) if len(routing.shape) > 1 else 1
 
 def _token_mask(routing:Routing, mask, dtype):
     "[T] of ones, zeros at padding"
@@ -27,8 +29,14 @@ def _token_mask(routing:Routing, mask, dtype):
     return mask.reshape(-1).to(dtype)
 
 def _masked_mean(values, m):
-    "Mean of values [T] over real tokens; what padding holds does not matter, were it NaN"
-    return values.masked_fill(m == 0, 0).sum() / m.sum().clamp_min(1)
+    "Mean of values [..., T] over real tokens; what padding holds does not matter, were it NaN"
+    return values.masked_fill(m == 0, 0).sum(-1) / m.sum(-1).clamp_min(1)
+
+def _token_mean(values, m, routing, shares):
+    "Mean of values [T] over real tokens, or what this part contributes to that of the step"
+    if shares is None: return _masked_mean(values, m)
+    if (B := _sequences(routing)) != shares.shape[1]: return _masked_mean(values, m) * _share(shares)
+    return (_masked_mean(values.view(B, -1), m.view(B, -1)) * shares[1]).sum()
 
 # %% ../nbs/losses.ipynb #f925fbc1
 def _units(routing:Routing, over_experts:bool):
@@ -39,12 +47,22 @@ def _units(routing:Routing, over_experts:bool):
     return s.new_zeros(s.shape[0], N + 1).index_add(1, of, s)[:, :N], of[i], N
 
 # %% ../nbs/losses.ipynb #ccec63a7
+def _distributed(): return torch.distributed.is_available() and torch.distributed.is_initialized()
+
 def _over_ranks(counts, n):
     "Counts summed over all ranks, real tokens averaged"
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return counts, n
+    if not _distributed(): return counts, n
     both = torch.cat([counts, n], -1)
     torch.distributed.all_reduce(both)
     return both[:, :-1], both[:, -1:] / torch.distributed.get_world_size()
+
+def _share(shares, group='micro_batch'):
+    "Share of a micro-batch in its step; of the micro-batches of all ranks, each rank's part, for the global batch"
+    share = shares[1].sum()
+    if group == 'global_batch' and _distributed():
+        torch.distributed.all_reduce(share := share.clone())
+        share = share / torch.distributed.get_world_size()
+    return share
 
 # %% ../nbs/losses.ipynb #c25af223
 def load_balancing_loss(
@@ -53,6 +71,7 @@ def load_balancing_loss(
     group:str='sequence',       # tokens balanced together: 'sequence', 'micro_batch' or 'global_batch'
     choice_weights:Tensor=None, # [M] η of each choice; None: all 1
     over_experts:bool=False,    # balance the N experts behind the M choices
+    shares:Tensor=None,         # [2, B] of each sequence in the step: as a sequence, and by its tokens; None: this is all of it
 )->Tensor:                      # scalar; 1 at uniform routing
     "Load-balancing loss of one layer, averaged over groups that hold a real token."
     scores, index, U = _units(routing, over_experts)
@@ -64,24 +83,28 @@ def load_balancing_loss(
     if group == 'global_batch': counts, n = _over_ranks(counts, n)
     f, P = counts / counts.sum(-1, keepdim=True).clamp_min(1), p / torch.where(n > 0, n, 1)
     if choice_weights is not None: f = f * choice_weights.to(f)
-    return U * (f * P).sum() / (n > 0).sum().clamp_min(1)
+    if shares is not None and group == 'sequence' and G == shares.shape[1]: return U * ((f * P).sum(-1) * shares[0]).sum()
+    mean = U * (f * P).sum() / (n > 0).sum().clamp_min(1)
+    return mean if shares is None else mean * _share(shares, group)
 
 # %% ../nbs/losses.ipynb #39a2c830
 def router_z_loss(
     routing:Routing,
-    mask:Tensor=None,  # bool, (B, S) or [T]; False: padding, not counted
-)->Tensor:             # scalar
+    mask:Tensor=None,   # bool, (B, S) or [T]; False: padding, not counted
+    shares:Tensor=None, # [2, B], as for `load_balancing_loss`
+)->Tensor:              # scalar
     "Mean over tokens of the squared log-sum-exp of the logits."
     m = _token_mask(routing, mask, routing.router_logits.dtype)
-    return _masked_mean(routing.router_logits.logsumexp(-1).square(), m)
+    return _token_mean(routing.router_logits.logsumexp(-1).square(), m, routing, shares)
 
 # %% ../nbs/losses.ipynb #5d9148c2
 def null_reward(
     routing:Routing,
-    mask:Tensor=None,  # bool, (B, S) or [T]; False: padding, not counted
-)->Tensor:             # scalar in [0, 1]; to be *subtracted* from the loss
+    mask:Tensor=None,   # bool, (B, S) or [T]; False: padding, not counted
+    shares:Tensor=None, # [2, B], as for `load_balancing_loss`
+)->Tensor:              # scalar in [0, 1]; to be *subtracted* from the loss
     "Mean over tokens of the score mass on choices that run no expert (TC-MoE)."
     m = _token_mask(routing, mask, routing.scores.dtype)
     if routing.expert_of is None: return routing.scores.sum() * 0
     null = (routing.expert_of == routing.num_experts).to(routing.scores.dtype)
-    return _masked_mean((routing.scores * null).sum(-1), m)
+    return _token_mean((routing.scores * null).sum(-1), m, routing, shares)

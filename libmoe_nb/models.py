@@ -8,7 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models.html.md"""
 __all__ = ['MoEConfig', 'MoEForCausalLM', 'MoECausalLMOutput', 'from_scratch', 'count_parameters', 'count_flops', 'model_card']
 
 # %% ../nbs/models.ipynb #6b56d180
-import copy, dataclasses, math, os, re, tempfile, torch
+import copy, dataclasses, inspect, math, os, re, tempfile, torch
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,7 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
     "A causal language model with a recipe's layers in the place of its feed-forward networks."
     config_class = MoEConfig
     base_model_prefix = 'base'
-    supports_gradient_checkpointing = True
+    supports_gradient_checkpointing = takes_aux_shares = True
     _keep_in_fp32_modules_strict = ['expert_bias']
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     def __init__(self, config:MoEConfig):
@@ -127,6 +127,7 @@ def forward(self:MoEForCausalLM,
     use_cache=None,            # return the cache?
     output_router_logits=None, # return router logits and the auxiliary loss; by default as the configuration says
     logits_to_keep=0,          # compute the logits of the last ones only; 0: all
+    aux_shares=None,           # [2, B] of each sequence in the step, as a sequence and by its tokens, where the batch is a part of it
     **kwargs,                  # for the base model
 )->MoECausalLMOutput:
     "Logits, and with `labels` the loss."
@@ -138,8 +139,9 @@ def forward(self:MoEForCausalLM,
     loss, aux, logits = out.loss, None, None
     if records is not None:
         inputs = input_ids if inputs_embeds is None else inputs_embeds
-        aux = self._aux_loss(records, _padding_mask(attention_mask, inputs), out.logits, tuple(inputs.shape[:2]))
-        if loss is not None: loss = loss + aux.to(loss) * _share(labels, kwargs.get('num_items_in_batch'))
+        aux = self._aux_loss(records, _padding_mask(attention_mask, inputs), out.logits, tuple(inputs.shape[:2]),
+                             _shares(labels, **kwargs) if aux_shares is None else aux_shares)
+        if loss is not None: loss = loss + aux.to(loss)
         if output_router_logits: logits = tuple(r.router_logits for n in _own_layers(self) for r in records[n])
     return MoECausalLMOutput(loss=loss, aux_loss=aux, logits=out.logits, past_key_values=out.past_key_values,
         hidden_states=out.hidden_states, attentions=out.attentions, router_logits=logits)
@@ -148,10 +150,10 @@ def forward(self:MoEForCausalLM,
 def _own_layers(model): return {n: m for n, m in model.named_modules() if isinstance(m, MoELayer)}
 
 @patch
-def _aux_loss(self:MoEForCausalLM, records, mask, like, shape):
+def _aux_loss(self:MoEForCausalLM, records, mask, like, shape, shares=None):
     "The weighted auxiliary loss of one forward pass on [B, S] tokens; zero where there is no router"
     layers, apart = _own_layers(self), lambda r: r.replace(shape=shape) if len(r.shape) == 1 and r.num_tokens == math.prod(shape) else r # OPT lays its sequences end to end
-    total, _ = aux_loss([(l, apart(r)) for n, l in layers.items() for r in records[n]], mask, self.config.aux_loss_reduction)
+    total, _ = aux_loss([(l, apart(r)) for n, l in layers.items() for r in records[n]], mask, self.config.aux_loss_reduction, shares)
     return total if torch.is_tensor(total) else torch.zeros((), device=like.device)
 
 # %% ../nbs/models.ipynb #4fb9ed6a
@@ -160,10 +162,19 @@ def _padding_mask(attention_mask, inputs):
     if attention_mask is None or not torch.is_tensor(attention_mask) or attention_mask.shape != inputs.shape[:2]: return None
     return attention_mask.bool()
 
-def _share(labels, num_items):
-    "Share of a micro-batch in the labels of its step"
-    if num_items is None: return 1.
-    return (labels[:, 1:] != -100).sum() / num_items
+def _shares(labels=None, num_items_in_batch=None, shift_labels=None, **kwargs):
+    "[2, B] shares of sequences in the labels of a trainer's step, or None"
+    labels = labels if shift_labels is None else shift_labels
+    if num_items_in_batch is None or labels is None: return None
+    n = (labels[:, shift_labels is None:] != -100).sum(1) / torch.as_tensor(num_items_in_batch, device=labels.device).reshape(-1)[:1].clamp(min=1)
+    return n.expand(2, -1)
+
+# %% ../nbs/models.ipynb #595fe3ab
+@patch(as_prop=True)
+def accepts_loss_kwargs(self:MoEForCausalLM)->bool:
+    "Does the base model divide its loss by `num_items_in_batch`? Where it does not, a trainer divides by the number of micro-batches."
+    own, code = getattr(self.base, 'accepts_loss_kwargs', None), inspect.unwrap(type(self.base).forward).__code__
+    return 'loss_function' in code.co_names if own is None else own
 
 # %% ../nbs/models.ipynb #24695926
 @patch(as_prop=True)

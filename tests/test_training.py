@@ -219,10 +219,10 @@ def test_metrics_of_a_resumed_run_are_those_of_a_straight_one(data, tmp_path):
 def test_metrics_lines_are_json_even_where_the_loss_is_not_a_number(data, tmp_path):
     learn = make('smoe', data, cbs=[T.MetricsWriter(tmp_path/'m.jsonl')])
     with torch.no_grad(): next(learn.model.parameters()).fill_(math.nan)
-    fit(learn, epochs=1)
+    with pytest.warns(UserWarning, match='the loss is nan at step 1: training stops here'): fit(learn, epochs=2)
     def never(c): raise AssertionError(c)
     rows = [json.loads(line, parse_constant=never) for line in open(tmp_path/'m.jsonl')]
-    assert [r['loss'] for r in rows] == [None] * 4 and rows[-1]['split'] == 'valid'
+    assert [r['loss'] for r in rows] == [None] * 2 and [r['split'] for r in rows] == ['train', 'valid'] and learn.diverged == 1
 
 # values by hand
 
@@ -440,3 +440,108 @@ def test_two_processes_train_as_one(data, cache, tmp_path):
     one = fit(make(None, data, dropout=False, model=from_scratch('sharede_v3', 'tiny', seed=0, expert_bias=True, **SMALL))).model.state_dict()
     assert all(torch.allclose(one[n], a[n], atol=2e-3) for n in a)
     assert [p.name for p in T.checkpoints(tmp_path/'checkpoints')] == ['step-00000009']
+
+# settings of a resumed run
+
+CHANGES = [('lr', dict(lr=1e-4), '0.005, not 0.0001'), ('weight_decay', dict(weight_decay=.5), 'not 0.5'), ('betas', dict(betas=(.8, .99)), '0.9, not 0.8'), ('betas', dict(betas=(.9, .5)), 'not 0.5'),
+           ('grad_clip', dict(grad_clip=.01), 'not 0.01'), ('warmup_steps', dict(warmup_steps=2), 'not 2'), ('final_lr_fraction', dict(final_lr_fraction=.9), 'not 0.9'), ('bf16', dict(bf16=True), 'False, not True')]
+
+@pytest.mark.parametrize('name, kw, said', CHANGES, ids=str)
+def test_another_setting_is_refused_or_applied_by_name(name, kw, said, saved, data, tmp_path):
+    folder = copy(saved, tmp_path, 6)
+    learn = make('smoe', data, **kw)
+    T.resume(learn, folder)
+    with pytest.raises(ValueError, match=f'other settings: its {name}.*{said}.*change='): fit(learn)
+    assert learn.step == 6 and learn.resumed                  # nothing was done, and it can still go on
+    T.resume(learn, folder, change=name)
+    with pytest.warns(UserWarning, match=f'going on from step-00000006 with other settings: {name}'): fit(learn)
+    h = learn.opt.hypers[0]
+    assert learn.step == 9 and (h['wd'], h['mom'], h['sqr_mom']) == (kw.get('weight_decay', learn.wd), *kw.get('betas', (h['mom'], h['sqr_mom'])))
+
+@pytest.mark.parametrize('how, kw, name', [('fit_cosine', dict(lr=1e-4), 'lr'), ('fit_cosine', dict(wd=.3), 'weight_decay'), ('fit_cosine', dict(warmup_steps=1), 'warmup_steps'), ('fit_one_cycle', {}, 'schedule of'), ('fit', {}, 'lr')])
+def test_what_the_fit_is_told_counts_too(how, kw, name, saved, data, tmp_path):
+    folder = tmp_path
+    if how == 'fit_cosine': copy(saved, tmp_path, 6)
+    else: killed(data, tmp_path, how)
+    learn = make('smoe', data)
+    T.resume(learn, folder)
+    other = dict(kw) if how == 'fit_cosine' else dict(lr_max=1e-4) if how == 'fit_one_cycle' else dict(lr=1e-4)
+    with pytest.raises(ValueError, match=f'other settings: its {name}'): fit(learn, how, **other)
+    fit(learn, how)                                           # as it was asked at first
+    assert learn.step == 9
+
+def killed(data, folder, how):
+    with pytest.raises(KeyboardInterrupt): fit(make('smoe', data, cbs=[T.Checkpoint(folder, every=6), Stop(6)]), how)
+
+def test_epochs_losses_and_configuration_are_settings(saved, data, tmp_path):
+    folder = copy(saved, tmp_path, 6)
+    for other, epochs, name in [(make('smoe', data), 4, 'epochs'), (make('smoe', data, model=from_scratch('smoe', 'tiny', router_aux_loss_coef=.5, **SMALL)), 3, 'model.moe.router_aux_loss_coef'),
+                                (make('smoe', data, model=from_scratch('smoe', 'tiny', top_k=2, **SMALL)), 3, 'model.moe.top_k'), (make('smoe', data, model=from_scratch('smoe', 'tiny', routed_scaling_factor=2., **SMALL)), 3, 'model.moe.options')]:
+        T.resume(other, folder)
+        with pytest.raises(ValueError, match=name): fit(other, epochs=epochs)
+
+def test_what_changes_roundings_only_is_applied_and_said(saved, data, tmp_path):
+    folder = copy(saved, tmp_path, 6)
+    same, parts = make('smoe', data, dropout=False), make('smoe', data, dropout=False, grad_accum=2)
+    for l in (same, parts): T.resume(l, folder)
+    fit(same)
+    with pytest.warns(UserWarning, match='grad_accum is 2, was 1'): fit(parts)
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(same.model.state_dict().values(), parts.model.state_dict().values()))
+
+def test_checkpoints_without_settings_go_on(saved, data, tmp_path):
+    path = copy(saved, tmp_path, 6)/'step-00000006'/'checkpoint.json'
+    info = json.loads(path.read_text()); del info['settings'], info['seal']
+    path.write_text(json.dumps(dict(info, seal=T._seal(info))))
+    learn = make('smoe', data)
+    T.resume(learn, tmp_path)
+    assert fit(learn).step == 9
+
+# diverged runs
+
+@pytest.mark.parametrize('grad_clip', [0, 1.])
+def test_a_diverged_run_stops_and_keeps_its_checkpoints(grad_clip, data, tmp_path):
+    class Ruin(T.Callback):
+        order = -50
+        def before_batch(self):
+            if self.learn.training and self.learn.step == 5:
+                with torch.no_grad(): self.learn.model.get_input_embeddings().weight.fill_(math.inf)
+    learn = make('smoe', data, grad_clip=grad_clip, cbs=[Ruin(), T.MetricsWriter(tmp_path/'m.jsonl'), T.Checkpoint(tmp_path/'c', every=1)])
+    with pytest.warns(UserWarning, match='the loss is nan at step 6: training stops here'): fit(learn)
+    assert learn.step == learn.diverged == 6 and [p.name for p in T.checkpoints(tmp_path/'c')] == ['step-00000005', 'step-00000004']
+    rows = T.read_metrics(tmp_path/'m.jsonl')
+    assert rows[rows.split == 'train'].step.tolist() == [1, 2, 3, 4, 5, 6] and (rows.split == 'valid').sum() == 2 and rows.loss.isna().sum() == 2
+    again = make('smoe', data, grad_clip=grad_clip, lr=1e-3)
+    T.resume(again, tmp_path/'c', change='lr')
+    with pytest.warns(UserWarning, match='lr is 0.001, was 0.005'): assert fit(again).step == 9 and again.diverged is None
+
+def test_weights_that_are_no_numbers_push_out_no_checkpoint(data, tmp_path):
+    class Ruin(T.Callback):
+        order = 40
+        def after_step(self):
+            if self.learn.step == 9:
+                with torch.no_grad(): self.learn.model.get_input_embeddings().weight.fill_(math.nan)
+    with pytest.warns(UserWarning, match='no checkpoint was saved at step 9'): fit(make('smoe', data, cbs=[Ruin(), T.Checkpoint(tmp_path, every=3)]))
+    assert [p.name for p in T.checkpoints(tmp_path)] == ['step-00000006', 'step-00000003']
+
+def test_the_search_for_a_rate_may_diverge(data):
+    import warnings
+    learn = make('smoe', data)
+    with warnings.catch_warnings(), learn.no_bar(), learn.no_logging():
+        warnings.filterwarnings('error', message='the loss is')
+        learn.lr_find(num_it=12, end_lr=1e30, stop_div=False, show_plot=False)
+    assert learn.diverged is None and fit(learn, epochs=1).step == 3
+
+# folders of runs, in Python and on the command line
+
+def test_a_folder_says_what_differs(tmp_path):
+    from libmoe_nb import experiments
+    (tmp_path/'texts').mkdir()
+    (tmp_path/'texts'/'a.txt').write_text('\n\n'.join(f'line {i} ' + 'word ' * (i % 7 + 3) for i in range(3000)))
+    small = dict(preset='tiny', out=tmp_path/'run', progress=None, steps=4, batch_size=2, sequence_length=16, hidden_size=16, head_dim=8, vocab_size=300, valid_tokens=256, cache_dir=tmp_path/'cache')
+    def killed(**kw): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): experiments.train('smoe', tmp_path/'texts', **dict(small, progress=lambda what, *a, **k: killed() if what == 'step' and k['step'] == 2 else None))
+    for kw, told in [(dict(learning_rate=1e-4), 'preset.learning_rate is 0.005, not 0.0001'), (dict(weight_decay=.3), 'preset.weight_decay is .*, not 0.3'), (dict(grad_clip=.2), 'preset.grad_clip is .*, not 0.2'),
+                     (dict(warmup_steps=3), 'preset.warmup_steps is .*, not 3'), (dict(bf16=True), 'bf16 is False, not True'), (dict(betas=(.8, .9)), 'preset.betas is .*, not .0.8, 0.9.')]:
+        with pytest.raises(ValueError, match=f'another configuration: its {told}'): experiments.train('smoe', tmp_path/'texts', **dict(small, **kw))
+    assert T.checkpoints(tmp_path/'run'/'checkpoints')[0].name == 'step-00000002'
+    assert experiments.train('smoe', tmp_path/'texts', **small)['tokens'] == 4 * 2 * 16
