@@ -102,6 +102,8 @@ class MoELearner(Learner):
         self.step = 0            # optimiser steps so far; within a batch, the number of the step that it makes
         self.routings = {}       # layer -> its `Routing` for each part of the batch, where a callback wants it
         self.resumed = None      # what a checkpoint says about the fit that comes next
+        self.diverged = None     # the step whose loss was not finite
+        self.shares = None       # of each sequence in the step, where a part is not all of it
         super().__init__(dls, model, loss_func=loss_func, **kwargs)
         self.recorder.loss = TokenLoss()
 
@@ -117,7 +119,8 @@ def _autocast(device, bf16): return torch.autocast(device.type, torch.bfloat16, 
 def _predict(self:MoELearner):
     "Run the model on `xb`, and keep what routers decided if a callback wants it"
     wanted = self.training and any(getattr(cb, 'uses_routing', False) for cb in self.cbs)
-    with _autocast(self.yb[0].device, self.bf16), _recorder(self.model, wanted) as records: self.output = self.model(**self.xb[0], use_cache=False)
+    shares = {} if self.shares is None else dict(aux_shares=self.shares)
+    with _autocast(self.yb[0].device, self.bf16), _recorder(self.model, wanted) as records: self.output = self.model(**self.xb[0], **shares, use_cache=False)
     self.pred = self.output.logits
     mask = self.xb[0].get('attention_mask')
     for n, rs in records.items(): self.routings.setdefault(n, []).extend((_detached(r), None if mask is None else mask.bool()) for r in rs)
@@ -135,27 +138,71 @@ def _parts(self:MoELearner):
     ys = [y.chunk(k) for y in self.yb]
     return [(({n: v[i] for n, v in xs.items()},), tuple(y[i] for y in ys)) for i in range(len(ys[0]))]
 
+# %% ../nbs/training.ipynb #a8b55be7
+def _world(learn): return getattr(learn.dls.train, 'world', 1)
+
+def _mean_over_ranks(learn, x):
+    "The mean of `x` over the processes that share a batch"
+    if _world(learn) == 1: return x
+    torch.distributed.all_reduce(x := x.clone())
+    return x / _world(learn)
+
+def _real_tokens(x, labels):
+    "Of each sequence [B]"
+    return x['attention_mask'].sum(1) if 'attention_mask' in x else labels.new_full(labels.shape[:1], labels.shape[1])
+
+def _takes_shares(model): return any(getattr(m, 'takes_aux_shares', False) for m in model.modules())
+
+# %% ../nbs/training.ipynb #e783cdea
+@patch
+def _sizes(self:MoELearner):
+    "Tokens whose loss counts, real tokens, and sequences that hold one: of the step, over the number of processes"
+    labels, real, world = self.yb[0], _real_tokens(self.xb[0], self.yb[0]), _world(self) if self.training else 1
+    sizes = torch.stack([(labels != -100).sum(), real.sum(), (real > 0).sum()])
+    if world > 1: torch.distributed.all_reduce(sizes)
+    sizes = sizes.clamp(min=1)
+    return sizes / world if world > 1 else sizes
+
+@patch
+def _share_out(self:MoELearner, sizes, B, weigh):
+    "Say what the part in `xb`, of a batch of B sequences, is of its step"
+    real = _real_tokens(self.xb[0], self.yb[0])
+    self.shares = torch.stack([(real > 0) / sizes[2], real / sizes[1]]) if weigh else None
+    self.share = 1. if weigh else len(self.yb[0]) / B
+
 # %% ../nbs/training.ipynb #a5df3d05
 @patch
 def _do_one_batch(self:MoELearner):
     xb, yb, losses, self.routings = self.xb, self.yb, [], {}
-    n, B = (yb[0] != -100).sum().clamp(min=1), len(yb[0])
+    parts, sizes = self._parts(), self._sizes()
+    weigh = self.training and (len(parts) > 1 or _world(self) > 1) and _takes_shares(self.model)
     if self.training: self.step += 1
-    for self.xb, self.yb in self._parts():
-        self.share = len(self.yb[0]) / B     # of the sequences, in this part
+    for self.xb, self.yb in parts:
+        self._share_out(sizes, len(yb[0]), weigh)
         self._predict()
         self('after_pred')
         token_loss = self.loss_func(self.pred, *self.yb, reduction='none')
-        self.loss_grad = token_loss.sum() / n
+        self.loss_grad = token_loss.sum() / sizes[0]
         self.loss = self.loss_grad.detach()
         losses.append(token_loss.detach())
         self('after_loss')
         if self.training: self._with_events(self._backward, 'backward', CancelBackwardException)
-    self.xb, self.yb, self.token_loss, self.output = xb, yb, torch.cat(losses), None
-    self.loss = self.token_loss.sum() / n
+    self.xb, self.yb, self.token_loss, self.output, self.shares = xb, yb, torch.cat(losses), None, None
+    self.loss = self.token_loss.sum() / sizes[0]
     if not self.training: return
+    self.loss = _mean_over_ranks(self, self.loss)
     self._with_events(self._step, 'step', CancelStepException)
     self.opt.zero_grad()
+    self._check_loss()
+
+# %% ../nbs/training.ipynb #709e7485
+@patch
+def _check_loss(self:MoELearner):
+    "Take note of a loss that is not finite, and say so"
+    if hasattr(self, 'lr_finder') or self.loss.isfinite(): return
+    self.diverged = self.step
+    if getattr(self.dls.train, 'rank', 0) == 0:
+        warnings.warn(f'the loss is {self.loss.item()} at step {self.step}: training stops here, and this state is not saved. A lower lr, a smaller grad_clip or a longer warm-up may keep it finite.')
 
 # %% ../nbs/training.ipynb #f3638efb
 @patch
@@ -163,19 +210,25 @@ def all_batches(self:MoELearner):
     self.n_iter = len(self.dl)
     skip = getattr(self.dl, 'skip', 0)
     for _ in range(skip): self.pct_train += 1. / (self.n_iter * self.n_epoch)
-    for o in enumerate(self.dl, skip): self.one_batch(*o)
+    for o in enumerate(self.dl, skip):
+        self.one_batch(*o)
+        if self.training and self.diverged: break
 
 @patch
 def _do_fit(self:MoELearner):
     if self.step == 0: set_seed(self.seed)
+    self.diverged = None
     for epoch in range(self._go_on(), self.n_epoch):
         self.epoch = epoch
         self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        if self.diverged: break
 
 # %% ../nbs/training.ipynb #f8436173
 @patch
 def _go_on(self:MoELearner):
     "The first epoch of this fit"
+    self.settings = _settings(self)
+    if self.resumed: _check_settings(self.resumed, self.settings)
     s, self.resumed = self.resumed, None
     if s is None: return 0
     epoch, self.dls.train.skip = s['place']
@@ -291,10 +344,11 @@ class AuxLoss(Callback):
         self.learn.loss_grad = self.learn.loss_grad + aux
         self.last = self.last + aux.detach()
     def after_batch(self):
-        self.last = float(self.last)
+        self.last = float(_mean_over_ranks(self.learn, self.last)) if torch.is_tensor(self.last) else self.last
         self.total, self.count = self.total + self.last, self.count + 1
     @property
     def value(self): return self.total / self.count if self.count else None
+    def settings(self): return dict(aux_loss_weight=self.weight)
     def state(self): return dict(total=self.total, count=self.count)
     def load_state(self, s): self.total, self.count = s['total'], s['count']
 
@@ -303,6 +357,7 @@ class ExpertBiasUpdate(Callback):
     "Moves expert biases once a step, by the loads of the whole step."
     order, run_valid, uses_routing = 31, False, True
     def __init__(self, rate:float=1e-3): self.rate = rate
+    def settings(self): return dict(expert_bias_rate=self.rate)
     def after_step(self):
         layers = moe_layers(_unwrap(self.learn.model))
         for name, records in self.learn.routings.items():
@@ -363,6 +418,7 @@ def fit_cosine(self:MoELearner,
     "Fit with linear warm-up and a cosine."
     lr, w, f = (d if v is None else v for v, d in zip((lr, warmup_steps, final_lr_fraction), (self.lr, *self.schedule)))
     sched = StepScheduler(dict(lr=warmup_cosine(lr, n_epoch * len(self.dls.train), w, f)))
+    sched.told = dict(lr=lr, warmup_steps=w, final_lr_fraction=f)
     self.fit(n_epoch, lr, wd=wd, cbs=[sched, *L(cbs)])
 
 # %% ../nbs/training.ipynb #aa8ad808
@@ -424,6 +480,43 @@ def _equip(learn, data, grad_clip, bias_rate, domains, cbs):
     columns = [Perplexity(i, n) for i, n in enumerate(data.domains)] if domains else []
     learn.metrics = [Perplexity(), *columns, ValueMetric(lambda: aux.value, 'aux_loss'), ValueMetric(lambda: speed.value and round(speed.value), 'tokens/s'), *learn.metrics]
     return learn
+
+# %% ../nbs/training.ipynb #f61385d9
+_hyper_names = dict(wd='weight_decay', mom='betas[0]', sqr_mom='betas[1]')
+_not_told = 'foreach maximize capturable differentiable fused decoupled_weight_decay amsgrad'.split()
+
+def _hypers(learn, scheduled):
+    "What the optimiser was given, without what a schedule sets"
+    hs = [h for h in learn.opt.hypers]
+    same = lambda k: hs[0][k] if all(h[k] == hs[0][k] for h in hs) else [h[k] for h in hs]
+    return {_hyper_names.get(k, k): same(k) for k in hs[0] if k not in {*scheduled, *_not_told}}
+
+def _schedule(cb, steps):
+    "What a `ParamScheduler` was told, or, as it holds functions, some of their values"
+    if told := vars(cb).get('told'): return told
+    at = [p * steps if isinstance(cb, StepScheduler) else p for p in (0., .05, .25, .5, .75, .95, 1.)]
+    return {f'schedule of {n}': [np.asarray(f(p), dtype=float).tolist() for p in at] for n, f in cb.scheds.items() if callable(f)}
+
+# %% ../nbs/training.ipynb #58e5837c
+_of_no_run = 'transformers_version _name_or_path architectures dtype torch_dtype training evaluation output_router_logits use_cache'.split()
+
+def _config_settings(model):
+    "The configuration of a model, without what says nothing about its training"
+    config = _unwrap(model).config.to_dict() if hasattr(_unwrap(model), 'config') else {}
+    drop = lambda d: {k: drop(v) if isinstance(v, dict) else v for k, v in d.items() if k not in _of_no_run}
+    return drop(config)
+
+def _settings(learn):
+    "What determines the course of a fit, as JSON"
+    scheds, train, valid = [cb for cb in learn.cbs if isinstance(cb, ParamScheduler)], learn.dls.train, learn.dls.valid
+    res = dict(epochs=learn.n_epoch, **_hypers(learn, {n for cb in scheds for n in cb.scheds}), grad_clip=0.)
+    for cb in scheds: res |= _schedule(cb, learn.n_epoch * len(train))
+    for cb in learn.cbs:
+        if isinstance(cb, GradientClip): res['grad_clip'] = cb.max_norm
+        if hasattr(type(cb), 'settings'): res |= cb.settings()
+    res |= dict(bf16=learn.bf16, grad_accum=learn.grad_accum, processes=_world(learn), device=torch.device(learn.dls.device or 'cpu').type,
+                valid_batch_size=getattr(valid, 'batch_size', None), valid_steps=getattr(valid, 'steps', None))
+    return json.loads(json.dumps(dict(res, model=_config_settings(learn.model)), default=str))
 
 # %% ../nbs/training.ipynb #2925cb76
 @patch
@@ -688,7 +781,7 @@ def save_checkpoint(
     "Write the state of training into a new folder `step-...` of `folder`."
     folder, tensors = Path(folder), {}
     state = dict(opt=learn.opt.state_dict(), rng=_rng_state(), recorder=_recorder_state(learn), callbacks={cb.name: cb.state() for cb in learn.cbs if hasattr(type(cb), 'state')})
-    info = dict(identity=_identity(learn), step=learn.step, position=learn.dls.train.position, place=list(place), train_iter=learn.train_iter, **_pack(state, tensors, 'state'))
+    info = dict(identity=_identity(learn), settings=getattr(learn, 'settings', {}), step=learn.step, position=learn.dls.train.position, place=list(place), train_iter=learn.train_iter, **_pack(state, tensors, 'state'))
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
     new, path = folder/f'.tmp-{os.getpid()}', folder/f'step-{learn.step:08d}'
@@ -729,11 +822,29 @@ class Checkpoint(Callback):
         if self.trained: self.save()
     def save(self):
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank(): return
+        if self.learn.diverged: return
+        if not all(p.isfinite().all() for p in self.learn.model.parameters()):
+            warnings.warn(f'no checkpoint was saved at step {self.learn.step}: there are weights that are not finite, and earlier checkpoints are kept')
+            return
         save_checkpoint(self.learn, self.folder, self.place)
         _prune(self.folder, self.keep_last)
         if hasattr(self.learn, 'throughput'): self.learn.throughput.pause()
 
 # %% ../nbs/training.ipynb #a016cb41
+def _differences(saved, asked, name='', strict=True):
+    "name -> (saved, asked) of what differs in two nested dicts; with strict=False only of what both have"
+    res = {}
+    for k in [*saved, *(k for k in asked if k not in saved)] if strict else [k for k in saved if k in asked]:
+        a, b, n = saved.get(k), asked.get(k), f'{name}{k}'
+        if isinstance(a, dict) and isinstance(b, dict): res |= _differences(a, b, f'{n}.', strict or k == 'options')
+        elif a != b: res[n] = a, b
+    return res
+
+def _told(differences, form="{} is {!r}, not {!r}", most=6):
+    "Differences as a clause"
+    res = [form.format(n, a, b) for n, (a, b) in differences.items()]
+    return ', '.join(res[:most]) + (f' and {len(res) - most} more' if len(res) > most else '')
+
 def _read_checkpoint(path, identity):
     "A checkpoint's JSON, or a `ValueError` that says why it is refused"
     refuse = lambda why: ValueError(f'checkpoint {path} is {why}')
@@ -747,30 +858,44 @@ def _read_checkpoint(path, identity):
         if info['identity'].get(k) != v: raise refuse(f'of another run: its {k} is {info["identity"].get(k)}, not {v}')
     return info
 
+# %% ../nbs/training.ipynb #462325bb
+_free = 'grad_accum processes device valid_batch_size valid_steps'.split()   # up to rounding, training is the same with other values
+
+def _allowed(name, change): return name in _free or any(name == c or name.startswith(f'{c}[') or name.endswith(f'.{c}') for c in change)
+
+def _check_settings(resumed, asked):
+    "Refuse what a fit asks for that its checkpoint was not trained with, or say that it is applied"
+    new, path, change = _differences(resumed['settings'], asked, strict=False), resumed['path'], resumed['change']
+    if refused := {n: v for n, v in new.items() if not _allowed(n, change)}:
+        raise ValueError(f'checkpoint {path} was trained with other settings: its {_told(refused)}. Ask for what it had, or allow a change by name: resume(..., change={list(refused)})')
+    if new: warnings.warn(f'going on from {path.name} with other settings: {_told(new, "{0} is {2!r}, was {1!r}")}')
+
 # %% ../nbs/training.ipynb #66f3f43e
 def resume(
-    learn,   # a new `MoELearner`, made as the one that saved
-    folder,  # where checkpoints are kept
-)->Path:     # the checkpoint that is used; None if there is none
-    "Take a learner to where its newest valid checkpoint stands; its next fit goes on from there."
+    learn,     # a new `MoELearner`, made as the one that saved
+    folder,    # where checkpoints are kept
+    change=(), # names of settings, as 'lr', that the next fit may change
+)->Path:       # the checkpoint that is used; None if there is none
+    "Take a learner to where its newest valid checkpoint stands; its next fit goes on from there, and refuses settings that differ and are not in `change`."
     if learn.opt is None: learn.create_opt()
     refused, identity = [], _identity(learn)
     for path in checkpoints(folder):
         try: info = _read_checkpoint(path, identity)
         except ValueError as e: refused.append(str(e)); continue
         for r in refused: warnings.warn(f'{r}; using {path.name}')
-        _load_checkpoint(learn, path, info)
+        _load_checkpoint(learn, path, info, [change] if isinstance(change, str) else list(change))
         return path
     if refused: raise ValueError(f'no checkpoint in {folder} can be used: ' + '; '.join(refused))
 
 # %% ../nbs/training.ipynb #c311b698
-def _load_checkpoint(learn, path, info):
+def _load_checkpoint(learn, path, info, change=()):
     learn.model.to(learn.dls.device)
     load_model(_unwrap(learn.model), path/'model.safetensors', device=str(learn.dls.device))
     s = _unpack(dict(dict=info['dict']), load_file(path/'training.safetensors'))
-    learn.opt.load_state_dict(s['opt'])
+    asked = {k: v for k, v in learn.opt.state_dict().items() if k in ('param_groups', 'hypers')}   # the moments are the checkpoint's, the settings this learner's
+    learn.opt.load_state_dict({**s['opt'], **asked})
     learn.step, learn.dls.train.position = info['step'], info['position']
-    learn.resumed = dict(s, place=info['place'], train_iter=info['train_iter'])
+    learn.resumed = dict(s, place=info['place'], train_iter=info['train_iter'], settings=info.get('settings', {}), path=path, change=change)
     for cb in learn.cbs:
         if hasattr(type(cb), 'load_state') and cb.name in s['callbacks']: cb.load_state(s['callbacks'][cb.name])
 
