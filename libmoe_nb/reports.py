@@ -25,7 +25,7 @@ def _make_folder(folder):
 # %% ../nbs/reports.ipynb #915f58cd
 def _number(v, digits=1): return '–' if v is None or not abs(v) < math.inf else f'{v:,.{digits}f}' if abs(v) < 1e7 else f'{v:.1e}'
 
-def _plural(n, word): return f'{n:,} {word}' + 's' * (n != 1)
+def _plural(n, word): return f'{n:,} {word}' + ('' if n == 1 else 's')
 
 def _millions(n): return '–' if pd.isna(n) else f'{n/1e6:,.2f} M' if n < 1e8 else f'{n/1e6:,.0f} M'
 
@@ -48,7 +48,7 @@ th.l, td.l { text-align: left } td.w { white-space: normal; overflow-wrap: anywh
 code { font: .92em ui-monospace, Menlo, Consolas, monospace; background: #f5f5f5; padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere }
 figure { margin: .8rem 0 } figcaption { font-size: .88rem; max-width: 46rem } img { max-width: 100%; height: auto; display: block }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .2rem 1.2rem; align-items: start } h3 { font-size: 1rem; margin: 1rem 0 .3rem }
-tbody th { padding-left: 0 } footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; border-top: 1px solid var(--line); padding-top: .8rem }
+tbody th { padding-left: 0; vertical-align: top } footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; border-top: 1px solid var(--line); padding-top: .8rem }
 @media print { body { font-size: 10.5pt; margin: 0; max-width: none; padding: 0 } figure, tr, .verdict { break-inside: avoid } h2 { break-after: avoid } .scroll { overflow: visible } table { font-size: 8pt } }
 '''
 
