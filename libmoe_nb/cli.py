@@ -8,7 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/cli.html.md"""
 __all__ = ['main']
 
 # %% ../nbs/cli.ipynb #0b5fa75e
-import functools, inspect, json, os, shutil, signal, sys, time, warnings
+import functools, inspect, json, os, signal, sys, time, warnings
 import typer
 from pathlib import Path
 from typing import Annotated, Optional
@@ -163,6 +163,11 @@ def _table(rows, left=1, title=None):
     for r in rows[1:]: t.add_row(*map(str, r))
     return t
 
+def _width():
+    "Columns of the terminal, or of COLUMNS; plenty where there is neither"
+    import shutil
+    return shutil.get_terminal_size((240, 24)).columns
+
 def _print(*things):
     "To stdout; what is too wide is wrapped by the terminal rather than cut by us"
     from rich.console import Console
@@ -171,10 +176,6 @@ def _print(*things):
     return console
 
 # %% ../nbs/cli.ipynb #27f87fb4
-def _width():
-    "Columns of the terminal, or of COLUMNS; plenty where there is neither"
-    return shutil.get_terminal_size((240, 24)).columns
-
 def _fits(table, width):
     from rich.console import Console
     return Console(width=10_000).measure(table).maximum <= width
@@ -458,7 +459,7 @@ def _listing():
 # %% ../nbs/cli.ipynb #41144901
 def _list_tables(d, width=None):
     "What `_listing` returns, as tables"
-    from libmoe_nb.experiments import _millions
+    from libmoe_nb.reports import _millions
     layer = lambda p: f"{p['num_experts']} / {p['top_k']} / {p['num_shared_experts']}"
     size = lambda s: f"{_millions(s['total'])} / {_millions(s['active'])}"
     presets = [['preset', 'layers', 'd', 'N / K / shared', 'expert', 'vocabulary', 'sequence', 'batch', 'steps'],

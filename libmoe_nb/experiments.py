@@ -30,7 +30,7 @@ from .training import Checkpoint, MetricsWriter, RoutingTelemetry, evaluate_perp
 from .loggers import TelemetryLogger, check_tracker
 from .metrics import expert_change_rate, over_checkpoints, router_margin, router_saturation
 from .plots import plot_by_layer, plot_over_checkpoints, plot_balance, plot_comparison, plot_curves, plot_domains, plot_loads, plot_perplexity, recipe_style, recipe_title
-from .scores import paired_test, ranking_verdict, score_table
+from .scores import paired_test, ranking_verdict, score_table, _columns
 from .reports import report_cells, report_facts, report_figure, report_page, report_table
 from .analysis import _quietly
 from .reports import _and, _check_writable, _duration, _make_folder, _millions, _number, _plural
@@ -248,8 +248,9 @@ def _finish(learn, config, data, folder, keep_model=True, traces=0, suite=None):
     limit = config['valid_tokens'] and max(config['valid_tokens'] // (16 * data.sequence_length), 1)
     e, t, n = evaluate_perplexity(learn.model, data, 16, steps=limit, routing=True, bf16=config['bf16']), learn.throughput, count_parameters(learn.model)
     write_whole(folder/'loads.csv', e['routing'].to_csv(index=False))
-    result = dict(recipe=config['recipe'], title=recipe_title(config['recipe']), seed=config['seed'], parameters=n['total'], active_parameters=n['active'], perplexity=e['perplexity'],
-                  loss=e['loss'], valid_tokens=e['tokens'], domains={d: v['perplexity'] for d, v in e['domains'].items()}, **_balance(e['routing'], learn.model, e['tokens']), tokens=t.tokens,
+    lost = getattr(learn, 'diverged', None)                        # the step at which training gave up
+    result = dict(recipe=config['recipe'], title=recipe_title(config['recipe']), seed=config['seed'], parameters=n['total'], active_parameters=n['active'], perplexity=None if lost else e['perplexity'],
+                  loss=e['loss'], valid_tokens=e['tokens'], domains={d: None if lost else v['perplexity'] for d, v in e['domains'].items()}, **({'diverged': lost} if lost else {}), **_balance(e['routing'], learn.model, e['tokens']), tokens=t.tokens,
                   tokens_per_second=t.value, seconds=t.seconds, evaluation_seconds=time.perf_counter() - start, finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
     if keep_model:
         learn.model.config.training, learn.model.config.evaluation = _facts(config, _plain(result))
@@ -444,7 +445,7 @@ def _table(f):
 @_table
 def runs(self):
     "One row a run"
-    df = pd.DataFrame([{k: v for k, v in r.items() if k != 'domains'} for r in self.finished])
+    df = pd.DataFrame([{k: v for k, v in r.items() if k not in ('domains', 'diverged')} for r in self.finished])
     numbers = dict.fromkeys('perplexity loss load_max_mean experts_per_token tokens_per_second seconds'.split(), float)
     return df.astype(numbers).assign(folder=[f.name for f in self.folders], diverged=lambda d: ~np.isfinite(d.perplexity))
 
@@ -550,7 +551,7 @@ def score_curves(self):
 def _baseline(self, name):
     "Score of a baseline in each group"
     tasks = pd.DataFrame(self.evaluations[0]['suite']['tasks'].values())
-    return tasks.groupby('group', sort=False)[name].mean() if name in tasks else None
+    return tasks.groupby('group', sort=False)[name].mean().rename(_columns(dict.fromkeys(tasks.group))) if name in tasks else None
 
 # %% ../nbs/experiments.ipynb #7a4614d7
 @_table

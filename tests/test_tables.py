@@ -98,7 +98,7 @@ def test_a_diverged_comparison_ends_and_can_be_repeated(lost):
     assert t['rank'].isna().all() and t.diverged[['dense', 'smoe']].tolist() == [2, 2] and t.perplexity[['dense', 'smoe']].isna().all()
     page = res.report()
     assert page.count('diverged') > 3 and '>nan<' not in page and '>inf<' not in page and 'over 0 seeds' not in page
-    assert len(res.traces[next(f.name for f in res.folders if f.name.startswith('smoe'))]) > 2                # traces of a model without numbers
+    assert len(res.traces[next(f.name for f in res.folders if f.name.startswith('smoe'))]) >= 2               # traces of a model without numbers
     json.loads((out/'results.json').read_text(), parse_constant=lambda c: 1 / 0)
     events = []
     again = compare('dense,smoe', data, 'tiny', seeds=2, learning_rate=1e18, out=out, evaluate=suite, **{**SMALL, 'progress': lambda e, *a, **kw: events.append(e)})
