@@ -8,7 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/reports.html.md"""
 __all__ = ['report_figure', 'report_cells', 'report_table', 'report_facts', 'report_page']
 
 # %% ../nbs/reports.ipynb #a92a2669
-import fastcore.xml as ft, math, os, pandas as pd
+import fastcore.xml as ft, math, os, pandas as pd, re
 from .plots import figure_uri
 
 # %% ../nbs/reports.ipynb #7ebe7731
@@ -37,7 +37,7 @@ def _and(words): return words[0] if len(words) == 1 else ', '.join(words[:-1]) +
 _css = '''
 :root { color-scheme: light; --line: #e2e2e2; --soft: #666 }
 * { box-sizing: border-box }
-body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 2.5rem auto; padding: 0 1.25rem }
+body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #222; background: #fff; max-width: 76rem; margin: 2.5rem auto; padding: 0 1.25rem }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.4rem 0 .5rem; padding-top: .8rem; border-top: 1px solid var(--line) }
 p { max-width: 46rem; margin: .5rem 0 } .soft, figcaption, td small { color: var(--soft) } .lead { font-size: 1.05rem; color: var(--soft) }
 .scroll { overflow-x: auto; container-type: inline-size } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums } .wide { width: 100% }
@@ -53,16 +53,15 @@ tbody th { padding-left: 0; vertical-align: top } footer { margin-top: 3rem; col
 '''
 
 # %% ../nbs/reports.ipynb #489301c4
-_steps = range(160, 1121, 80)  # pixels
 _cards = """.cards-N, .cards-N tbody { display: block } .cards-N thead { display: none }
 .cards-N tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .1rem .9rem; padding: .5rem .4rem; border-bottom: 1px solid var(--line) } .cards-N tr.best { background: #f4f8f4 }
 .cards-N td { text-align: left; border: 0; padding: .1rem 0; white-space: normal; overflow-wrap: anywhere } .cards-N td:empty { display: none } .cards-N td.l { grid-column: 1 / -1 } .cards-N td.name { order: -1; font-weight: 600 }
 .cards-N td:not(.name)[data-label]::before { content: attr(data-label); display: block; color: var(--soft); font-weight: 400 }"""
 
-def _sheet():
-    "All styles: a table whose step is N has cards where less than N pixels are left, on paper in smaller letters"
+def _sheet(body):
+    "All styles: a table of class cards-N has cards where less than N pixels are left, on paper in smaller letters"
     rule = lambda medium, n, at: f'@media {medium} {{ @container (max-width: {at - 1}px) {{ {_cards.replace("N", str(n))} }} }}'
-    return _css + '\n'.join(rule(m, n, round(n * f)) for n in _steps for m, f in (('screen', 1), ('print', .76)))
+    return _css + '\n'.join(rule(m, n, round(n * f)) for n in sorted({int(n) for n in re.findall(r'cards-(\d{3,4})\b', body)}) for m, f in (('screen', 1), ('print', .76)))
 
 # %% ../nbs/reports.ipynb #86b0e030
 def report_figure(
@@ -81,10 +80,10 @@ def _pixels(cell):
     words = _text(cell).split() if cell.tag == 'th' else ['x' * 25] if 'w' in cell.attrs.get('class', '').split() else [_text(cell)]
     return 9. * max(map(len, words), default=0) + 18
 
-def _step(head, rows):
-    "The first of `_steps` that is enough for a table, or the last"
-    need = sum(max(map(_pixels, column)) for column in zip(*[r.children for r in (head, *rows)])) if rows else 0
-    return next((n for n in _steps if n >= need), _steps[-1])
+def _room(head, rows):
+    "About how many pixels a table needs, in steps of 20"
+    need = sum(max(map(_pixels, column)) for column in zip(*[r.children for r in (head, *rows)]))
+    return int(min(max(-(-need // 20) * 20, 100), 9980))
 
 # %% ../nbs/reports.ipynb #56921bf5
 def report_cells(
@@ -107,7 +106,7 @@ def report_table(
     for r in rows:
         for h, c in zip(head.children, r.children): c.attrs['data-label'] = _text(h)
         for c in r.children[max(left - 1, 0):left]: c.attrs['class'] = f"{c.attrs.get('class', '')} name".strip()
-    kw['cls'] = ' '.join(filter(None, [kw.get('cls'), f'cards-{_step(head, rows)}']))
+    kw['cls'] = ' '.join(filter(None, [kw.get('cls'), f'cards-{_room(head, rows)}']))
     return ft.Div(ft.Table(ft.Thead(head), ft.Tbody(*rows), **kw), cls='scroll')
 
 def report_facts(
@@ -125,5 +124,6 @@ def report_page(
 )->str:           # HTML
     "The whole page."
     body = ft.Body(ft.Header(ft.H1(title), ft.P(lead, cls='lead')), *sections, ft.Footer(footer))
-    head = ft.Head(ft.Meta(charset='utf-8'), ft.Meta(name='viewport', content='width=device-width, initial-scale=1'), ft.Title(title), ft.Style(ft.Safe(_sheet())))
-    return '<!doctype html>\n' + ft.to_xml(ft.Html(head, body, lang='en'))
+    body = ft.to_xml(body)
+    head = ft.Head(ft.Meta(charset='utf-8'), ft.Meta(name='viewport', content='width=device-width, initial-scale=1'), ft.Title(title), ft.Style(ft.Safe(_sheet(body))))
+    return '<!doctype html>\n' + ft.to_xml(ft.Html(head, ft.Safe(body), lang='en'))
