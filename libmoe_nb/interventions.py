@@ -30,7 +30,8 @@ def next_ranked(
     needed:Tensor=None,  # [T], how many of the `n` each token needs; None: all
 )->Tensor:        # [T, n] int64: the (K+1)-th, (K+2)-th, ... of each token
     "The best choices that a token did not choose."
-    key = ranking(r).scatter(-1, r.top_k_index, -float('inf'))
+    key = ranking(r)
+    key = key.nan_to_num(torch.finfo(key.dtype).min, float('inf'), -float('inf')).scatter(-1, r.top_k_index, -float('inf'))
     if allowed is not None: key = key.masked_fill(~allowed, -float('inf'))
     if ((key > -float('inf')).sum(-1) < (n if needed is None else needed)).any():
         raise ValueError(f'up to {n} more choices are needed for each token, but of the {r.num_choices} choices {r.top_k} are taken and too few are left')

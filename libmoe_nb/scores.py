@@ -94,12 +94,26 @@ def _sheet(samples, metric=None):
     try: X = df.pivot(index=['task', 'doc'], columns=['model', 'seed'], values='value').astype(float)
     except ValueError: raise ValueError('a document is scored twice by one model and seed') from None
     X = X[list(dict.fromkeys(zip(df.model, df.seed)))]
+    bad = df[df.value.isna()]
+    if len(bad): raise ValueError(f'a score must be a number, got none of {bad.model.iloc[0]} (seed {bad.seed.iloc[0]}) on document {bad.doc.iloc[0]} of {bad.task.iloc[0]}: leave out models that diverged')
     if X.isna().any(axis=None):
         (m, s), (t, d) = X.columns[X.isna().any().argmax()], X.index[X.isna().any(axis=1).argmax()]
         raise ValueError(f'all models must have scored the same documents; {m} (seed {s}) or another lacks document {d} of {t}')
     task = X.index.get_level_values('task')
     per = {t: 1 / (tops.nunique() * (tops == tops[t]).sum() * (task == t).sum()) for t in tops.index}
     return X, task.map(per).to_numpy(), task
+
+# %% ../nbs/scores.ipynb #d713792d
+_ours = 'model seeds perplexity mean mean_stderr rank rank_low rank_high'.split()
+
+def _columns(tasks):
+    "Task -> its column: its name, in brackets where it could be taken for one of our columns"
+    res = {}
+    for t in tasks:
+        name = t
+        while name in _ours or name.endswith('_stderr') or name in res.values(): name = f'({name})'
+        res[t] = name
+    return res
 
 # %% ../nbs/scores.ipynb #ebbcb6e3
 def score_table(
@@ -117,7 +131,7 @@ def score_table(
     stderr = np.sqrt(over(lambda v: v.mean(skipna=False), 'v') + chance)
     by_model = lambda s: s.groupby('model', sort=False)
     total = by_model(runs.v.sum(min_count=T) / T**2).mean() + (by_model(mean).var(ddof=1) / S).fillna(0)
-    cols = {k: c for n in value for k, c in ((n, value[n]), (f'{n}_stderr', stderr[n]))}
+    cols = {k: c for n, shown in _columns(value).items() for k, c in ((shown, value[n]), (f'{shown}_stderr', stderr[n]))}
     res = pd.DataFrame(dict(seeds=S, **({} if perplexity is None else dict(perplexity=pd.Series(perplexity))), **cols, mean=by_model(mean).mean(), mean_stderr=np.sqrt(total), rank=rank)).loc[value.index]
     return (res.join(rank_interval(df, metric, perplexity)) if 'doc' in df and len(res) > 1 else res).rename_axis('model').reset_index()
 
@@ -237,6 +251,8 @@ def ranking_verdict(
 )->str:
     "Which differences are more than chance, and which are not."
     name, means = names or str, dict([*zip(tests.a, tests.mean_a), *zip(tests.b, tests.mean_b)])
+    means = {m: v for m, v in means.items() if v == v}
+    if not means: return 'No model has a mean accuracy. '
     best, sure, n, S = max(means, key=means.get), tests[tests.p_holm < alpha], len(tests), tests.seeds.min()
     open_ = [m for m in sorted(means, key=means.get, reverse=True) if m != best and not ((sure.a == best) & (sure.b == m) | (sure.a == m) & (sure.b == best)).any()]
     what = 'The two differ' if n == 1 else f'All {n} pairs differ' if len(sure) == n else f'{len(sure)} of {n} pairs differ{"s" * (len(sure) == 1)}'
@@ -261,8 +277,8 @@ def _strings(table, names, digits, bold, pm):
     rows = [[name(m)] for m in table.model]
     for c in cols:
         plain = c in ('rank', 'perplexity')
-        shown = [f'{v:.2f}' if plain else pct(v) for v in table[c]]
-        best = (min if plain else max)(shown, key=float)
+        shown = ['–' if not math.isfinite(v) else f'{v:.2f}' if plain else pct(v) for v in table[c]]
+        best = (min if plain else max)((s for s in shown if s != '–'), key=float, default=None)
         err = table.get(f'{c}_stderr', pd.Series(math.nan, table.index))
         for row, s, e, lo, hi in zip(rows, shown, err, table.get('rank_low', err), table.get('rank_high', err)):
             more = f' {pm} {pct(e)}' if e == e else f' [{lo:.1f}, {hi:.1f}]' if c == 'rank' and lo == lo else ''
