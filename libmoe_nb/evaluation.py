@@ -353,11 +353,13 @@ def table(self:Evaluation)->pd.DataFrame: # text
     "Scores to look at: benchmarks down, interventions across, each with its standard error."
     s = self.scores()
     percent = s.metric.str.startswith(('acc', 'exact_match'))
-    s['text'] = [f'{100*v:.1f} ± {100*e:.1f}' if p else f'{v:.4g} ± {e:.2g}' for v, e, p in zip(s.value, s.stderr, percent)]
+    show = lambda v, e, f, g: '–' if v != v else f'{v:{f}}' + ('' if e != e else f' ± {e:{g}}')
+    s['text'] = [show(100 * v, 100 * e, '.1f', '.1f') if p else show(v, e, '.4g', '.2g') for v, e, p in zip(s.value, s.stderr, percent)]
     t = s.pivot(index='task', columns='intervention', values='text').loc[[*dict.fromkeys(s.task)], [*dict.fromkeys(s.intervention)]]
     about = s.drop_duplicates('task').set_index('task')
+    t.columns = ['score' if c == 'none' else f'({c})' if c in ('metric', 'n', 'chance', 'score') else c for c in t]
     t.insert(0, 'metric', about.metric); t.insert(1, 'n', about.n); t.insert(2, 'chance', [f'{100*c:.1f}' if c == c else '' for c in about.chance])
-    return t.rename(columns=dict(none='score')).rename_axis(columns=None)
+    return t.rename_axis(columns=None)
 
 # %% ../nbs/evaluation.ipynb #d9b99228
 @patch
@@ -389,7 +391,7 @@ def load(cls:Evaluation,
     d = read_json(folder/'results.json')
     try:
         results = pd.DataFrame(d['results']).astype(dict.fromkeys(('value', 'stderr', 'chance'), float))
-        samples = pd.read_csv(folder/'samples.csv', keep_default_na=False, dtype=dict(group=str, intervention=str), float_precision='round_trip')
+        samples = pd.read_csv(folder/'samples.csv', keep_default_na=False, na_values=dict(value=['', 'nan', 'inf', '-inf']), dtype=dict(task=str, metric=str, group=str, intervention=str), float_precision='round_trip')
         with open(folder/'documents.jsonl', encoding='utf-8') as f: documents = [json.loads(l) for l in f]
         return cls(results, samples, documents, d['info'])
     except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f"folder '{folder}' does not hold a whole evaluation: {type(e).__name__}: {e}") from None

@@ -30,10 +30,10 @@ from .training import Checkpoint, MetricsWriter, RoutingTelemetry, evaluate_perp
 from .loggers import TelemetryLogger, check_tracker
 from .metrics import expert_change_rate, over_checkpoints, router_margin, router_saturation
 from .plots import plot_by_layer, plot_over_checkpoints, plot_balance, plot_comparison, plot_curves, plot_domains, plot_loads, plot_perplexity, recipe_style, recipe_title
-from .scores import paired_test, ranking_verdict, score_table
+from .scores import paired_test, ranking_verdict, score_table, _columns
 from .reports import report_cells, report_facts, report_figure, report_page, report_table
 from .analysis import _quietly
-from .reports import _and, _check_writable, _duration, _make_folder, _millions, _number
+from .reports import _and, _check_writable, _duration, _make_folder, _millions, _number, _plural
 
 # %% ../nbs/experiments.ipynb #326b08af
 _sizes = 'steps batch_size sequence_length vocab_size hidden_size num_hidden_layers num_attention_heads head_dim'.split()
@@ -238,7 +238,8 @@ def _facts(config, result):
     p, d = config['preset'], config['data']
     training = dict(data=d['domains'], steps=p['steps'], tokens=result['tokens'], batch_size=p['batch_size'], sequence_length=d['sequence_length'], learning_rate=p['learning_rate'],
                     optimizer='AdamW', precision='bfloat16' if config['bf16'] else 'float32', seed=config['seed'], data_fingerprint=d['fingerprint'][:12])
-    return training, dict(data='documents that were not trained on', tokens=result['valid_tokens'], perplexity=dict(all=result['perplexity'], **{k: v for k, v in result['domains'].items() if len(d['domains']) > 1}))
+    by_domain = {'perplexity by domain': result['domains']} if len(d['domains']) > 1 else {}
+    return training, dict(data='documents that were not trained on', tokens=result['valid_tokens'], perplexity=result['perplexity'], **by_domain)
 
 # %% ../nbs/experiments.ipynb #e5b358d4
 def _finish(learn, config, data, folder, keep_model=True, traces=0, suite=None):
@@ -248,8 +249,9 @@ def _finish(learn, config, data, folder, keep_model=True, traces=0, suite=None):
     limit = config['valid_tokens'] and max(config['valid_tokens'] // (16 * data.sequence_length), 1)
     e, t, n = evaluate_perplexity(learn.model, data, 16, steps=limit, routing=True, bf16=config['bf16']), learn.throughput, count_parameters(learn.model)
     write_whole(folder/'loads.csv', e['routing'].to_csv(index=False))
-    result = dict(recipe=config['recipe'], title=recipe_title(config['recipe']), seed=config['seed'], parameters=n['total'], active_parameters=n['active'], perplexity=e['perplexity'],
-                  loss=e['loss'], valid_tokens=e['tokens'], domains={d: v['perplexity'] for d, v in e['domains'].items()}, **_balance(e['routing'], learn.model, e['tokens']), tokens=t.tokens,
+    lost = getattr(learn, 'diverged', None)                        # the step at which training gave up
+    result = dict(recipe=config['recipe'], title=recipe_title(config['recipe']), seed=config['seed'], parameters=n['total'], active_parameters=n['active'], perplexity=None if lost else e['perplexity'],
+                  loss=e['loss'], valid_tokens=e['tokens'], domains={d: None if lost else v['perplexity'] for d, v in e['domains'].items()}, **({'diverged': lost} if lost else {}), **_balance(e['routing'], learn.model, e['tokens']), tokens=t.tokens,
                   tokens_per_second=t.value, seconds=t.seconds, evaluation_seconds=time.perf_counter() - start, finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
     if keep_model:
         learn.model.config.training, learn.model.config.evaluation = _facts(config, _plain(result))
@@ -408,8 +410,10 @@ class Comparison:
     seeds = property(lambda self: list(dict.fromkeys(c['seed'] for c in self.configs)))
     domain_names = property(lambda self: self.config['data']['domains'])
     unigram = property(lambda self: self.info['unigram'])
-    def __repr__(self): return f'Comparison({self.out}: {len(self.folders)} runs, {len(self.seeds)} seed{"s" * (len(self.seeds) > 1)})\n{self.results}'
-    def _repr_html_(self): return self.results.to_html(index=False, float_format='{:,.1f}'.format, na_rep='–')
+    def __repr__(self): return f'Comparison({self.out}: {_plural(len(self.folders), "run")}, {_plural(len(self.seeds), "seed")})\n{self.results.to_string(index=False, na_rep="–", line_width=100)}'
+    def _repr_html_(self):
+        tables = [(self.results, False), *([(_by_domain(self), True)] if len(self.domain_names) > 1 else [])]
+        return ''.join(t.to_html(index=index, float_format='{:,.1f}'.format, na_rep='–') for t, index in tables)
 
 # %% ../nbs/experiments.ipynb #d1652018
 def _gather(self, read):
@@ -421,8 +425,15 @@ def _diary(split, **names):
     "Reads the lines of one kind from a run's diary, columns renamed"
     def read(folder):
         d = read_metrics(folder/'metrics.jsonl')
-        return d[d.split == split].dropna(axis=1, how='all').rename(columns=names)
+        d = d[d.split == split]
+        d = d.drop(columns=[c for c in d if c not in names and d[c].isna().all()])        # what is of other kinds of lines; a loss that is never a number is still a loss
+        return d.astype({c: float for c in names if c in d}).rename(columns=names)
     return read
+
+def _read_csv(path, *numbers, **kw):
+    "A table whose words are words, though they be called nan or 1; the columns `numbers` may lack some"
+    words = dict.fromkeys('name domain task metric group intervention'.split(), str)
+    return pd.read_csv(path, dtype=words, keep_default_na=False, na_values=dict.fromkeys(numbers, ['', 'nan', 'inf', '-inf']), **kw)
 
 # %% ../nbs/experiments.ipynb #c5559bf3
 def _table(f):
@@ -435,13 +446,14 @@ def _table(f):
 @_table
 def runs(self):
     "One row a run"
-    df = pd.DataFrame([{k: v for k, v in r.items() if k != 'domains'} for r in self.finished])
-    return df.assign(load_max_mean=df.load_max_mean.astype(float), experts_per_token=df.experts_per_token.astype(float), folder=[f.name for f in self.folders])
+    df = pd.DataFrame([{k: v for k, v in r.items() if k not in ('domains', 'diverged')} for r in self.finished])
+    numbers = dict.fromkeys('perplexity loss load_max_mean experts_per_token tokens_per_second seconds'.split(), float)
+    return df.astype(numbers).assign(folder=[f.name for f in self.folders], diverged=lambda d: ~np.isfinite(d.perplexity))
 
 @_table
 def domains(self):
     "One row a run and domain"
-    return pd.DataFrame([dict(recipe=r['recipe'], seed=r['seed'], domain=d, perplexity=v) for r in self.finished for d, v in r['domains'].items()])
+    return pd.DataFrame([dict(recipe=r['recipe'], seed=r['seed'], domain=d, perplexity=v) for r in self.finished for d, v in r['domains'].items()]).astype(dict(perplexity=float))
 
 # %% ../nbs/experiments.ipynb #1c29603e
 @_table
@@ -462,7 +474,7 @@ def routing(self):
 @_table
 def loads(self):
     "Load of each expert on the validation set, one row a layer, domain and expert"
-    return _gather(self, lambda f: pd.read_csv(f/'loads.csv'))
+    return _gather(self, lambda f: _read_csv(f/'loads.csv', 'share', 'load'))
 
 # %% ../nbs/experiments.ipynb #7ce9947a
 @_table
@@ -505,25 +517,32 @@ def samples(self):
     "Score of each document of the suite, one row a run and metric"
     if not self.evaluations: return pd.DataFrame(columns='task doc metric value group recipe seed'.split())
     groups = {n: t['group'] for n, t in self.evaluations[0]['suite']['tasks'].items()}
-    return _gather(self, lambda f: pd.read_csv(f/'samples.csv', float_precision='round_trip')).assign(group=lambda d: d.task.map(groups))
+    return _gather(self, lambda f: _read_csv(f/'samples.csv', 'value', float_precision='round_trip')).assign(group=lambda d: d.task.map(groups))
+
+def _sound(self, df):
+    "The rows of recipes of which no run diverged"
+    lost = self.runs.groupby('recipe').diverged.any()
+    return df[df.recipe.isin(lost.index[~lost])]
 
 @_table
 def scores(self):
     "`score_table` of the suite"
-    return score_table(self.samples, perplexity=self.runs.groupby('recipe').perplexity.mean().fillna(math.inf)) if self.evaluations else pd.DataFrame()
+    df = _sound(self, self.samples)
+    return score_table(df, perplexity=self.runs.groupby('recipe').perplexity.mean()) if len(df) else pd.DataFrame()
 
 @_table
 def score_tests(self):
     "`paired_test` of all pairs of recipes"
-    return paired_test(self.samples) if self.evaluations and self.samples.recipe.nunique() > 1 else pd.DataFrame()
+    df = _sound(self, self.samples)
+    return paired_test(df) if df.recipe.nunique() > 1 else pd.DataFrame()
 
 # %% ../nbs/experiments.ipynb #b9ef6637
 @_table
 def score_curves(self):
     "Mean accuracy over training, on the part of the suite that was asked then"
-    df = _gather(self, _diary('eval'))
-    if not self.evaluations or 'value' not in df: return pd.DataFrame(columns='recipe seed step tokens mean_accuracy'.split())
-    end = self.samples[self.samples.doc < self.evaluations[0]['suite']['fewer']].drop_duplicates(['recipe', 'seed', 'task', 'doc']).groupby(['recipe', 'seed', 'group', 'task']).value.mean().reset_index()
+    df, samples = _sound(self, _gather(self, _diary('eval'))), _sound(self, self.samples)
+    if not len(samples) or 'value' not in df or not len(df): return pd.DataFrame(columns='recipe seed step tokens mean_accuracy'.split())
+    end = samples[samples.doc < self.evaluations[0]['suite']['fewer']].drop_duplicates(['recipe', 'seed', 'task', 'doc']).groupby(['recipe', 'seed', 'group', 'task']).value.mean().reset_index()
     p = self.config['preset']
     end = end.assign(step=p['steps'], tokens=p['steps'] * p['batch_size'] * self.config['data']['sequence_length'])
     keys = ['recipe', 'seed', 'step', 'tokens']
@@ -533,7 +552,7 @@ def score_curves(self):
 def _baseline(self, name):
     "Score of a baseline in each group"
     tasks = pd.DataFrame(self.evaluations[0]['suite']['tasks'].values())
-    return tasks.groupby('group', sort=False)[name].mean() if name in tasks else None
+    return tasks.groupby('group', sort=False)[name].mean().rename(_columns(dict.fromkeys(tasks.group))) if name in tasks else None
 
 # %% ../nbs/experiments.ipynb #7a4614d7
 @_table
@@ -541,42 +560,73 @@ def results(self):
     "One row a recipe, best first, below that of the unigram model"
     g = self.runs.groupby('recipe', sort=False)
     df = g[['parameters', 'active_parameters', 'perplexity', 'load_max_mean', 'experts_per_token', 'tokens_per_second', 'seconds']].mean()
-    df.insert(0, 'title', g.title.first()); df.insert(1, 'seeds', g.size()); df.insert(5, 'perplexity_std', g.perplexity.std())
-    for i, d in enumerate(self.domain_names): df.insert(6 + i, f'perplexity_{d}', self.domains[self.domains.domain == d].groupby('recipe').perplexity.mean())
-    df.insert(0, 'rank', df.perplexity.rank(method='min'))
-    u = dict(recipe='unigram', title='Unigram', perplexity=self.unigram['perplexity']) | {f'perplexity_{d}': v for d, v in self.unigram['domains'].items()}
+    for i, (n, c) in enumerate(dict(title=g.title.first(), seeds=g.size(), diverged=g.diverged.sum()).items()): df.insert(i, n, c)
+    df.insert(6, 'perplexity_std', g.perplexity.std())
+    df.insert(0, 'rank', df.perplexity.where(df.diverged == 0).rank(method='min'))
+    u = dict(recipe='unigram', title='Unigram', perplexity=self.unigram['perplexity'])
     if self.evaluations:
-        s, known = self.scores.set_index('model'), _baseline(self, 'unigram')
+        s, known = self.scores.set_index('model') if len(self.scores) else pd.DataFrame(columns=['mean', 'mean_stderr', 'rank'], dtype=float), _baseline(self, 'unigram')
         df['mean_accuracy'], df['accuracy_stderr'], df['mean_rank'] = s['mean'], s.mean_stderr, s['rank']
         u['mean_accuracy'] = math.nan if known is None else known.mean()
-    ints = dict.fromkeys(['rank', 'seeds', 'parameters', 'active_parameters'], 'Int64')
-    return pd.concat([pd.DataFrame([u]), df.sort_values('rank').reset_index()])[['rank', 'recipe', *df.columns.drop('rank')]].round(6).astype(ints).reset_index(drop=True)
+    df = df.sort_values(['rank', 'perplexity']).reset_index()
+    ints = dict.fromkeys(['rank', 'seeds', 'diverged', 'parameters', 'active_parameters'], 'Int64')
+    return pd.concat([pd.DataFrame([u]), df])[['rank', 'recipe', *df.columns.drop(['rank', 'recipe'])]].round(6).astype(ints).reset_index(drop=True)
+
+@_table
+def domain_results(self):
+    "Perplexity by domain, the mean over seeds: one row a recipe and domain, in the order of `results`"
+    mean = self.domains.groupby(['recipe', 'domain']).perplexity.mean().to_dict() | {('unigram', d): v for d, v in self.unigram['domains'].items()}
+    return pd.DataFrame([dict(recipe=r.recipe, title=r.title, domain=d, perplexity=mean.get((r.recipe, d), math.nan)) for r in self.results.itertuples() for d in self.domain_names])
+
+def _by_domain(self):
+    "`domain_results` to look at: a row a recipe, a column a domain"
+    df, names = self.domain_results, self.domain_names
+    return pd.DataFrame(df.perplexity.to_numpy().reshape(-1, len(names)), index=df.title[::len(names)].tolist(), columns=names)
 
 # %% ../nbs/experiments.ipynb #e49a7778
 def verdict(
     runs:pd.DataFrame,  # columns recipe, seed, perplexity
 )->str:
     "What a comparison allows to say about its ranking."
+    bad = (~np.isfinite(runs.perplexity.astype(float))).groupby(runs.recipe, sort=False).agg(['sum', 'size'])
+    bad, names = bad[bad['sum'] > 0], lambda rs: _and([recipe_title(r) for r in rs])
+    all_of, some = bad.index[bad['sum'] == bad['size']], bad[bad['sum'] < bad['size']]
+    words = f'{names(all_of)} diverged. ' if len(all_of) else ''
+    words += ''.join(f'{recipe_title(r)} diverged with {k} of {n} seeds, so it has no rank. ' for r, k, n in some.itertuples())
+    return words + _ranking(runs[~runs.recipe.isin(bad.index)], names, len(bad))
+
+def _ranking(runs, names, lost):
+    "The verdict on the runs that did not diverge"
     g = runs.groupby('recipe').perplexity
     mean, free = g.mean().sort_values(), g.count() - 1
-    best, names = mean.index[0], lambda rs: _and([recipe_title(r) for r in rs])
-    if len(mean) < 2: return 'One recipe is no comparison.'
-    gap = f'The best ({recipe_title(best)}, {mean.iloc[0]:.1f}) and the last ({recipe_title(mean.index[-1])}, {mean.iloc[-1]:.1f}) differ by {mean.iloc[-1] - mean.iloc[0]:.1f}. '
+    if not len(mean): return 'There is nothing to compare.'
+    if len(mean) < 2: return f'{names(mean.index)} alone is no comparison.' if lost else 'One recipe is no comparison.'
+    best = mean.index[0]
+    gap = f'The best ({recipe_title(best)}, {_number(mean.iloc[0])}) and the last ({recipe_title(mean.index[-1])}, {_number(mean.iloc[-1])}) differ by {_number(mean.iloc[-1] - mean.iloc[0])}. '
     if free.sum() == 0: return gap + 'Each recipe was trained with one seed, and one seed cannot tell which part of a difference is chance. Train with three or more to see the spread.'
     s = math.sqrt((free * g.var().fillna(0)).sum() / free.sum())
     near = [r for r in mean.index[1:] if mean[r] - mean[best] < s]
-    gap += f'Over {int(free.max()) + 1} seeds the perplexity of a recipe spreads by {s:.1f} (standard deviation, pooled). '
+    gap += f'Over {int(free.max()) + 1} seeds the perplexity of a recipe spreads by {_number(s)} (standard deviation, pooled). '
     if not near: return gap + 'Every other recipe lies further from the best than that.'
     return gap + f'{names(near)} {"lies" if len(near) == 1 else "lie"} closer to the best than that: this comparison does not tell them apart from it.'
 
 # %% ../nbs/experiments.ipynb #7425ae55
 def _name_cell(r): return ft.Td(ft.Span(style=f"background:{recipe_style(r.recipe)['color']}", cls='dot') if r.recipe != 'unigram' else '', r.title, cls='l')
 
-def _result_row(r, domains):
-    ppl = _number(r.perplexity) + ('' if pd.isna(r.perplexity_std) else f' ± {r.perplexity_std:.1f}')
-    values = [_millions(r.parameters), _millions(r.active_parameters), ppl, *[_number(r[f'perplexity_{d}']) for d in domains], *_score_cells(r), _number(r.load_max_mean, 2), _number(r.experts_per_token, 2),
+def _perplexity(r):
+    "Perplexity of a row of `results`, or that it diverged"
+    lost, seeds = (0 if pd.isna(v) else v for v in (r.get('diverged'), r.get('seeds')))
+    if pd.isna(r.perplexity): return 'diverged'
+    return _number(r.perplexity) + ('' if pd.isna(r.perplexity_std) else f' ± {_number(r.perplexity_std)}') + (f' ({lost} of {seeds} diverged)' if lost else '')
+
+def _outcome(perplexity): return 'diverged' if perplexity is None or not math.isfinite(perplexity) else f'perplexity {_number(perplexity)}'
+
+def _kind(r): return 'best' if r['rank'] is not pd.NA and r['rank'] == 1 else 'floor' if r.recipe == 'unigram' else ''
+
+def _result_row(r):
+    values = [_millions(r.parameters), _millions(r.active_parameters), _perplexity(r), *_score_cells(r), _number(r.load_max_mean, 2), _number(r.experts_per_token, 2),
               _number(r.tokens_per_second, 0), _duration(r.seconds)]
-    return ft.Tr(ft.Td('' if pd.isna(r['rank']) else str(r['rank'])), _name_cell(r), *report_cells(values, 0), cls='best' if r['rank'] is not pd.NA and r['rank'] == 1 else 'floor' if r.recipe == 'unigram' else '')
+    return ft.Tr(ft.Td('' if pd.isna(r['rank']) else str(r['rank'])), _name_cell(r), *report_cells(values, 0), cls=_kind(r))
 
 def _percent(v, e=math.nan): return '–' if pd.isna(v) else f'{100*v:.1f}' + ('' if pd.isna(e) else f' ± {100*e:.1f}')
 
@@ -585,14 +635,20 @@ def _score_cells(r): return [_percent(r.mean_accuracy, r.accuracy_stderr), _numb
 # %% ../nbs/experiments.ipynb #2073a904
 @patch
 def _results_html(self:Comparison):
-    many = len(self.domain_names) > 6
-    domains = [] if many else self.domain_names
-    head = ['', 'recipe', 'parameters', 'active', 'perplexity', *domains, *(['accuracy, %', 'mean rank'] if self.evaluations else []), 'busiest / mean', 'experts / token', 'tokens / s', 'training']
-    table = report_table(head, [_result_row(r, domains) for _, r in self.results.iterrows()], 2, cls='wide')
-    note = ('Perplexity of the validation set, the mean over seeds' + (' ± their standard deviation' if len(self.seeds) > 1 else '') + '; then of each domain alone. '
-            'Busiest / mean: load of the busiest expert over the mean load, averaged over layers (1 is balance). Experts / token: those that a token really runs, shared ones included. '
+    head = ['rank', 'recipe', 'parameters', 'active', 'perplexity', *(['accuracy, %', 'mean rank'] if self.evaluations else []), 'busiest / mean', 'experts / token', 'tokens / s', 'time']
+    table = report_table(head, [_result_row(r) for _, r in self.results.iterrows()], 2, cls='wide')
+    note = ('Perplexity of the validation set, the mean over seeds' + (' ± their standard deviation' if len(self.seeds) > 1 else '') + '. '
+            'Busiest / mean: load of the busiest expert over the mean load, averaged over layers (1 is balance). Experts / token: those that a token really runs, shared ones included. Time: of training. '
             'Parameters count embeddings, attention, experts and routers; active are those that one token uses. The unigram model knows how often each token comes, and nothing else.')
     return ft.Section(ft.H2('Results'), table, ft.P(note, cls='soft'), ft.P(verdict(self.runs), cls='verdict'))
+
+def _domain_table(self, most=6):
+    "Perplexity by domain: recipes down, or domains where they are many"
+    df, rows = _by_domain(self), [r for _, r in self.results.iterrows()]
+    if len(self.domain_names) <= most:
+        cells = [ft.Tr(_name_cell(r), *report_cells(map(_number, v), 0), cls=_kind(r)) for r, v in zip(rows, df.values.tolist())]
+        return report_table(['perplexity', *self.domain_names], cells)
+    return report_table(['perplexity', *[r.title for r in rows]], [[d, *map(_number, v)] for d, v in zip(self.domain_names, df.values.T.tolist())])
 
 # %% ../nbs/experiments.ipynb #d6c06f2f
 _flags = ('steps batch_size learning_rate sequence_length vocab_size num_experts top_k num_shared_experts moe_intermediate_size '
@@ -628,14 +684,14 @@ def _examples(self): return self.evaluations[0]['suite']['options'].get('num_exa
 def _facts_html(self:Comparison):
     c, p, i, d = self.config, self.config['preset'], self.info, self.info['data']
     tokens = p['steps'] * p['batch_size'] * c['data']['sequence_length']
-    parts = [f"{x['domain']}: {x['documents']:,} documents, {x['bytes']/1e6:.1f} MB, {x['tokens']:,} tokens" for x in d['parts'] if x['split'] == 'train']
+    parts = [f"{x['domain']}: {_plural(x['documents'], 'document')}, {x['bytes']/1e6:.1f} MB, {_plural(x['tokens'], 'token')}" for x in d['parts'] if x['split'] == 'train']
     facts = {'data': '; '.join(parts[:12]) + (f'; and {len(parts) - 12} more' if len(parts) > 12 else ''),
         'validation': f"{self.finished[0]['valid_tokens']:,} of {d['valid_tokens']:,} tokens of documents that are not trained on; fingerprint {c['data']['fingerprint'][:12]}",
-        'model': f"{p['name']}: {p['num_hidden_layers']} layers, d {p['hidden_size']}, {p['num_attention_heads']} heads of {p['head_dim']}, vocabulary {c['data']['vocab_size']:,}, sequences of {c['data']['sequence_length']}",
-        'layer': f"N = {c['moe']['num_experts']} experts of {c['moe']['moe_intermediate_size']}, K = {c['moe']['top_k']} a token, {c['moe']['num_shared_experts']} shared where a recipe has shared ones; the dense layer is K times as wide as an expert",
-        'budget': f"{p['steps']:,} steps of {p['batch_size']} sequences: {tokens:,} tokens, {tokens/d['train_tokens']:.2f} epochs; AdamW, peak learning rate {p['learning_rate']:g}, {'bf16' if c['bf16'] else 'float32'}",
-        'fairness': f"seeds {', '.join(map(str, self.seeds))}; for one seed all recipes read the same batches and start with the same embeddings, attention and norms",
-        'made by': f"libmoe-nb {i['libmoe_nb']}, torch {i['torch']}, Python {i['python']}, {i['machine']}, {i['threads']} threads, {c['device']}"}
+        'model': f"{p['name']}: {_plural(p['num_hidden_layers'], 'layer')}, d {p['hidden_size']}, {_plural(p['num_attention_heads'], 'head')} of {p['head_dim']}, vocabulary {c['data']['vocab_size']:,}, sequences of {c['data']['sequence_length']}",
+        'layer': f"N = {_plural(c['moe']['num_experts'], 'expert')} of {c['moe']['moe_intermediate_size']}, K = {c['moe']['top_k']} a token, {c['moe']['num_shared_experts']} shared where a recipe has shared ones; the dense layer is K times as wide as an expert",
+        'budget': f"{_plural(p['steps'], 'step')} of {_plural(p['batch_size'], 'sequence')}: {_plural(tokens, 'token')}, {tokens/d['train_tokens']:.2f} epochs; AdamW, peak learning rate {p['learning_rate']:g}, {'bf16' if c['bf16'] else 'float32'}",
+        'fairness': f"seed{'s' * (len(self.seeds) != 1)} {', '.join(map(str, self.seeds))}; for one seed all recipes read the same batches and start with the same embeddings, attention and norms",
+        'made by': f"libmoe-nb {i['libmoe_nb']}, torch {i['torch']}, Python {i['python']}, {i['machine']}, {_plural(i['threads'], 'thread')}, {c['device']}"}
     return ft.Section(ft.H2('What was run'), report_facts(facts), ft.P('To make it again: ', ft.Code(self.command())))
 
 # %% ../nbs/experiments.ipynb #1099f038
@@ -644,10 +700,11 @@ def _curves_html(self:Comparison):
     floor, window = self.unigram['perplexity'], max(self.training.groupby(['recipe', 'seed']).size().max() // 25, 1)
     seeds = ' Bands reach from the lowest to the highest seed.' if len(self.seeds) > 1 else ''
     valid = report_figure(plot_curves(self.curves, floor=floor, log=True).figure, 'validation perplexity over training tokens', 'Validation perplexity on a small part of the validation set, logarithmic.' + seeds)
-    train = report_figure(plot_curves(self.training, 'train_loss', window=window).figure, 'training loss over training tokens', f'Training loss, the mean of {window} neighbouring points.' + seeds)
+    train = report_figure(plot_curves(self.training, 'train_loss', window=window).figure, 'training loss over training tokens', 'Training loss' + f', the mean of {window} neighbouring points' * (window > 1) + '.' + seeds)
     bars = report_figure(plot_perplexity(self.runs, unigram=floor).figure, 'validation perplexity by recipe', 'Validation perplexity after training; lower is better.')
-    domains = [report_figure(plot_domains(self.domains), 'validation perplexity by domain', 'The same by domain. Each panel has a scale of its own, which does not begin at zero.')]
-    return ft.Section(ft.H2('Perplexity'), bars, *(domains if 1 < len(self.domain_names) <= 6 else []), ft.H2('Training'), valid, train)
+    many, figure = len(self.domain_names) > 1, lambda: report_figure(plot_domains(self.domains), 'validation perplexity by domain', 'The same by domain. Each panel has a scale of its own, which does not begin at zero.')
+    domains = [*([figure()] if many and len(self.domain_names) <= 6 else []), *([_domain_table(self)] if many else [])]
+    return ft.Section(ft.H2('Perplexity'), bars, *domains, ft.H2('Training'), valid, train)
 
 # %% ../nbs/experiments.ipynb #95f35fe5
 @patch
@@ -672,7 +729,7 @@ def _traces_html(self:Comparison):
                 'so compare recipes, not points.'),
                (plot_over_checkpoints(self.saturation, 'saturation', 'tokens', random=None), 'Router saturation: share of the final choices that are made already, for the first choice (k = 1) and for all.'),
                (plot_by_layer(last, 'margin'), 'Router margin at the end, by layer: best minus second score of a token. Sigmoid scores are not shares, so their margin compares among themselves only.')]
-    note = f'On a probe set of {some.num_tokens:,} validation tokens, the same at each point; means over layers, except for the last figure.'
+    note = f'On a probe set of {_plural(some.num_tokens, "validation token")}, the same at each point; means over layers, except for the last figure.'
     return ft.Section(ft.H2('How choices settle'), ft.P(note, cls='soft'), *[report_figure(f, c.split(':')[0].lower(), c) for f, c in figures])
 
 # %% ../nbs/experiments.ipynb #6dadfd6a
@@ -680,16 +737,18 @@ def _traces_html(self:Comparison):
 def _scores_html(self:Comparison):
     if not self.evaluations: return ''
     suite, t, tests = self.evaluations[0]['suite'], self.scores, self.score_tests
+    if not len(t): return ft.Section(ft.H2('Zero-shot scores'), ft.P('All recipes diverged, so there is nothing to score.'))
     groups = [c for c in t if f'{c}_stderr' in t and c != 'mean']
     floor = [ft.Tr(*report_cells([name, '', *[_percent(b[g]) for g in groups], _percent(b[groups].mean()), ''], 1), cls='floor')
              for key, name in [('chance', 'Guessing'), ('unigram', 'Unigram'), ('ngram', 'n-gram')] if (b := _baseline(self, key)) is not None]
     rows = [ft.Tr(*report_cells([recipe_title(r.model), _number(r.perplexity), *[_percent(r[g], r[f'{g}_stderr']) for g in groups], _percent(r['mean'], r.mean_stderr), _rank(r)], 1),
                   cls='best' if r['mean'] == t['mean'].max() else '') for _, r in t.iterrows()]
+    rows += [ft.Tr(*report_cells([recipe_title(r), 'diverged', *['–'] * (len(groups) + 2)], 1)) for r in dict.fromkeys(self.runs.recipe) if r not in set(t.model)]
     table = report_table(['recipe', 'perplexity', *[g.replace('_', ' ') for g in groups], 'mean accuracy', 'mean rank'], [*floor, *rows], 1, cls='wide')
     n, seeds = sum(x['n'] for x in suite['tasks'].values()), ' Bands reach from the lowest to the highest seed.' if len(self.seeds) > 1 else ''
-    note = (f"Accuracy in %, ± standard error over {'documents and seeds' if len(self.seeds) > 1 else 'documents'}, on {n:,} questions made from the validation text ({len(suite['tasks'])} tasks; those of one kind are averaged). "
+    note = (f"Accuracy in %, ± standard error over {'documents and seeds' if len(self.seeds) > 1 else 'documents'}, on {_plural(n, 'question')} made from the validation text ({_plural(len(suite['tasks']), 'task')}; those of one kind are averaged). "
             'They are no published benchmarks. Mean rank: over these tasks and perplexity, 1 is the best; in brackets where it goes when documents and seeds are drawn again.')
-    curve = [report_figure(plot_curves(self.score_curves, 'mean_accuracy').figure, 'mean accuracy over training', f"Mean accuracy over training, on {suite['fewer']} questions of each task." + seeds)] if len(self.score_curves) else []
+    curve = [report_figure(plot_curves(self.score_curves, 'mean_accuracy').figure, 'mean accuracy over training', f"Mean accuracy over training, on {_plural(suite['fewer'], 'question')} of each task." + seeds)] if len(self.score_curves) else []
     words = [ft.P(ranking_verdict(tests, names=recipe_title), cls='verdict'), _tests_html(tests)] if len(tests) else []
     return ft.Section(ft.H2('Zero-shot scores'), table, ft.P(note, cls='soft'), *words, *curve)
 
@@ -701,7 +760,7 @@ def _tests_html(tests):
     p = lambda v: '< 0.001' if v < .001 else f'{v:.3f}'
     rows = [ft.Tr(*report_cells([f'{recipe_title(r.a)} − {recipe_title(r.b)}', f'{100*r.difference:+.1f}', f'{100*r.low:+.1f} to {100*r.high:+.1f}', p(r.p_documents), p(r.p), p(r.p_holm)], 1), cls='best' if r.p_holm < .05 else '')
             for r in tests.sort_values('p').itertuples()]
-    head = ['difference in mean accuracy', 'points', '95 % interval', 'p over documents', 'p over documents and seeds' if tests.seeds.min() > 1 else 'p', f'p, corrected for {len(tests)} pairs' if len(tests) > 1 else 'p, corrected']
+    head = ['difference in mean accuracy', 'points', '95 % interval', 'p over documents', 'p over documents and seeds' if tests.seeds.min() > 1 else 'p', f'p, corrected for {_plural(len(tests), "pair")}' if len(tests) > 1 else 'p, corrected']
     return ft.Details(ft.Summary('All pairs, the clearest first'), report_table(head, rows, 1))
 
 # %% ../nbs/experiments.ipynb #874a074d
@@ -709,10 +768,10 @@ def _tests_html(tests):
 def report(self:Comparison)->str: # HTML
     "The comparison as one self-contained page."
     recipes, n = dict.fromkeys(c['recipe'] for c in self.configs), len(self.seeds)
-    lead = f"{len(recipes)} recipe{'s' * (len(recipes) > 1)}, {n} seed{'s' * (n > 1)}, one budget, on {_and(self.domain_names[:6])}{' and more' if len(self.domain_names) > 6 else ''}"
+    lead = f"{_plural(len(recipes), 'recipe')}, {_plural(n, 'seed')}, one budget, on {_and(self.domain_names[:6])}{' and more' if len(self.domain_names) > 6 else ''}"
     title = 'Mixture-of-experts algorithms side by side'
     return report_page(title, lead, self._results_html(), self._facts_html(), self._curves_html(), self._scores_html(), self._routers_html(), self._traces_html(),
-                       footer=f"Read from {len(self.folders)} run folders in {self.out}; the last run was finished {max(r['finished'] for r in self.finished)}.")
+                       footer=f"Read from {_plural(len(self.folders), 'run folder')} in {self.out}; the last run was finished {max(r['finished'] for r in self.finished)}.")
 
 # %% ../nbs/experiments.ipynb #e4508629
 @patch
@@ -720,16 +779,17 @@ def to_dict(self:Comparison)->dict: # ready for JSON
     "Table, runs and what there is to know of them."
     rows = lambda df: [{k: None if pd.isna(v) else v for k, v in r.items()} for r in df.astype(object).to_dict('records')]
     return _plain(dict(out=str(self.out), report=str(self.out/'report.html'), command=self.command(), verdict=verdict(self.runs), unigram=self.unigram, seeds=self.seeds,
-                       data=dict(self.config['data'], **self.info['data']), preset=self.config['preset'], results=rows(self.results), runs=rows(self.runs),
+                       data=dict(self.config['data'], **self.info['data']), preset=self.config['preset'], results=rows(self.results), domains=rows(self.domain_results), runs=rows(self.runs),
                        **(dict(scores=rows(self.scores), score_tests=rows(self.score_tests), suite=self.evaluations[0]['suite']) if self.evaluations else {})))
 
 @patch
 def save(self:Comparison,
     out=None, # folder; that of the runs by default
 ):
-    "Write results.csv, results.json and report.html."
+    "Write results.csv, domains.csv, results.json and report.html."
     out = Path(out or self.out)
     write_whole(out/'results.csv', self.results.to_csv(index=False))
+    write_whole(out/'domains.csv', self.domain_results.to_csv(index=False))
     write_json(out/'results.json', self.to_dict())
     write_whole(out/'report.html', self.report())
 
@@ -742,7 +802,7 @@ def figure(self:Comparison, fig=None): # Figure
 # %% ../nbs/experiments.ipynb #4d6974fe
 def print_progress(event, name=None, result=None, reused=False, **kwargs):
     "One line a run."
-    if event == 'finish': print(f"{name}: perplexity {_number(result['perplexity'])}, " + ('finished before' if reused else f"{result['seconds']:.0f} s of training"), flush=True)
+    if event == 'finish': print(f"{name}: {_outcome(result['perplexity'])}, " + ('finished before' if reused else f"{result['seconds']:.0f} s of training"), flush=True)
 
 # %% ../nbs/experiments.ipynb #7535ac2f
 def compare(

@@ -16,6 +16,7 @@ from base64 import b64encode
 from contextlib import contextmanager
 from html import escape
 from io import BytesIO
+from textwrap import fill
 from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from .config import recipes
@@ -81,12 +82,16 @@ def _smooth(s, window): return s if window < 2 else s.rolling(window, min_period
 
 def _spread(df, x, y, window):
     "Mean, lowest and highest over seeds of `y` at each `x`"
-    d = df[['seed', x, y]].dropna().groupby([x, 'seed'])[y].mean().unstack('seed')
+    d = df[['seed', x, y]].replace([np.inf, -np.inf], np.nan).dropna().groupby([x, 'seed'])[y].mean().unstack('seed')
     return _smooth(pd.DataFrame(dict(mean=d.mean(axis=1), low=d.min(axis=1), high=d.max(axis=1))), window)
+
+def _lost(df, x, y):
+    "Has a loss no number where the curve of a recipe should end?"
+    return ('loss' in y or 'perplexity' in y) and not np.isfinite(df.loc[df[x] == df[x].max(), y].astype(float)).any()
 
 def _legend(ax, ends):
     order = sorted(ends, key=lambda e: -ends[e][0])
-    if order: _as_text(ax.legend([ends[r][1] for r in order], [recipe_title(r) for r in order], loc='center left', bbox_to_anchor=(1, .5), handlelength=2.6))
+    if order: _as_text(ax.legend([ends[r][1] for r in order], [recipe_title(r) + ends[r][2] for r in order], loc='center left', bbox_to_anchor=(1, .5), handlelength=2.6))
 
 # %% ../nbs/plots.ipynb #4c5c1d4a
 @in_style()
@@ -102,12 +107,12 @@ def plot_curves(
     "Lines over training, with the spread over seeds."
     ax, ends = _axes(ax), {}
     for r in _in_order(df):
-        d = _spread(df[df.recipe == r], x, y, window)
-        if d.empty: continue
+        d, lost = _spread(part := df[df.recipe == r], x, y, window), _lost(part, x, y)
+        if d.empty and not lost: continue
         marks = dict(recipe_style(r), marker=recipe_style(r)['marker'] if len(d) < 30 else None)
         line, = ax.plot(d.index, d['mean'], **marks)
         if (d.high > d.low).any(): ax.fill_between(d.index, d.low, d.high, color=line.get_color(), alpha=.15, lw=0)
-        ends[r] = d['mean'].iloc[-1], line
+        ends[r] = np.inf if lost else d['mean'].iloc[-1], line, ' (diverged)' * lost
     if floor is not None: _floor(ax.axhline, floor, ax)
     if log: ax.set_yscale('log')
     if x == 'tokens': ax.xaxis.set_major_formatter(EngFormatter(sep=''))
@@ -130,17 +135,19 @@ def plot_perplexity(
     ax=None,
 ):                       # Axes
     "Bars of the mean over seeds, best on top."
-    mean = df.groupby('recipe')[x].mean().sort_values(ascending=False)
+    df = df.assign(**{x: df[x].astype(float).where(np.isfinite(df[x].astype(float)))})
+    mean = df.groupby('recipe')[x].mean().sort_values(ascending=False, na_position='first')
     ax = _axes(ax, 5.2, .6 + .3*len(mean))
     ax.barh(range(len(mean)), mean, color=[recipe_style(r)['color'] for r in mean.index], height=.68)
     for i, r in enumerate(mean.index):
-        runs = df.loc[df.recipe == r, x].dropna()
+        runs, n = df.loc[df.recipe == r, x].dropna(), (df.recipe == r).sum()
         if len(runs) > 1: ax.plot(runs, [i] * len(runs), ls='', marker='o', ms=4, mec='#222222', mfc='white', mew=.8)
-        ax.annotate(f'{mean[r]:.1f}' + (f' ± {runs.std():.1f}' if len(runs) > 1 else ''), (runs.max() if len(runs) else 0, i), (6, 0), textcoords='offset points',
+        text = (f'{mean[r]:.1f}' + (f' ± {runs.std():.1f}' if len(runs) > 1 else '') + (f' ({n - len(runs)} of {n} diverged)' if len(runs) < n else '')) if len(runs) else 'diverged'
+        ax.annotate(text, (runs.max() if len(runs) else 0, i), (6, 0), textcoords='offset points',
             va='center', bbox=dict(facecolor='white', edgecolor='none', pad=.4))
     if unigram is not None: _floor(ax.axvline, unigram, ax)
     ax.set_yticks(range(len(mean)), [recipe_title(r) for r in mean.index], parse_math=False)
-    ax.set(xlabel=_label(x), xlim=(0, max([1.03 * (unigram or 0), df[x].max() * 1.36]))); ax.grid(axis='y', visible=False)
+    ax.set(xlabel=_label(x), xlim=(0, np.nanmax([1.03 * (unigram or 0), df[x].max() * 1.36]) or 1.)); ax.grid(axis='y', visible=False)
     return ax
 
 # %% ../nbs/plots.ipynb #87b95e90
@@ -151,11 +158,13 @@ def plot_domains(
     fig=None,         # a Figure or SubFigure to draw in
 ):                    # Figure
     "Validation perplexity by domain, one panel each."
-    domains, order = list(df.domain.unique()), df.groupby('recipe')[x].mean().sort_values(ascending=False).index
+    df = df.assign(**{x: df[x].astype(float).where(np.isfinite(df[x].astype(float)))})
+    domains, order = list(df.domain.unique()), df.groupby('recipe')[x].mean().sort_values(ascending=False, na_position='first').index
     if fig is None: fig = plt.figure(figsize=(max(2.3*len(domains) + 1, 4), .7 + .28*len(order)), layout='constrained')
     for ax, d in zip(np.ravel(fig.subplots(1, len(domains), sharey=True)), domains):
         for i, r in enumerate(order):
-            runs = df.loc[(df.domain == d) & (df.recipe == r), x]
+            runs = df.loc[(df.domain == d) & (df.recipe == r), x].dropna()
+            if not len(runs): ax.text(.5, i, '–', transform=ax.get_yaxis_transform(), ha='center', va='center'); continue
             ax.plot([runs.min(), runs.max()], [i, i], color=recipe_style(r)['color'], lw=2.2, alpha=.5, solid_capstyle='round')
             ax.plot(runs.mean(), i, **dict(recipe_style(r), linestyle=''), ms=7)
         ax.set_title(d, parse_math=False); ax.set_yticks(range(len(order)), [recipe_title(r) for r in order], parse_math=False); ax.margins(x=.12); ax.set_ylim(-.5, len(order) - .5)
@@ -170,7 +179,17 @@ def _load_grid(df):
 
 def _load_scale(fig, image, axes):
     bar = fig.colorbar(image, ax=axes, shrink=.9, aspect=14, pad=.02, ticks=[-3, 0, 3])
-    bar.ax.set_yticklabels(['≤ ⅛', '1', '≥ 8']); bar.set_label('load (1: uniform)'); bar.outline.set_visible(False)
+    bar.ax.set_yticklabels(['≤ ⅛', '1', '≥ 8']); bar.outline.set_visible(False)
+    return bar
+
+def _fit_label(bar, label):
+    "The label beside a colour bar, in as many lines as its figure is too low for one"
+    fig = bar.ax.figure.figure
+    for width in (99, 40, 28, 20, 14, 9):
+        bar.set_label(fill(label, width))
+        fig.draw_without_rendering()
+        box = bar.ax.yaxis.label.get_window_extent()
+        if box.y0 >= 0 and box.y1 <= fig.bbox.height: return
 
 # %% ../nbs/plots.ipynb #90c5688c
 @in_style()
@@ -188,8 +207,9 @@ def plot_loads(
         image = ax.pcolormesh(grid, cmap='PuOr_r', norm=Normalize(-3, 3), edgecolors='white', lw=.4)
         ax.set_title(d, fontweight='normal', fontsize=9, parse_math=False); ax.grid(False); ax.spines[:].set_visible(False); ax.tick_params(length=0)
         ax.set_yticks(np.arange(L) + .5, layers); ax.set_xticks([.5, N - .5], ['0', f'{N-1}'] if N > 1 else ['0', '']); ax.invert_yaxis()
-    axes[0].set_ylabel('layer'); axes[len(axes)//2].set_xlabel('expert'); _load_scale(fig, image, list(axes))
+    axes[0].set_ylabel('layer'); axes[len(axes)//2].set_xlabel('expert')
     if title: fig.suptitle(title, fontweight='bold', fontsize=10, x=.01, ha='left', parse_math=False)
+    _fit_label(_load_scale(fig, image, list(axes)), 'load (1: uniform)')
     return fig
 
 # %% ../nbs/plots.ipynb #9daa63e2
@@ -239,8 +259,8 @@ def _values(df, by):
 def _chance(df, value, random):
     "The values of random routing to draw"
     if random is None: return []
-    if isinstance(random, pd.DataFrame): return [random[value].mean()]
-    if not isinstance(random, str): return [float(random)]
+    if isinstance(random, pd.DataFrame): return [at for at in [random[value].mean()] if np.isfinite(at)]
+    if not isinstance(random, str): return [float(random)] if np.isfinite(float(random)) else []
     if random != 'auto': raise ValueError(f"random must be 'auto', None, a number or a table, got {random!r}")
     if value == 'entropy' and 'K' in df: at = [sum(1 / i for i in range(2, k + 1)) / np.log(k) for k in df.K.unique() if k > 1]
     elif value == 'entropy' and 'N' in df: at = [1.]
@@ -370,7 +390,7 @@ def _heat(ax, grid, rows, columns, **kw):
 
 def _scale(image, ax, label, **kw):
     bar = ax.figure.colorbar(image, ax=ax, shrink=.9, aspect=16, pad=.02, **kw)
-    bar.set_label(label); bar.outline.set_visible(False)
+    bar.outline.set_visible(False); _fit_label(bar, label)
     return bar
 
 # %% ../nbs/plots.ipynb #18fd1873
@@ -388,12 +408,12 @@ def plot_co_activation(
     if experts is None: experts = d.drop_duplicates('expert').sort_values('tokens', ascending=False, kind='stable').expert[:top]
     grid = d.pivot(index='expert', columns='other', values='co_activation').reindex(index=experts, columns=experts)
     ax = _axes(ax, 1.6 + .19 * min(len(grid), 36), .9 + .19 * min(len(grid), 36))
-    image = _heat(ax, grid.to_numpy(dtype=float), grid.index, grid.columns, cmap='Blues', norm=Normalize(0, vmax or np.nanmax(grid.to_numpy(dtype=float), initial=1e-9)))
-    bar, N = _scale(image, ax, "share of the row's tokens"), d.N.iloc[0]
-    if d.expert.nunique() == N:                       # the table is whole, so a row's sum tells K - 1
-        chance = d.groupby('expert').co_activation.sum(min_count=1).mean() / (N - 1)
-        bar.ax.axhline(chance, color='#d1500a', lw=2); bar.set_label(f"share of the row's tokens (line: random, {chance:.2f})")
+    image = _heat(ax, grid.to_numpy(dtype=float), grid.index, grid.columns, cmap='Blues', norm=Normalize(0, vmax or np.fmax.reduce(grid.to_numpy(dtype=float), axis=None, initial=1e-9)))
     ax.set(title=f'layer {layer}', xlabel='expert', ylabel='given expert'); ax.set_aspect('equal')
+    N, label = d.N.iloc[0], "share of the row's tokens"
+    chance = d.groupby('expert').co_activation.sum(min_count=1).mean() / max(N - 1, 1) if d.expert.nunique() == N else np.nan      # the table is whole, so a row's sum tells K - 1
+    bar = _scale(image, ax, label + (f' (line: random, {chance:.2f})' if np.isfinite(chance) else ''))
+    if np.isfinite(chance): bar.ax.axhline(chance, color='#d1500a', lw=2)
     return ax
 
 # %% ../nbs/plots.ipynb #a93b9d6f
@@ -413,8 +433,8 @@ def plot_specialisation(
         grid = grid.iloc[:, np.lexsort((-v.max(0), np.where(v.max(0) > 0, v.argmax(0), len(v))))]
     ax = _axes(ax, 2.6 + min(max(.2 * grid.shape[1], 2), 9), .9 + .26 * len(grid))
     image = _heat(ax, np.log2(grid.to_numpy(dtype=float).clip(2.**-3)), domains, grid.columns, cmap='PuOr_r', norm=Normalize(-3, 3))
-    bar = _scale(image, ax, 'lift (1: random)', ticks=[-3, 0, 3]); bar.ax.set_yticklabels(['≤ ⅛', '1', '≥ 8'])
     ax.set(title=f'layer {layer}', xlabel='expert, sorted by the domain it prefers' if sort else 'expert')
+    bar = _scale(image, ax, 'lift (1: random)', ticks=[-3, 0, 3]); bar.ax.set_yticklabels(['≤ ⅛', '1', '≥ 8'])
     return ax
 
 # %% ../nbs/plots.ipynb #1471b648
@@ -432,9 +452,10 @@ def plot_similarity(
     grid = np.full((n := max(d.expert.max(), d.other.max()) + 1, n), np.nan)
     grid[d.expert, d.other] = grid[d.other, d.expert] = d.similarity
     ax = _axes(ax, 1.6 + .19 * min(max(n, 8), 36), .9 + .19 * min(max(n, 8), 36))
-    most = vmax or max(float(d.similarity.abs().max()), .01)
-    _scale(_heat(ax, grid, range(n), range(n), cmap='RdBu_r', norm=Normalize(-most, most)), ax, 'cosine of parameters')
+    most = vmax or np.fmax(float(d.similarity.abs().max()), .01)
+    image = _heat(ax, grid, range(n), range(n), cmap='RdBu_r', norm=Normalize(-most, most))
     ax.set(title=f'layer {layer}', xlabel='expert', ylabel='expert'); ax.set_aspect('equal')
+    _scale(image, ax, 'cosine of parameters')
     return ax
 
 # %% ../nbs/plots.ipynb #156bd90f
@@ -535,7 +556,7 @@ def plot_comparison(
     if fig is None: fig = plt.figure(figsize=(10, 3.6), layout='constrained')
     left, right = fig.subplots(1, 2, width_ratios=[1.1, 1])
     plot_curves(curves, floor=unigram, log=True, ax=left)
-    left.yaxis.set_major_formatter('{x:.0f}'); left.yaxis.set_minor_formatter('{x:.0f}'); left.get_legend().remove()
+    left.yaxis.set_major_formatter('{x:.0f}'); left.yaxis.set_minor_formatter('{x:.0f}'); (left.get_legend() or left.legend([], [])).remove()
     plot_perplexity(runs, unigram=unigram, ax=right)
     return fig
 
