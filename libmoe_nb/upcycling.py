@@ -10,6 +10,7 @@ __all__ = ['ffn_families', 'initialisations', 'FFNFamily', 'register_ffn', 'find
 
 # %% ../nbs/upcycling.ipynb #efd17e98
 import copy, fnmatch, inspect, json, re, torch, torch.nn.functional as F
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MethodType
@@ -544,9 +545,10 @@ def _wrapped(base, specs, layers, n, reduction):
     "`base`, whose FFNs have been swapped, as a `MoEForCausalLM`"
     from libmoe_nb.models import MoEConfig, MoEForCausalLM
     if len(set(map(str, specs))) > 1: raise ValueError(f'layers must have feed-forward networks of one size, got {sorted({s.moe_intermediate_size for s in specs})}: choose some by `layers`')
-    config = MoEConfig(base.config, specs[0], None if len(layers) == n else layers, reduction)
+    config = MoEConfig(copy.deepcopy(base.config), specs[0], None if len(layers) == n else layers, reduction)
     with torch.device('meta'): model = MoEForCausalLM(config)
-    model.base, config.base_config, model.generation_config = base, base.config, copy.deepcopy(base.generation_config)
+    model.base, model._built = base, {}
+    config.base_config, model.generation_config = base.config, copy.deepcopy(base.generation_config)
     return model.train(base.training)
 
 # %% ../nbs/upcycling.ipynb #3b79fc59
@@ -588,18 +590,40 @@ def load_upcycled(
     bad = [f'{why}: {k if isinstance(k, str) else k[0]}' for why in ('missing_keys', 'mismatched_keys', 'unexpected_keys') for k in sorted(info[why])]
     if bad: raise ValueError(f'checkpoint {name} does not fit its configuration: {"; ".join(bad[:4])}')
     made.__class__ = cls
+    del made._built
     return _remembering(made, made.config.libmoe)
 
 # %% ../nbs/upcycling.ipynb #892ae1da
 def _rebuilding(cls):
     "A subclass of `cls` that puts the layers in which the configuration remembers"
     def init(self, config, *args, **kwargs):
+        self.__dict__['_built'] = {}
         cls.__init__(self, config, *args, **kwargs)
-        specs = {n: MoESpec.from_dict(s) for n, s in config.libmoe.items()}
+        specs, built = {n: MoESpec.from_dict(s) for n, s in config.libmoe.items()}, dict(self.named_modules())
         places = {n: self.get_submodule(n) for n in specs}
         plan = {k: m for n, f in places.items() for k, m in _swap_plan(n, f, _like(build_layer(specs[n]), f)).items()}
         _swapped_model(self, plan, inplace=True)
-    return type(cls.__name__, (cls,), dict(__init__=init, __module__=cls.__module__))
+        self._built = _replaced(self, built)
+    def initialize_weights(self):
+        with _as_built(self, self._built): cls.initialize_weights(self)
+        self._built = {}
+    return type(cls.__name__, (cls,), dict(__init__=init, initialize_weights=initialize_weights, __module__=cls.__module__))
+
+# %% ../nbs/upcycling.ipynb #2275670d
+def _replaced(model, built):
+    "What gave way among `built`, the modules of `model` by name as its class built it: name -> module"
+    gone = {}
+    for n, m in built.items():
+        if n and _at(model, n) is not m and not any(n.startswith(f'{g}.') for g in gone): gone[n] = m
+    return gone
+
+@contextmanager
+def _as_built(model, replaced):
+    "`model` with the `replaced` modules in their places again"
+    ours = {n: model.get_submodule(n) for n in replaced}
+    _put(model, replaced)
+    try: yield
+    finally: _put(model, ours)
 
 # %% ../nbs/upcycling.ipynb #0911acef
 def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)
