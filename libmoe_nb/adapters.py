@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from fastcore.basics import patch
 from pathlib import Path
 from .routers import Router, Routing, stable_topk
-from .tracing import MoEAdapter, record_routing, _families, _foreign
+from .tracing import MoEAdapter, record_routing, _adapted, _families, _foreign
 
 # %% ../nbs/adapters.ipynb #5887bbeb
 class RouterRules:
@@ -56,7 +56,7 @@ class TopKAdapter(MoEAdapter):
 
     def expert_parameters(self, layer):
         N = self.num_experts(layer)
-        return {n: p[:N] for n, p in layer.experts.named_parameters() if p.dim() > 1}
+        return {n: p[:N] for n, p in _adapted(layer.experts).items() if p.dim() > 1}
 
     def num_experts(self, layer): return min(p.shape[0] for p in layer.experts.parameters() if p.dim() > 2)
 
@@ -343,7 +343,7 @@ class _DbrxAdapter(_CallAdapter):
         return self.read(layer, (logits, None, index, weights), args)
     def run_expert(self, layer, hidden_states, expert_index):
         return layer.experts(hidden_states[None], expert_index[:, None], torch.ones_like(expert_index[:, None], dtype=hidden_states.dtype))[0]
-    def expert_parameters(self, layer): return {n: p.view(self.num_experts(layer), -1, p.shape[-1]) for n, p in layer.experts.named_parameters()}
+    def expert_parameters(self, layer): return {n: p.view(self.num_experts(layer), -1, p.shape[-1]) for n, p in _adapted(layer.experts).items()}
 
 register_moe('DbrxRouter', _DbrxAdapter())
 
@@ -361,8 +361,8 @@ class _SwitchAdapter(_CallAdapter):
         one = F.one_hot(expert_index[:, None], self.num_experts(layer))
         return layer.experts(hidden_states, one, torch.ones_like(expert_index[:, None], dtype=hidden_states.dtype))
     def expert_parameters(self, layer):
-        experts = list(layer.experts.values())
-        return {n: torch.stack([e.get_parameter(n) for e in experts]) for n, _ in experts[0].named_parameters()}
+        experts = [_adapted(e) for e in layer.experts.values()]
+        return {n: torch.stack([e[n] for e in experts]) for n in experts[0]}
 
 register_moe('SwitchTransformersTop1Router', _SwitchAdapter(norm=False, top_k=1))
 
