@@ -161,6 +161,15 @@ _tiny_more = dict(lfm2_moe=dict(layer_types=['full_attention'] * 2), longcat_fla
     **{m: dict(mlp_layer_types=['sparse'] * 2) for m in 'axk2 beam inkling_text'.split()}, **{'nllb-moe': dict(pad_token_id=1)},
     **{m: dict(layer_types=['linear_attention', 'full_attention']) for m in 'qwen3_next qwen3_5_moe_text'.split()})
 
+# %% ../nbs/adapters.ipynb #29eaae9c
+def _tiny_config(config, **kwargs):
+    "The class `config` of configurations with small sizes under whatever names it has for them"
+    alias = getattr(config, 'attribute_map', {})
+    fields = set(config().to_dict()) | set(alias)
+    sizes = {k: v for k, v in _tiny.items() if k in fields and alias.get(k) not in _tiny}
+    if 'qk_rope_head_dim' in fields: sizes.pop('head_dim', None)
+    return config(**{**sizes, **_tiny_more.get(config.model_type, {}), **kwargs})
+
 # %% ../nbs/adapters.ipynb #bbbcfe2b
 def tiny_moe(
     model_type, # as in a transformers configuration: 'mixtral', 'olmoe', 'deepseek_v3', ...
@@ -171,11 +180,7 @@ def tiny_moe(
     import transformers
     from transformers import CONFIG_MAPPING
     if model_type not in CONFIG_MAPPING: raise ValueError(f'model_type must be one that the installed transformers knows, got {model_type!r}')
-    config, alias = CONFIG_MAPPING[model_type], getattr(CONFIG_MAPPING[model_type], 'attribute_map', {})
-    fields = set(config().to_dict()) | set(alias)
-    sizes = {k: v for k, v in _tiny.items() if k in fields and alias.get(k) not in _tiny}
-    if 'qk_rope_head_dim' in fields: sizes.pop('head_dim', None)
-    c = config(**{**sizes, **_tiny_more.get(model_type, {}), **kwargs})
+    c = _tiny_config(CONFIG_MAPPING[model_type], **kwargs)
     autos = [getattr(transformers, f'AutoModel{a}') for a in ('ForCausalLM', 'ForSeq2SeqLM', 'ForTokenClassification', '')]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

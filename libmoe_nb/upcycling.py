@@ -6,7 +6,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/upcycling.html.md"""
 
 # %% auto #0
 __all__ = ['ffn_families', 'initialisations', 'FFNFamily', 'register_ffn', 'find_ffns', 'moeify', 'FFNWeights', 'ffn_weights',
-           'Initialisation', 'initialisation', 'upcycle', 'load_upcycled', 'load_dense']
+           'ffn_report', 'Initialisation', 'initialisation', 'upcycle', 'load_upcycled', 'load_dense']
 
 # %% ../nbs/upcycling.ipynb #efd17e98
 import copy, fnmatch, inspect, json, re, torch, torch.nn.functional as F
@@ -285,7 +285,7 @@ def ffn_weights(
     try: w = family.read(module)
     except ValueError as e: raise ValueError(f'layer {name} ({type(module).__name__}) cannot be read: {e}') from e
     if not w.up.is_floating_point() or w.up.shape[0] != w.intermediate_size * (1 + w.gated):
-        raise ValueError(f'weights of {name} must be plain matrices, got {tuple(w.up.shape)} of {w.up.dtype}: a quantised model has to be dequantised first')
+        raise ValueError(f'weights of {name} must be plain matrices of one width, got {tuple(w.up.shape)} and {tuple(w.down.shape)} of {w.up.dtype}: a quantised model has to be dequantised first, two matrices in one are named by gate_up')
     if not w.up.is_meta: _check_use(name, module, family, w)
     return w
 
@@ -351,11 +351,16 @@ def _fits(module, family, f=None):
     act, parts = family.act_path(module), [family.up, family.act_path(module), family.down]
     f = f or nn.Sequential(*[_at(_twin(module, exact), p) for p in parts])
     homes = list(dict.fromkeys(p.rpartition('.')[0] for p in parts))
+    try: ways, y = [twin], _run([twin], x, other)
+    except Exception:  # a layer that wants more than we know: the modules in it that hold the parts
+        if '' in homes: raise
+        ways = [twin.get_submodule(h) for h in homes]
+        y = _run(ways, x, other)
     def with_(new):
-        if new: _put(twin, {family.up: new, act: nn.Identity(), family.down: nn.Identity()})
-        return _run([twin] if '' in homes else [twin.get_submodule(h) for h in homes], x, other)
-    y, z, rest = with_(None), with_(_Call(f)), with_(_Call(lambda x: f(x) * 0))
-    return _near(y, z, y - rest, tolerance)
+        _put(twin, {family.up: _Call(new), act: nn.Identity(), family.down: nn.Identity()})
+        return _run(ways, x, other)
+    try: return _near(y, with_(f), y - with_(lambda x: f(x) * 0), tolerance)
+    except RuntimeError: return False  # something between the parts wants their width
 
 def _near(a, b, scale, tolerance): return (a - b).abs().max() <= tolerance * scale.abs().max() + 1e-6 * a.abs().max()
 
@@ -365,6 +370,20 @@ _how_to_register = "register_ffn('name', up='path.of.first.matrix', down='path.o
 def _unknown(module, name):
     parts = ', '.join(f'{n} ({type(m).__name__})' for n, m in module.named_modules() if n) or 'no modules'
     return f'layer {name} ({type(module).__name__}) is an FFN of no known family; it holds {parts}. {_how_to_register}'
+
+# %% ../nbs/upcycling.ipynb #23114639
+def ffn_report(
+    model:nn.Module, # a transformer
+    where=None,      # as for `find_ffns`
+)->list:             # one dictionary for each feed-forward network: name, module, family, swap ('whole', 'parts' or 'refused'), why
+    "What upcycling would do with the feed-forward networks of a model."
+    return [_report(*ffn) for ffn in find_ffns(model, where).items()]
+
+def _report(name, module):
+    f, r = _family(module), dict(name=name, module=type(module).__name__)
+    try: ffn_weights(module, name)
+    except ValueError as e: return r | dict(family=f and f.name, swap='refused', why=str(e))
+    return r | dict(family=f.name, swap='parts' if f.stays(module) else 'whole', why='')
 
 # %% ../nbs/upcycling.ipynb #881bbf5e
 @patch
