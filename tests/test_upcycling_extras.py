@@ -1,15 +1,13 @@
 "What stands beside an FFN's matrices: each family with each kind of extra, kept to the number or refused by name; and models that come back from disk in a process that never saw them."
 import re, subprocess, sys
 import pytest, torch, torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from test_upcycling import CAUSAL, ENCODERS, IDS, SMALL, T5, causal, encoder, error, inputs_of, rough, tiny_llava, WHOLE
-from libmoe_nb.layers import MoELayer
 from libmoe_nb.models import MoEForCausalLM
 from libmoe_nb.config import MoESpec
 from libmoe_nb.tracing import moe_layers
-from libmoe_nb.upcycling import ffn_families, ffn_report, ffn_weights, load_upcycled, moeify, register_ffn, upcycle
+from libmoe_nb.upcycling import ffn_families, ffn_report, moeify, upcycle
 
 class Act(nn.Module):
     def forward(self, x): return F.gelu(x)
@@ -112,3 +110,70 @@ def test_nothing_beside_the_matrices_is_dropped_in_silence(family):
         if dropped and not f.whole:
             mlp, x = moe.base.model.layers[0].mlp, torch.randn(2, 50, 32)
             assert not torch.equal(mlp.train()(x), mlp(x)) and torch.equal(mlp.eval()(x), mlp(x)), (family, kind)
+
+def test_a_family_that_looks_like_another_is_refused_by_moeify_too():
+    "A norm between the matrices of a module that stays would meet outputs in the place of neurons"
+    spec = MoESpec('smoe', 32, num_experts=4, top_k=2, moe_intermediate_size=16)
+    dense = with_extras('gpt2', 'norm between')
+    with pytest.raises(ValueError, match='layer model.layers.0.mlp .FFN. has the parts of family .gpt2., but computes something else'): moeify(dense, spec)
+    assert not moe_layers(dense) and moe_layers(moeify(with_extras('gpt2', 'norm after'), spec))
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_checks_hold_in_every_precision(dtype):
+    "A residual dwarfs what an FFN adds, and half precision rounds: neither hides a norm"
+    for family, extras in (('llama', ('residual',)), ('gpt2', ('dropout', 'inner residual')), ('clip', ('norm between',))):
+        with pytest.raises(ValueError, match='layer model.layers.0.mlp .FFN.'): upcycle(with_extras(family, *extras).to(dtype), 'smoe', 4, 2)
+    for family, extras in (('llama', ()), ('gpt2', ('dropout', 'residual')), ('t5', ())): assert moe_layers(upcycle(with_extras(family, *extras).to(dtype), 'smoe', 4, 2))
+
+def test_published_gated_families():
+    "BitNet's norm is refused, SeedOSS keeps its dropout, in eval and out of it"
+    sizes = {k: v for k, v in SMALL.items() if k != 'pad_token_id'}
+    build = lambda kind, **kw: rough(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **kw)))
+    with pytest.raises(ValueError, match='layer model.layers.0.mlp .BitNetMLP. holds more than family .llama. reads, which would be lost: ffn_sub_norm .BitNetRMSNorm.'): upcycle(build('bitnet'), 'smoe', 4, 2)
+    dense = build('seed_oss', head_dim=8, residual_dropout=.4, attention_dropout=0.)
+    moe = upcycle(dense, 'smoe', 4, 2, seed=0)
+    assert error(dense, moe, input_ids=IDS) < 2e-5 and [r['swap'] for r in ffn_report(dense)] == ['whole'] * 2
+    assert .3 < (moe.base.model.layers[0].mlp.train()(torch.randn(2, 50, 32)) == 0).float().mean() < .5
+
+# back from disk, in another process
+
+LOADER = '''
+import sys, torch, transformers
+from pathlib import Path
+import libmoe_nb.models
+from libmoe_nb.upcycling import load_upcycled
+torch.use_deterministic_algorithms(True, warn_only=True)   # what nobody initialises is NaN
+for d in sorted(Path(sys.argv[1]).iterdir()):
+    want = torch.load(d/'want.pt')
+    try:
+        model = (load_upcycled if want['special'] else transformers.AutoModelForCausalLM.from_pretrained)(d).eval()
+        have = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        bad = [n for n in have.keys() | want['tensors'].keys() if n not in have or n not in want['tensors'] or not torch.equal(have[n], want['tensors'][n])]
+        with torch.no_grad(): out = model(**want['inputs'])[0]
+        print('WRONG' if bad or not torch.equal(out, want['out']) else 'same', d.name, *sorted(bad)[:3])
+    except Exception as e: print('WRONG', d.name, repr(e)[:300])
+'''
+MORE = dict(falcon_h1=dict(head_dim=8, mamba_d_state=4, mamba_d_conv=2, mamba_n_heads=4, mamba_d_head=8, mamba_d_ssm=32, mamba_expand=1, mamba_n_groups=1, ssm_multipliers=[.5, 1.5, .7, 1.2, .9]), seed_oss=dict(head_dim=8), gemma3_text=dict(head_dim=8),
+    **{k: dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=48) for k in ('pegasus', 'bart', 'marian', 'mvp')},
+    whisper=dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=48, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None))
+
+def test_every_family_comes_back_to_the_bit_in_a_fresh_process(tmp_path):
+    "All parameters, all buffers (those that are in no file too), and what the model computes"
+    recipes = ['smoe', 'xmoe', 'sharede_v2', 'moe_plus_plus', 'tcmoe', 'smoe_sigmoid', 'dense']
+    models = [(f, causal(f), dict(input_ids=IDS)) for f in CAUSAL]
+    models += [(f, rough(AutoModelForCausalLM.from_config(AutoConfig.for_model(f, **SMALL | kw))), dict(input_ids=IDS)) for f, kw in MORE.items()]
+    models += [(f'encoder_{f}', m, inputs_of(m)) for f in ENCODERS for m in [encoder(f)]]
+    models += [(f'{f}_{act}', rough(AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(f, **T5, feed_forward_proj=act))), dict(input_ids=IDS, decoder_input_ids=IDS)) for f in ('t5', 'umt5') for act in ('relu', 'gated-gelu')]
+    models += [('llava', *tiny_llava(width=32))]
+    for i, (name, dense, inputs) in enumerate(models):
+        where = ['encoder', 'decoder'] if 't5' in name else WHOLE if name == 'llava' else None
+        moe = upcycle(dense, recipes[i % len(recipes)], 4, 2, seed=0, where=where).eval()
+        moe.save_pretrained(tmp_path/name)
+        with torch.no_grad(): out = moe(**inputs)[0]
+        if recipes[i % len(recipes)] in ('smoe', 'xmoe', 'sharede_v2', 'dense'): assert error(dense, moe, **inputs) < 2e-5, name
+        tensors = {**dict(moe.named_parameters()), **dict(moe.named_buffers())}
+        torch.save(dict(special=type(moe) is not MoEForCausalLM, inputs=inputs, out=out, tensors={n: t.detach() for n, t in tensors.items()}), tmp_path/name/'want.pt')
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', LOADER, str(tmp_path)], capture_output=True, text=True, timeout=500)
+    said = [l for l in p.stdout.splitlines() if l.startswith(('same', 'WRONG'))]
+    assert not p.returncode and len(said) == len(models), p.stderr[-2000:]
+    assert not [l for l in said if l.startswith('WRONG')]
