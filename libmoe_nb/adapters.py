@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from fastcore.basics import patch
 from pathlib import Path
 from .routers import Router, Routing, stable_topk
-from .tracing import MoEAdapter, record_routing, _families, _foreign
+from .tracing import MoEAdapter, record_routing, _adapted, _families, _foreign
 
 # %% ../nbs/adapters.ipynb #5887bbeb
 class RouterRules:
@@ -56,7 +56,7 @@ class TopKAdapter(MoEAdapter):
 
     def expert_parameters(self, layer):
         N = self.num_experts(layer)
-        return {n: p[:N] for n, p in layer.experts.named_parameters() if p.dim() > 1}
+        return {n: p[:N] for n, p in _adapted(layer.experts).items() if p.dim() > 1}
 
     def num_experts(self, layer): return min(p.shape[0] for p in layer.experts.parameters() if p.dim() > 2)
 
@@ -161,6 +161,15 @@ _tiny_more = dict(lfm2_moe=dict(layer_types=['full_attention'] * 2), longcat_fla
     **{m: dict(mlp_layer_types=['sparse'] * 2) for m in 'axk2 beam inkling_text'.split()}, **{'nllb-moe': dict(pad_token_id=1)},
     **{m: dict(layer_types=['linear_attention', 'full_attention']) for m in 'qwen3_next qwen3_5_moe_text'.split()})
 
+# %% ../nbs/adapters.ipynb #29eaae9c
+def _tiny_config(config, **kwargs):
+    "The class `config` of configurations with small sizes under whatever names it has for them"
+    alias = getattr(config, 'attribute_map', {})
+    fields = set(config().to_dict()) | set(alias)
+    sizes = {k: v for k, v in _tiny.items() if k in fields and alias.get(k) not in _tiny}
+    if 'qk_rope_head_dim' in fields: sizes.pop('head_dim', None)
+    return config(**{**sizes, **_tiny_more.get(config.model_type, {}), **kwargs})
+
 # %% ../nbs/adapters.ipynb #bbbcfe2b
 def tiny_moe(
     model_type, # as in a transformers configuration: 'mixtral', 'olmoe', 'deepseek_v3', ...
@@ -171,11 +180,7 @@ def tiny_moe(
     import transformers
     from transformers import CONFIG_MAPPING
     if model_type not in CONFIG_MAPPING: raise ValueError(f'model_type must be one that the installed transformers knows, got {model_type!r}')
-    config, alias = CONFIG_MAPPING[model_type], getattr(CONFIG_MAPPING[model_type], 'attribute_map', {})
-    fields = set(config().to_dict()) | set(alias)
-    sizes = {k: v for k, v in _tiny.items() if k in fields and alias.get(k) not in _tiny}
-    if 'qk_rope_head_dim' in fields: sizes.pop('head_dim', None)
-    c = config(**{**sizes, **_tiny_more.get(model_type, {}), **kwargs})
+    c = _tiny_config(CONFIG_MAPPING[model_type], **kwargs)
     autos = [getattr(transformers, f'AutoModel{a}') for a in ('ForCausalLM', 'ForSeq2SeqLM', 'ForTokenClassification', '')]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -343,7 +348,7 @@ class _DbrxAdapter(_CallAdapter):
         return self.read(layer, (logits, None, index, weights), args)
     def run_expert(self, layer, hidden_states, expert_index):
         return layer.experts(hidden_states[None], expert_index[:, None], torch.ones_like(expert_index[:, None], dtype=hidden_states.dtype))[0]
-    def expert_parameters(self, layer): return {n: p.view(self.num_experts(layer), -1, p.shape[-1]) for n, p in layer.experts.named_parameters()}
+    def expert_parameters(self, layer): return {n: p.view(self.num_experts(layer), -1, p.shape[-1]) for n, p in _adapted(layer.experts).items()}
 
 register_moe('DbrxRouter', _DbrxAdapter())
 
@@ -361,8 +366,8 @@ class _SwitchAdapter(_CallAdapter):
         one = F.one_hot(expert_index[:, None], self.num_experts(layer))
         return layer.experts(hidden_states, one, torch.ones_like(expert_index[:, None], dtype=hidden_states.dtype))
     def expert_parameters(self, layer):
-        experts = list(layer.experts.values())
-        return {n: torch.stack([e.get_parameter(n) for e in experts]) for n, _ in experts[0].named_parameters()}
+        experts = [_adapted(e) for e in layer.experts.values()]
+        return {n: torch.stack([e[n] for e in experts]) for n in experts[0]}
 
 register_moe('SwitchTransformersTop1Router', _SwitchAdapter(norm=False, top_k=1))
 

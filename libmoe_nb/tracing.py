@@ -28,13 +28,25 @@ class MoEAdapter:
         return layer.experts(hidden_states, expert_index[:, None], torch.ones_like(expert_index[:, None], dtype=hidden_states.dtype))
     def expert_parameters(self, layer):
         "Parameters of the N experts, each stacked in its first dimension"
-        return dict(layer.experts.named_parameters())
+        return _adapted(layer.experts)
     @contextmanager
     def expert_inputs(self, layer, seen):
         "Append the hidden states [T, d] that the experts get to the list `seen`, for the duration of a block"
         h = layer.experts.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
         try: yield
         finally: h.remove()
+
+# %% ../nbs/tracing.ipynb #0c9966a8
+def _adapted(module):
+    "Parameters of `module` by name, each with what peft's adapters add to it at present"
+    plain, added, extra = lambda n: n.replace('base_layer.', ''), {}, set()
+    for n, m in module.named_modules():
+        if not hasattr(m, 'base_layer'): continue
+        name = plain(f'{n}.' if n else '') + getattr(m, 'parameter_name', 'weight')
+        extra |= {*m.adapter_layer_names}
+        for a in [] if m.disable_adapters else m.active_adapters:
+            if a not in m.merged_adapters and any(a in getattr(m, l) for l in m.adapter_layer_names): added[name] = added.get(name, 0) + m.get_delta_weight(a)
+    return {plain(n): p + added[plain(n)] if plain(n) in added else p for n, p in module.named_parameters() if not extra & {*n.split('.')}}
 
 # %% ../nbs/tracing.ipynb #14b67b4f
 _own, _families = MoEAdapter(), {}  # class name of a router -> adapter

@@ -6,11 +6,13 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/upcycling.html.md"""
 
 # %% auto #0
 __all__ = ['ffn_families', 'initialisations', 'FFNFamily', 'register_ffn', 'find_ffns', 'moeify', 'FFNWeights', 'ffn_weights',
-           'Initialisation', 'initialisation', 'upcycle', 'load_upcycled', 'load_dense']
+           'ffn_report', 'Initialisation', 'initialisation', 'upcycle', 'load_upcycled', 'load_dense']
 
 # %% ../nbs/upcycling.ipynb #efd17e98
 import copy, fnmatch, inspect, json, re, torch, torch.nn.functional as F
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from torch import nn, Tensor
@@ -58,7 +60,7 @@ register_ffn('clip', up='fc1', down='fc2')                                # CLIP
 register_ffn('bert', up='intermediate.dense', down='output.dense', act='intermediate.intermediate_act_fn')  # BERT, RoBERTa, ELECTRA
 register_ffn('distilbert', up='lin1', down='lin2')
 register_ffn('t5', up='wi', down='wo', whole=True)                        # T5: ReLU
-register_ffn('t5_gated', up='wi_1', gate='wi_0', down='wo')               # T5 1.1, Flan-T5, mT5, UMT5
+register_ffn('t5_gated', up='wi_1', gate='wi_0', down='wo', whole=True)               # T5 1.1, Flan-T5, mT5, UMT5
 register_ffn('llava', up='linear_1', down='linear_2')                     # the projector between vision and language
 
 # %% ../nbs/upcycling.ipynb #095887d3
@@ -133,19 +135,34 @@ def _needed(module):
 def is_whole(self:FFNFamily, module):
     "Is `module` this FFN and nothing else?"
     parts = {*self.matrices, self.act_path(module)}
-    extra = [n for n, m in module.named_children() if n not in parts and not isinstance(m, nn.Identity)]
+    extra = [n for n, m in module.named_children() if n not in parts and not isinstance(m, nn.Identity)] + _own_tensors(module)
     return len(_needed(module)) == 1 and (self.whole or not extra and not any('drop' in n for n in vars(module)))
+
+@patch
+def stays(self:FFNFamily, module):
+    "Does a new layer take the place of the first matrix only, so that the rest of `module` stays?"
+    return not self.gate and not self.fused and not self.is_whole(module)
+
+def _own_tensors(module): return [n for n, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]]
 
 # %% ../nbs/upcycling.ipynb #57311fd7
 def _swap_plan(name, module, new):
     "Path in the model -> module to put there, so that `new` does the work of the FFN `module`"
     family = None if isinstance(module, (MoELayer, FeedForward)) else _family(module)
-    if family and not family.gate and not family.fused and not family.is_whole(module):
+    if family and family.stays(module):
         act = family.act_path(module)
         if act is None: raise ValueError(f'layer {name} does more than its FFN, so its activation must be a module of it, got a function')
         return {f'{name}.{family.up}': new, f'{name}.{act}': nn.Identity(), f'{name}.{family.down}': nn.Identity()}
     _check_swappable(module, name)
+    if family and not family.whole and (p := _dropout(module)): new.register_forward_hook(partial(_dropped_out, p))
     return {name: new}
+
+# %% ../nbs/upcycling.ipynb #edfe42ae
+def _dropout(module):
+    "Probability of the dropout in `module`: a module of its own, or a number by that name"
+    return max([0., *(m.p for m in module.children() if type(m) is nn.Dropout), *(v for n, v in vars(module).items() if 'drop' in n and isinstance(v, float))])
+
+def _dropped_out(p, layer, args, output): return F.dropout(output, p, layer.training)
 
 # %% ../nbs/upcycling.ipynb #768401b7
 def _check_swappable(ffn, name):
@@ -163,12 +180,19 @@ def moeify(
     "Swap the feed-forward networks of a model's decoder for layers of a recipe, with random weights."
     ffns = list(find_ffns(model).items())
     chosen = _indices(layers, len(ffns))
+    for i in chosen: _check_seam(*ffns[i])
     _check_width(model, spec)
     new = [_like(build_layer(spec), ffns[i][1]) for i in chosen]
     plans = [_swap_plan(*ffns[i], n) for i, n in zip(chosen, new)]
     for plan in plans: _put(model, plan)
     link_layers(new)
     return model
+
+# %% ../nbs/upcycling.ipynb #27fe28c2
+def _check_seam(name, module):
+    "Raise if `module`, which stays around a new layer, has something between the parts that go"
+    family = None if isinstance(module, (MoELayer, FeedForward)) else _family(module)
+    if family and family.stays(module) and family.act_path(module) and not next(module.parameters()).is_meta: _check_use(name, module, family)
 
 # %% ../nbs/upcycling.ipynb #b56bd3b9
 def _put(model, plan):
@@ -217,6 +241,7 @@ class FFNWeights:
     intermediate_size = property(lambda self: self.down.shape[1])
     hidden_size = property(lambda self: self.up.shape[1])
     output_size = property(lambda self: self.down.shape[0])
+    def to(self, dtype): return replace(self, **{n: t.to(dtype) for n, t in vars(self).items() if torch.is_tensor(t)})
     def __repr__(self): return f'FFNWeights({self.hidden_size} to {self.intermediate_size}, {self.hidden_act}, gated={self.gated}, bias={self.up_bias is not None}, {self.up.dtype})'
     def __call__(self, x): return ffn(x, self.up, self.down, self.up_bias, self.down_bias, activation(self.hidden_act), self.gated)
 
@@ -251,25 +276,93 @@ def ffn_weights(
     module:nn.Module, # a feed-forward network
     name:str='',      # its name in the model, for errors
 )->FFNWeights:
-    "The weights of a feed-forward network of a known family, checked against what it computes."
+    "The weights of a feed-forward network of a known family, checked against what it holds and computes."
     if isinstance(module, MoELayer) or 'experts' in module._modules: raise ValueError(f'model must be dense, but its layer {name} is a mixture of experts already: {type(module).__name__}')
     family = _family(module)
     if family is None: raise ValueError(_unknown(module, name))
-    w = family.read(module)
+    if lost := family.lost(module):
+        raise ValueError(f"layer {name} ({type(module).__name__}) holds more than family '{family.name}' reads, which would be lost: {', '.join(lost)}. {_how_to_register}")
+    try: w = family.read(module)
+    except ValueError as e: raise ValueError(f'layer {name} ({type(module).__name__}) cannot be read: {e}') from e
     if not w.up.is_floating_point() or w.up.shape[0] != w.intermediate_size * (1 + w.gated):
-        raise ValueError(f'weights of {name} must be plain matrices, got {tuple(w.up.shape)} of {w.up.dtype}: a quantised model has to be dequantised first')
-    if family.is_whole(module) and not w.up.is_meta and not _agrees(module, w):
-        raise ValueError(f"layer {name} ({type(module).__name__}) has the parts of family '{family.name}', but computes something else with them: {_how_to_register}")
+        raise ValueError(f'weights of {name} must be plain matrices of one width, got {tuple(w.up.shape)} and {tuple(w.down.shape)} of {w.up.dtype}: a quantised model has to be dequantised first, two matrices in one are named by gate_up')
+    if not w.up.is_meta: _check_use(name, module, family, w)
     return w
 
 # %% ../nbs/upcycling.ipynb #ac09d7d4
-def _agrees(module, w):
-    "Does `module` compute what its weights say?"
-    x = torch.randn(1, 4, w.hidden_size, generator=torch.Generator().manual_seed(0)).to(w.up)
-    training = module.training
-    try: y, z = module.eval()(x).float(), w(x).float()
-    finally: module.train(training)
-    return (y - z).abs().max() <= y.abs().max() * (1e-4 if w.up.dtype in (torch.float32, torch.float64) else 0.05)
+@patch
+def beside(self:FFNFamily, module):
+    "What `module` holds beside the weights of its parts: path -> the name of its class"
+    parts, found = [p for p in (*self.matrices, self.act_path(module)) if p], {}
+    def tensors(m, at, **kw): found.update({at + n: type(t).__name__ for n, t in [*m.named_parameters(**kw), *m.named_buffers(**kw)] if at[:-1] not in self.matrices or n not in ('weight', 'bias')})
+    def walk(m, at):
+        tensors(m, at, recurse=False)
+        for n, c in m.named_children():
+            if at + n in parts: tensors(c, f'{at}{n}.')
+            elif any(p.startswith(f'{at}{n}.') for p in parts): walk(c, f'{at}{n}.')
+            elif not isinstance(c, nn.Identity): found[at + n] = type(c).__name__
+    walk(module, '')
+    return found
+
+@patch
+def lost(self:FFNFamily, module):
+    "What of that would be gone after a swap; dropout has its place behind the new layer"
+    inside = lambda n: any(n.startswith(f'{p}.') for p in (*self.matrices, self.act_path(module)))
+    return [f'{n} ({c})' for n, c in self.beside(module).items() if (inside(n) if self.stays(module) else c != 'Dropout')]
+
+# %% ../nbs/upcycling.ipynb #6c4be848
+def _check_use(name, module, family, f=None):
+    "Raise if `module` does not use its parts as `family` says; `f` is what they compute, read off the parts where they stay in place"
+    if not family.stays(module): _check_swappable(module, name)
+    try: fits = _fits(module, family, f)
+    except Exception as e: raise ValueError(f'layer {name} ({type(module).__name__}) could not be tried out on hidden states [1, 4, d]: {_first_line(e)}') from e
+    also = [f'{n} ({c})' for n, c in family.beside(module).items()]
+    if not fits: raise ValueError(f"layer {name} ({type(module).__name__}) has the parts of family '{family.name}', but computes something else with them"
+                                  + f' (it also holds {", ".join(also)})' * bool(also) + f': {_how_to_register}')
+
+# %% ../nbs/upcycling.ipynb #7124024c
+def _twin(module, dtype):
+    "A copy of `module` to try things with, in evaluation mode; it shares the tensors that need not change their dtype"
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(t.is_floating_point() and t.dtype != dtype for t in tensors): return copy.deepcopy(module).to(dtype).eval()
+    return copy.deepcopy(module, {id(t): t for t in tensors}).eval()
+
+class _Call(nn.Module):
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, x): return self.f(x)
+
+def _run(modules, x, other):
+    "`modules` one after another on `x`, with `other` for whatever else they want: other states, or the first of what has a number"
+    for m in modules:
+        out = m(x, **{n: torch.zeros(1, dtype=torch.long, device=x.device) if n.endswith('ids') else other for n in _needed(m)[1:]})
+        x = out if torch.is_tensor(out) else out[0]
+    return x
+
+# %% ../nbs/upcycling.ipynb #efc2ad6c
+@torch.no_grad()
+def _fits(module, family, f=None):
+    "Does `module` compute `f` with its parts, or, where it stays, the same with `f` in their place?"
+    up, down = (_at(module, p) for p in (family.up, family.down))
+    exact = up.weight.dtype if up.weight.dtype == torch.float64 else torch.float32
+    tolerance = 1e-4 if up.weight.dtype == exact else .02  # T5 keeps its second matrix in another dtype than experts do
+    twin, f = _twin(module, exact), f and f.to(exact)
+    x, other = torch.randn(2, 1, 4, _weight(up).shape[1], generator=torch.Generator().manual_seed(0)).to(up.weight.device, exact)
+    if not family.stays(module): return _near(twin(x), f(x), f(x), tolerance)
+    act, parts = family.act_path(module), [family.up, family.act_path(module), family.down]
+    f = f or nn.Sequential(*[_at(_twin(module, exact), p) for p in parts])
+    homes = list(dict.fromkeys(p.rpartition('.')[0] for p in parts))
+    try: ways, y = [twin], _run([twin], x, other)
+    except Exception:  # a layer that wants more than we know: the modules in it that hold the parts
+        if '' in homes: raise
+        ways = [twin.get_submodule(h) for h in homes]
+        y = _run(ways, x, other)
+    def with_(new):
+        _put(twin, {family.up: _Call(new), act: nn.Identity(), family.down: nn.Identity()})
+        return _run(ways, x, other)
+    try: return _near(y, with_(f), y - with_(lambda x: f(x) * 0), tolerance)
+    except RuntimeError: return False  # something between the parts wants their width
+
+def _near(a, b, scale, tolerance): return (a - b).abs().max() <= tolerance * scale.abs().max() + 1e-6 * a.abs().max()
 
 # %% ../nbs/upcycling.ipynb #6e5efba6
 _how_to_register = "register_ffn('name', up='path.of.first.matrix', down='path.of.second.matrix', gate='path.of.gate') makes a family known"
@@ -277,6 +370,20 @@ _how_to_register = "register_ffn('name', up='path.of.first.matrix', down='path.o
 def _unknown(module, name):
     parts = ', '.join(f'{n} ({type(m).__name__})' for n, m in module.named_modules() if n) or 'no modules'
     return f'layer {name} ({type(module).__name__}) is an FFN of no known family; it holds {parts}. {_how_to_register}'
+
+# %% ../nbs/upcycling.ipynb #23114639
+def ffn_report(
+    model:nn.Module, # a transformer
+    where=None,      # as for `find_ffns`
+)->list:             # one dictionary for each feed-forward network: name, module, family, swap ('whole', 'parts' or 'refused'), why
+    "What upcycling would do with the feed-forward networks of a model."
+    return [_report(*ffn) for ffn in find_ffns(model, where).items()]
+
+def _report(name, module):
+    f, r = _family(module), dict(name=name, module=type(module).__name__)
+    try: ffn_weights(module, name)
+    except ValueError as e: return r | dict(family=f and f.name, swap='refused', why=str(e))
+    return r | dict(family=f.name, swap='parts' if f.stays(module) else 'whole', why='')
 
 # %% ../nbs/upcycling.ipynb #881bbf5e
 @patch
@@ -544,9 +651,10 @@ def _wrapped(base, specs, layers, n, reduction):
     "`base`, whose FFNs have been swapped, as a `MoEForCausalLM`"
     from libmoe_nb.models import MoEConfig, MoEForCausalLM
     if len(set(map(str, specs))) > 1: raise ValueError(f'layers must have feed-forward networks of one size, got {sorted({s.moe_intermediate_size for s in specs})}: choose some by `layers`')
-    config = MoEConfig(base.config, specs[0], None if len(layers) == n else layers, reduction)
+    config = MoEConfig(copy.deepcopy(base.config), specs[0], None if len(layers) == n else layers, reduction)
     with torch.device('meta'): model = MoEForCausalLM(config)
-    model.base, config.base_config, model.generation_config = base, base.config, copy.deepcopy(base.generation_config)
+    model.base, model._built = base, {}
+    config.base_config, model.generation_config = base.config, copy.deepcopy(base.generation_config)
     return model.train(base.training)
 
 # %% ../nbs/upcycling.ipynb #3b79fc59
@@ -588,18 +696,40 @@ def load_upcycled(
     bad = [f'{why}: {k if isinstance(k, str) else k[0]}' for why in ('missing_keys', 'mismatched_keys', 'unexpected_keys') for k in sorted(info[why])]
     if bad: raise ValueError(f'checkpoint {name} does not fit its configuration: {"; ".join(bad[:4])}')
     made.__class__ = cls
+    del made._built
     return _remembering(made, made.config.libmoe)
 
 # %% ../nbs/upcycling.ipynb #892ae1da
 def _rebuilding(cls):
     "A subclass of `cls` that puts the layers in which the configuration remembers"
     def init(self, config, *args, **kwargs):
+        self.__dict__['_built'] = {}
         cls.__init__(self, config, *args, **kwargs)
-        specs = {n: MoESpec.from_dict(s) for n, s in config.libmoe.items()}
+        specs, built = {n: MoESpec.from_dict(s) for n, s in config.libmoe.items()}, dict(self.named_modules())
         places = {n: self.get_submodule(n) for n in specs}
         plan = {k: m for n, f in places.items() for k, m in _swap_plan(n, f, _like(build_layer(specs[n]), f)).items()}
         _swapped_model(self, plan, inplace=True)
-    return type(cls.__name__, (cls,), dict(__init__=init, __module__=cls.__module__))
+        self._built = _replaced(self, built)
+    def initialize_weights(self):
+        with _as_built(self, self._built): cls.initialize_weights(self)
+        self._built = {}
+    return type(cls.__name__, (cls,), dict(__init__=init, initialize_weights=initialize_weights, __module__=cls.__module__))
+
+# %% ../nbs/upcycling.ipynb #2275670d
+def _replaced(model, built):
+    "What gave way among `built`, the modules of `model` by name as its class built it: name -> module"
+    gone = {}
+    for n, m in built.items():
+        if n and _at(model, n) is not m and not any(n.startswith(f'{g}.') for g in gone): gone[n] = m
+    return gone
+
+@contextmanager
+def _as_built(model, replaced):
+    "`model` with the `replaced` modules in their places again"
+    ours = {n: model.get_submodule(n) for n in replaced}
+    _put(model, replaced)
+    try: yield
+    finally: _put(model, ours)
 
 # %% ../nbs/upcycling.ipynb #0911acef
 def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)

@@ -1,11 +1,12 @@
 "Low-rank adapters through peft: what moves, what is saved, what comes back."
 import copy, subprocess, sys
-import pytest, torch, transformers
+import numpy as np, pytest, torch, transformers
 from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
 
 peft = pytest.importorskip('peft', reason='pip install peft')
 from libmoe_nb.lora import add_lora, lora_targets  # noqa: E402
+from libmoe_nb.metrics import expert_parameter_similarity  # noqa: E402
 from libmoe_nb.models import from_scratch  # noqa: E402
 from libmoe_nb.tracing import moe_layers, record_routing  # noqa: E402
 from libmoe_nb.upcycling import upcycle  # noqa: E402
@@ -140,3 +141,25 @@ except ImportError as e: print(e)
 '''
     p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
     assert p.stdout.strip() == 'add_lora needs peft: pip install libmoe-nb[peft]', p.stderr
+
+@pytest.mark.parametrize('recipe', ['smoe', 'sharede_v2'])
+def test_similarity_of_experts_is_that_of_the_merged_model(recipe):
+    "An expert's parameters are its matrices with the adapters' products on them"
+    model = add_lora(make(recipe), ['experts', 'routers'], r=2, init_lora_weights=False)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if 'lora_' in n: p.normal_(0, .1)
+    similar = lambda m: expert_parameter_similarity(m).similarity.to_numpy()
+    with model.disable_adapter(): off = similar(model)
+    on = similar(model)
+    np.testing.assert_allclose(off, similar(make(recipe)), atol=1e-6)
+    merged = copy.deepcopy(model); merged.merge_adapter()
+    for m in merged, model.merge_and_unload(): np.testing.assert_allclose(similar(m), on, atol=1e-6)
+    assert abs(on - off).max() > 1e-2
+
+def test_similarity_of_experts_of_another_library():
+    from libmoe_nb.adapters import tiny_moe
+    for kind, targets in dict(olmoe=dict(target_parameters=['experts.gate_up_proj', 'experts.down_proj']), switch_transformers=dict(target_modules=['wi', 'wo'])).items():
+        model = peft.get_peft_model(tiny_moe(kind), peft.LoraConfig(r=2, init_lora_weights=False, **targets))
+        on = expert_parameter_similarity(model)
+        np.testing.assert_allclose(expert_parameter_similarity(model.merge_and_unload()).similarity, on.similarity, atol=1e-6)
