@@ -24,7 +24,7 @@ from .config import MoESpec, Preset, get_preset, get_recipe, did_you_mean, write
 from .experts import FeedForward
 from .layers import MoELayer, aux_loss, build_layer, recipe_options
 from .tracing import record_routing
-from .upcycling import find_ffns, moeify, _indices
+from .upcycling import find_ffns, moeify, _as_built, _indices, _replaced
 
 # %% ../nbs/models.ipynb #701739ee
 class MoEConfig(PreTrainedConfig):
@@ -92,7 +92,9 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         self.base = AutoModelForCausalLM.from_config(config.base_config)
         config.base_config = self.base.config
         _unpack_lone_experts(self.base)
+        built = dict(self.base.named_modules())
         moeify(self.base, config.spec, config.layers)
+        self._built = _replaced(self.base, built) if self.device.type == 'meta' else {}
         if self.device.type != 'meta': self._mark_initialized()
         self.post_init()
         self.generation_config = copy.deepcopy(self.base.generation_config)
@@ -193,7 +195,8 @@ def initialize_weights(self:MoEForCausalLM):
     "Draw what is not initialised: the base model by its own rules, the layers of the recipe by theirs"
     fresh = [f for f in self._swapped if not getattr(f, '_is_hf_initialized', False)]
     self._mark_initialized()
-    PreTrainedModel.initialize_weights(self)
+    with _as_built(self.base, self._built): self.base.initialize_weights()
+    self._built, self._is_hf_initialized = {}, True
     for f in fresh: _draw(f, self.config.spec)
 
 # %% ../nbs/models.ipynb #ed485e45
