@@ -10,6 +10,7 @@ __all__ = ['MoEConfig', 'MoEForCausalLM', 'MoECausalLMOutput', 'from_scratch', '
 # %% ../nbs/models.ipynb #6b56d180
 import copy, dataclasses, inspect, math, os, re, tempfile, torch
 from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from torch import nn
@@ -218,6 +219,16 @@ def _draw(layer, spec):
     todo = {n: t for n, t in [*layer.named_parameters(), *layer.named_buffers()] if not getattr(t, '_is_hf_initialized', False)}
     new = build_layer(spec).state_dict() if todo else {}
     for n, t in todo.items(): t.copy_(new[n])
+
+# %% ../nbs/models.ipynb #5b3ae6b9
+@patch
+def post_init(self:MoEForCausalLM):
+    "As in transformers; what stays in float32 is told by whole names, so that no name of the base's means a tensor of our layers"
+    PreTrainedModel.post_init(self)
+    ours = tuple(f'{n}.' for n, m in self.named_modules() if isinstance(m, (MoELayer, FeedForward)))
+    stays = lambda n, k: fnmatch(n, f'*{k}*') and (k == 'expert_bias') == n.startswith(ours)
+    for kept in '_keep_in_fp32_modules', '_keep_in_fp32_modules_strict':
+        setattr(self, kept, {n for n in self.state_dict() for k in getattr(self, kept) or () if stays(n, k)})
 
 # %% ../nbs/models.ipynb #3fd8b58c
 @patch(cls_method=True)

@@ -1,7 +1,7 @@
 "What new versions of dependencies change: names, warnings, requirements."
 import copy, dataclasses, logging, pickle, warnings
 import pytest, torch
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 from libmoe_nb.models import MoECausalLMOutput, from_scratch
 
@@ -74,10 +74,25 @@ def test_a_base_model_gets_the_name_that_it_takes(name, model, quiet):
         m(ids(4), **({} if f is none else {name: 'a cache'}))
     assert base == dict(old='a cache', new='a cache', none=1)
 
-@pytest.mark.parametrize('recipe', ['dense', 'smoe'])
 @torch.no_grad()
-def test_compiled(recipe, quiet):
-    m = from_scratch(recipe, 'tiny', seed=0, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16, num_experts=4, top_k=2, moe_intermediate_size=16, vocab_size=96).eval()
+def test_compiled(quiet):
+    m = from_scratch('dense', 'tiny', seed=0, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16, num_experts=4, top_k=2, moe_intermediate_size=16, vocab_size=96).eval()
     x, c = ids(), torch.compile(m, backend='eager')
     first = c(x[:, :5], use_cache=True)
     for n in NAMES: torch.testing.assert_close(c(x[:, 5:], **{n: copy.deepcopy(first.cache)}).logits, m(x).logits[:, 5:], atol=1e-5, rtol=1e-4)
+
+# tensors that stay in float32
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_base_keeps_no_tensor_of_our_layers_in_float32(dtype, tmp_path):
+    base = AutoConfig.for_model('deepseek_v3', vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, q_lora_rank=8,
+                                kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2)
+    m = from_scratch('sharede_v3', 'tiny', base=base, seed=0, num_experts=4, top_k=2, shared_gate=True, expert_bias=True, moe_intermediate_size=16).eval().to(dtype)
+    m.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path)
+    kinds = lambda m: {n: t.dtype for n, t in m.state_dict().items()}
+    assert kinds(back) == kinds(m) and {n.rpartition('.')[2] for n, t in kinds(m).items() if t != dtype} == {'expert_bias'}
+    assert torch.equal(back(ids()).logits, m(ids()).logits)
+    smoe = from_scratch('smoe', 'tiny', base=base, seed=0, num_experts=4, top_k=2, moe_intermediate_size=16)
+    assert not smoe._keep_in_fp32_modules_strict          # nothing of that name there
