@@ -1,8 +1,18 @@
 "What new versions of dependencies change: names, warnings, requirements."
-import copy, dataclasses, logging, pickle, warnings
-import pytest, torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+import copy, dataclasses, logging, os, pickle, re, subprocess, sys, warnings
+import pytest, torch, yaml
+from configparser import ConfigParser
+from importlib.metadata import PackageNotFoundError, version
+from packaging.requirements import Requirement
+from packaging.version import Version
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+from libmoe_nb import cli
+from libmoe_nb.adapters import tiny_moe
+from libmoe_nb.analysis import load_subject
+from libmoe_nb.data.text import text_data
 from libmoe_nb.models import MoECausalLMOutput, from_scratch
 
 # one cache, two names: `past_key_values` until transformers 5.23, `cache` from 5.24 on
@@ -96,3 +106,85 @@ def test_a_base_keeps_no_tensor_of_our_layers_in_float32(dtype, tmp_path):
     assert torch.equal(back(ids()).logits, m(ids()).logits)
     smoe = from_scratch('smoe', 'tiny', base=base, seed=0, num_experts=4, top_k=2, moe_intermediate_size=16)
     assert not smoe._keep_in_fp32_modules_strict          # nothing of that name there
+
+# what a user sees of dependencies: nothing
+
+OURS = re.compile(r'(.*\.\.\.|\[\d+/\d+\] .*|(libmoe|warning): .*)')
+SMALL = '--data python --max-bytes 250000 --preset tiny --steps 4 --batch-size 4 --sequence-length 64 --vocab-size 512 --threads 1'.split()
+
+def commands(box):
+    "Each command on something small, in an order in which one can use what another left"
+    short = ['--data', 'python', '--threads', '1', '--max-bytes', '250000', '--sequence-length', '32']
+    yield 'compare', '--recipes', 'dense,smoe', *SMALL, '--evaluate', '--out', box/'runs'
+    yield 'train', 'sharede_v3', *SMALL, '--out', box/'run'
+    yield 'upcycle', box/'llama', *short, '--steps', '2', '--out', box/'up'
+    yield 'upcycle', box/'gpt2', *short, '--steps', '2', '--out', box/'up2'
+    for m in 'run', 'mixtral', 'lara_mini': yield 'analyze', box/m, *short, '--tokens', '400', '--out', box/f'analysis-{m}'
+    yield 'evaluate', box/'run', '--suite', next((box/'runs').glob('suite-*')), '--limit', '3', '--intervene', 'drop_top1', '--threads', '1', '--out', box/'scores'
+    yield 'list',
+    yield 'report', box/'runs'
+
+def test_no_message_of_a_dependency_reaches_a_user(tmp_path, monkeypatch):
+    monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
+    tokenizer = text_data('python', vocab_size=512, sequence_length=64, max_bytes=250_000).tokenizer
+    sizes = dict(llama=dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=2), gpt2=dict(n_embd=32, n_inner=48, n_head=2, n_layer=2, n_positions=64))
+    models = {f: AutoModelForCausalLM.from_config(AutoConfig.for_model(f, vocab_size=512, bos_token_id=0, eos_token_id=0, **s)) for f, s in sizes.items()}
+    models |= {f: tiny_moe(f, vocab_size=512) for f in ('mixtral', 'lara_mini') if f in CONFIG_MAPPING}
+    for f, m in models.items(): m.save_pretrained(tmp_path/f); tokenizer.save_pretrained(tmp_path/f)
+    code, env = 'from libmoe_nb.cli import main; main()', {k: v for k, v in os.environ.items() if k not in ('PYTHONWARNINGS', 'TRANSFORMERS_VERBOSITY', 'LIBMOE_DEBUG')}
+    for args in commands(tmp_path):
+        if args[0] == 'analyze' and not args[1].exists(): continue
+        done = subprocess.run([sys.executable, '-W', 'default', '-c', code, *map(str, args)], capture_output=True, text=True, env=env)
+        strange = [line for line in done.stderr.splitlines() if not OURS.fullmatch(line)]
+        assert done.returncode == 0 and not strange, (args, done.stderr)
+
+def test_our_own_warnings_do_reach_a_user(capsys):
+    def run(where):
+        "Code of a module `where` that warns, for itself and for its caller, and logs"
+        exec("import logging, warnings\n"
+             "for level in 1, 2: warnings.warn(f'{__name__} {level}', stacklevel=level)\n"
+             "warnings.warn('will be renamed', FutureWarning)\n"
+             "logging.getLogger(__name__).warning('logged')\n", dict(__name__=where))
+    with warnings.catch_warnings(record=True) as others:
+        warnings.simplefilter('always')
+        with cli._only_ours(): run('libmoe_nb.training'); run('pandas.io')
+        assert capsys.readouterr().err.splitlines() == ['warning: libmoe_nb.training 1', 'warning: libmoe_nb.training 2'] and not others
+        warnings.warn('after it, all is as before')
+    assert len(others) == 1 and logging.getLogger('pandas.io').isEnabledFor(logging.WARNING)
+
+def test_a_checkpoint_that_lacks_weights_is_not_filled_with_random_ones(tmp_path):
+    m = tiny_moe('mixtral', vocab_size=96)
+    m.save_pretrained(tmp_path)
+    w = load_file(tmp_path/'model.safetensors')
+    lost = next(n for n in w if n.endswith('q_proj.weight'))
+    save_file({n: t for n, t in w.items() if n != lost}, tmp_path/'model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(ValueError, match=f'lacks 1 weights that a MixtralForCausalLM has, and would be random there: {lost}'): load_subject(tmp_path, tokenizer=object())
+
+# requirements
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ConfigParser(delimiters=['='])
+CONFIG.read(ROOT/'settings.ini', encoding='utf-8')
+REQUIREMENTS = sorted({line.strip() for k, v in CONFIG['DEFAULT'].items() if k.endswith('requirements') for line in v.splitlines() if line.strip()})
+
+@pytest.mark.parametrize('line', REQUIREMENTS)
+def test_a_requirement_has_bounds(line):
+    r = Requirement(line)
+    assert {s.operator for s in r.specifier} == {'>=', '<'}, 'a lower bound that was tried, and an upper one'
+    low, high = (Version(next(s.version for s in r.specifier if s.operator == o)) for o in ('>=', '<'))
+    assert low in r.specifier and low < high
+    try: here = Version(version(r.name))
+    except PackageNotFoundError: return
+    assert here in r.specifier, f'{here} is installed'
+    assert f'{here.major + 1}.0' not in r.specifier, 'the next major version may break anything'
+
+def test_the_weekly_workflow_takes_the_newest_versions():
+    res = subprocess.run([sys.executable, ROOT/'tools'/'newest.py'], capture_output=True, text=True, check=True).stdout.splitlines()
+    free = {r.name: r for r in map(Requirement, res)}
+    bound = {r.name for k in ('', 'dev_', 'demo_') for r in map(Requirement, CONFIG['DEFAULT'][f'{k}requirements'].strip().splitlines())}
+    assert set(free) == bound and all({s.operator for s in r.specifier} == {'>='} for r in free.values())
+    assert str(free['smalldocs'].marker) == 'python_version >= "3.11"'
+    text = (ROOT/'.github'/'workflows'/'newest.yml').read_text(encoding='utf-8')
+    job, = yaml.safe_load(text)['jobs'].values()
+    run = '\n'.join(s.get('run', '') for s in job['steps'])
+    assert 'schedule' in text and all(w in run for w in ('tools/newest.py', '--upgrade', 'pytest', 'nbdev-test', 'gh issue create', 'moe_classes'))
