@@ -517,7 +517,7 @@ def samples(self):
     "Score of each document of the suite, one row a run and metric"
     if not self.evaluations: return pd.DataFrame(columns='task doc metric value group recipe seed'.split())
     groups = {n: t['group'] for n, t in self.evaluations[0]['suite']['tasks'].items()}
-    return _gather(self, lambda f: _read_csv(f/'samples.csv', 'value', float_precision='round_trip')).assign(group=lambda d: d.task.map(groups))
+    return _gather(self, lambda f: _read_csv(f/'samples.csv', converters=dict(value=lambda v: float(v or 'nan')))).assign(group=lambda d: d.task.map(groups))
 
 def _sound(self, df):
     "The rows of recipes of which no run diverged"
