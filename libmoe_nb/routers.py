@@ -96,7 +96,7 @@ class Router(nn.Module):
         num_experts:int,            # N
         top_k:int,                  # K
         num_choices:int=None,       # M; N by default
-        norm_topk_prob:bool=True,   # divide the chosen weights by their sum
+        norm_topk_prob:bool=None,   # divide the chosen weights by their sum; None: if there is more than one
         init_std:float=0.02,        # standard deviation of the initial weights
         expert_bias:bool=False,     # keep a bias for each choice that steers choosing only (loss-free balancing)
         routed_scaling_factor:float=1., # multiplies the weights (DeepSeek)
@@ -109,7 +109,8 @@ class Router(nn.Module):
         if M % n_group: raise ValueError(f'n_group must divide the {M} choices of the router, got {n_group}')
         if not 1 <= topk_group <= n_group or topk_group * (M // n_group) < top_k:
             raise ValueError(f'topk_group must be between 1 and n_group={n_group} and leave at least top_k={top_k} choices, got {topk_group}')
-        self.num_experts, self.top_k, self.norm_topk_prob, self.init_std = num_experts, top_k, norm_topk_prob, init_std
+        self.num_experts, self.top_k, self.num_choices, self.init_std = num_experts, top_k, M, init_std
+        self.norm_topk_prob = top_k > 1 or M == 1 if norm_topk_prob is None else norm_topk_prob
         self.routed_scaling_factor, self.n_group, self.topk_group = routed_scaling_factor, n_group, topk_group
         self.build(hidden_size, M)
         self.register_buffer('expert_bias', torch.zeros(M) if expert_bias else None)
@@ -158,6 +159,12 @@ def weigh(self:Router, scores, top_k_index):
     w = scores.gather(-1, top_k_index)
     if self.norm_topk_prob: w = w / w.sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
     return w if self.routed_scaling_factor == 1 else w * self.routed_scaling_factor
+
+# %% ../nbs/routers.ipynb #84859875
+@patch(as_prop=True)
+def constant_weight(self:Router):
+    "Is the weight 1 whatever the scores are, so that the language loss teaches this router nothing?"
+    return self.top_k == 1 and bool(self.norm_topk_prob)
 
 # %% ../nbs/routers.ipynb #68516e89
 @patch
@@ -229,6 +236,9 @@ def score(self:CosineRouter, logits):
 def weigh(self:CosineRouter, scores, top_k_index):
     if self.double_softmax != 'chosen': return Router.weigh(self, scores, top_k_index)
     return scores.gather(-1, top_k_index).softmax(-1) * self.routed_scaling_factor
+
+@patch(as_prop=True)
+def constant_weight(self:CosineRouter): return self.top_k == 1 and (bool(self.norm_topk_prob) or self.double_softmax == 'chosen')
 
 # %% ../nbs/routers.ipynb #c5069416
 @delegates()
