@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from .config import MoESpec, did_you_mean, write_whole
 from .experts import Experts, FeedForward, activation, ffn, _activations
-from .layers import MoELayer, build_layer, link_layers, recipe_options
+from .layers import MoELayer, build_layer, link_layers, recipe_options, settled
 
 # %% ../nbs/upcycling.ipynb #c7600412
 @dataclass(frozen=True)
