@@ -174,9 +174,9 @@ def build_layer(spec:MoESpec)->nn.Module:
 def _warn_if_constant(layer, spec):
     router = getattr(layer, 'router', None)
     if not getattr(router, 'constant_weight', False) or router.num_choices == 1 or next(router.parameters()).is_meta: return
-    why = 'norm_topk_prob=True' if spec.norm_topk_prob else f'options {spec.options}'
+    why = 'norm_topk_prob=True (or exact=True)' if spec.norm_topk_prob else f'options={spec.options}'
     warnings.warn(f'the router of {spec.recipe} cannot learn from the language loss: with {why} and one routed expert a token its weight is always 1. '
-                  'Leave norm_topk_prob out, or route a token to more experts (top_k)', stacklevel=3)
+                  'Leave it out, or route a token to more experts (top_k)', stacklevel=3)
 
 # %% ../nbs/layers.ipynb #99b2cb43
 def settled(spec:MoESpec)->MoESpec:
