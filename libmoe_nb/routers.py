@@ -201,11 +201,11 @@ class SigmoidRouter(Router):
 class CosineRouter(SoftmaxRouter):
     "XMoE: softmax of cosines in a reduced space."
     def __init__(self, hidden_size, num_experts, top_k, *, router_size:int=None, temperature:float=0.3, gain:float=1.5,
-                 learnable_temperature:bool=False, double_softmax:bool|str=False, **kwargs):
+                 learnable_temperature:bool=False, double_softmax:bool|str=False, embedding_norm:float=None, **kwargs):
         if double_softmax not in (False, True, 'chosen'):
             raise ValueError(f"double_softmax must be False, True or 'chosen', got {double_softmax!r}")
         self.router_size, self.gain, self.double_softmax = router_size or max(num_experts // 2, 1), gain, double_softmax
-        self.temperature, self.learnable_temperature = temperature, learnable_temperature
+        self.temperature, self.learnable_temperature, self.embedding_norm = temperature, learnable_temperature, embedding_norm
         super().__init__(hidden_size, num_experts, top_k, **kwargs)
 
     def build(self, hidden_size, num_choices):
@@ -215,9 +215,13 @@ class CosineRouter(SoftmaxRouter):
 
 # %% ../nbs/routers.ipynb #17096021
 @patch
+@torch.no_grad()
 def reset_parameters(self:CosineRouter):
     Router.reset_parameters(self)
     if self.learnable_temperature: nn.init.constant_(self.log_temperature, math.log(self.temperature))
+    if self.embedding_norm is None: return
+    nn.init.orthogonal_(self.embeddings)
+    self.embeddings.copy_(F.normalize(self.embeddings, dim=-1) * self.embedding_norm)
 
 # %% ../nbs/routers.ipynb #a6b95b36
 @patch

@@ -356,11 +356,13 @@ def _shared_only(w, spec, n):
 
 # %% ../nbs/upcycling.ipynb #bd87b307
 @torch.no_grad()
-def _undecided(router, d):
-    "The weight of all experts together that a router gives which has no preference"
+def _usual_weight(router, d):
+    "The weight that a router gives to all experts together; where it is no constant, the average over random vectors, short ones, for no preference"
     if router.norm_topk_prob: return router.routed_scaling_factor
     like = next(router.parameters())
-    return 1. if like.is_meta else router(like.new_zeros(1, d)).expert_weights.sum().item()
+    if like.is_meta: return 1.
+    w = router(1e-3 * torch.randn(1024, d, generator=torch.Generator().manual_seed(0)).to(like)).expert_weights.abs().sum(-1)
+    return w[w > 0].mean().item()
 
 def _scales(layer, spec, init, c):
     "Factors for the second matrices of shared and of routed experts, so that the dense FFN is their sum"
@@ -368,7 +370,7 @@ def _scales(layer, spec, init, c):
     a = N_s / spec.num_experts if init == 'split' else 1. if init == 'shared_only' else N_s / spec.top_k if s is None or not N_s else s
     before_shared, before_routed = (1., 1.) if s is None or not N_s else (s, 1 - s)
     shared = a * c / (N_s * before_shared) if N_s and before_shared else 1.
-    routed = (1 - a) * c / (_undecided(layer.router, spec.hidden_size) * before_routed) if before_routed else 1.
+    routed = (1 - a) * c / (_usual_weight(layer.router, spec.hidden_size) * before_routed) if before_routed else 1.
     return shared, routed
 
 # %% ../nbs/upcycling.ipynb #70cf3801

@@ -68,7 +68,9 @@ def naive_params(layer):
 def naive_options(layer):
     if isinstance(layer, FeedForward): return {}
     s = layer.spec
-    o = dict(s.options, norm_topk_prob=s.norm_topk_prob, hidden_act=s.hidden_act, gated=s.gated)
+    routed = s.top_k - s.num_shared_experts * (s.recipe in ('sharede_v2', 'sharede_v3'))
+    norm = routed > 1 if s.norm_topk_prob is None else s.norm_topk_prob
+    o = dict(s.options, norm_topk_prob=norm, hidden_act=s.hidden_act, gated=s.gated)
     if layer.router.expert_bias is not None: o['expert_bias'] = layer.router.expert_bias.tolist()
     return o
 
