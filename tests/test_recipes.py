@@ -341,6 +341,7 @@ def test_one_expert_is_the_dense_ffn(name):
     kw = dict(num_experts=1, top_k=1, num_shared_experts=0)
     if name[:6] == 'shared': kw = dict(num_experts=2, top_k=2, num_shared_experts=1)   # one shared, one routed
     options = dict(tcmoe=dict(null_offset=-1e4), moe_plus_plus=dict(num_zero=0, num_copy=0, num_constant=0)).get(name, {})
+    if name == 'tcmoe': kw['norm_topk_prob'] = True   # it has three choices for its one expert, and weighs by score unless told
     layer, x = made(name, options=options, **kw), tokens(4, 5)
     if name == 'tcmoe': layer.router.weight.data[1] = layer.router.weight.data[0]  # +E beats -E by its offset, everywhere
     up, down = layer.experts.up_proj[0], layer.experts.down_proj[0]
