@@ -41,14 +41,15 @@ class MoESpec:
     bias: bool = False                 # biases in the experts
     router_init_std: float = 0.02      # standard deviation of the router's weights at the start
     expert_init_std: tuple = (0.02, 0.02)  # the same for the experts' first and second matrices
-    norm_topk_prob: bool = True        # divide the chosen weights by their sum
+    norm_topk_prob: bool|None = None   # divide the chosen weights by their sum; None: where a token chooses more than one routed expert
     router_aux_loss_coef: float = 0.01 # weight of the load-balancing loss
     router_z_loss_coef: float = 0.     # weight of the router z-loss
     aux_loss_group: str = 'sequence'   # tokens that are balanced together: 'sequence', 'micro_batch' or 'global_batch'
     options: dict = field(default_factory=dict)  # what only some recipes understand, by keyword
     output_size: int = None            # size of the result; None: hidden_size, as everywhere inside a transformer
+    second_init_scale: float = None    # s: second matrices start from s / √(hidden units that they sum over), not from expert_init_std
 
-    def to_dict(self): return {k: v for k, v in dataclasses.asdict(self).items() if (k, v) != ('output_size', None)}
+    def to_dict(self): return {k: v for k, v in dataclasses.asdict(self).items() if v is not None or k not in ('output_size', 'second_init_scale')}
 
 # %% ../nbs/config.ipynb #5e4b6a7f
 def _from_dict(cls, d, kind):
@@ -144,16 +145,29 @@ class Preset:
 
 # %% ../nbs/config.ipynb #b94980d4
 def _init_stds(p:Preset):
+    "Standard deviation of the router and of first matrices, and the factor of second ones"
     depth = (2 / p.num_hidden_layers) ** 0.5
-    return p.hidden_size**-0.5 * depth, (p.num_experts * p.moe_intermediate_size)**-0.5 * depth
+    return p.hidden_size**-0.5 * depth, depth
+
+# %% ../nbs/config.ipynb #2c4325b8
+@patch
+def init_stds(self:MoESpec,
+    width:int, # hidden units that the second matrix sums over
+)->tuple:      # of the first matrix and of the second
+    "Standard deviations that a feed-forward network of this budget starts from."
+    up, down = self.expert_init_std
+    return up, down if self.second_init_scale is None else self.second_init_scale * width**-0.5
 
 # %% ../nbs/config.ipynb #e9f5f205
 @patch
 def spec(self:Preset, name:str, **overrides)->MoESpec:
     "The budget of one layer of this preset, for the recipe `name`; `overrides` change fields of it."
-    std = _init_stds(self) if self.depth_scaled_init else (0.02, 0.02)
     keys = 'hidden_size num_experts top_k num_shared_experts moe_intermediate_size hidden_act router_aux_loss_coef'.split()
-    common = dict({k: getattr(self, k) for k in keys}, router_init_std=std[0], expert_init_std=std)
+    common = {k: getattr(self, k) for k in keys}
+    if self.depth_scaled_init:
+        std, depth = _init_stds(self)
+        scale = {} if 'expert_init_std' in overrides else dict(second_init_scale=depth)
+        common |= dict(router_init_std=std, expert_init_std=(std, depth * (self.num_experts * self.moe_intermediate_size)**-0.5)) | scale
     return MoESpec.from_dict(dict(common, recipe=name) | overrides).validate()
 
 # %% ../nbs/config.ipynb #70577b0e

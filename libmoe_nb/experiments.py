@@ -22,7 +22,7 @@ from pathlib import Path
 from . import __version__
 from .config import MoESpec, Preset, did_you_mean, get_preset, get_recipe, presets, read_json, recipes, write_json, write_whole, _plain
 from .data.text import TextData, default_data, text_data
-from .layers import build_layer
+from .layers import build_layer, settled
 from .models import count_parameters, from_scratch
 from .tracing import moe_layers
 from .traces import read_trace, write_trace
@@ -80,7 +80,7 @@ def run_config(
 )->dict:               # ready for JSON
     "Everything that determines the result of a run."
     layer, options = layer or {}, options or {}
-    moe = preset.spec(recipe, options=options, **layer).to_dict()
+    moe = settled(preset.spec(recipe, options=options, **layer)).to_dict()
     config = dict(format=1, recipe=recipe, seed=seed, preset=dataclasses.asdict(preset), layer=layer, options=options, moe=moe, bf16=bf16, device=device, valid_tokens=valid_tokens,
                   data=dict(fingerprint=data.fingerprint, domains=data.domains, vocab_size=data.vocab_size, sequence_length=data.sequence_length))
     return json.loads(json.dumps(config))

@@ -571,10 +571,13 @@ class ZeroComputationExperts(nn.Module):
         num_zero=1,     # Experts that return 0
         num_copy=1,     # Experts that return x
         num_constant=0, # Experts that return a_1 x + a_2 v
+        constant_std=None, # Standard deviation of the constants v (d**-0.5)
+        gate_std=None,  # ... of the gates that a comes from (d**-0.5)
     ):
         super().__init__()
         _positive(hidden_size=hidden_size)
         self.hidden_size,self.num_zero,self.num_copy,self.num_constant = hidden_size,num_zero,num_copy,num_constant
+        self.constant_std,self.gate_std = (hidden_size**-0.5 if s is None else s for s in (constant_std, gate_std))
         self.constant = nn.Parameter(torch.empty(num_constant, hidden_size))
         self.constant_gate = nn.Parameter(torch.empty(num_constant, 2, hidden_size))
         self.reset_parameters()
@@ -583,7 +586,7 @@ class ZeroComputationExperts(nn.Module):
     def num_experts(self): return self.num_zero + self.num_copy + self.num_constant
 
     def reset_parameters(self, generator=None): # Source of the random numbers
-        for p in self.parameters(): _normal(p, self.hidden_size**-0.5, generator)
+        for p,std in ((self.constant, self.constant_std), (self.constant_gate, self.gate_std)): _normal(p, std, generator)
 
     def forward(self,
         hidden_states, # [T, d]

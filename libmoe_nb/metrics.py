@@ -78,14 +78,19 @@ def _by_vocabulary(t, i, U, k):
     counts = np.bincount((v[:, None] * (U + 1) + i).reshape(-1), minlength=(v.max() + 1) * (U + 1)).reshape(-1, U + 1)[:, :U]
     return np.argsort(-counts, axis=-1, kind='stable')[:, :k]
 
+def _best(t, l, k, units, by):
+    "The k best units of each token [T, k], or of each vocabulary entry [V, k], and U"
+    if by == 'token': return _units(l, units, k)
+    i, U = _units(l, units)
+    return _by_vocabulary(t, i, U, k), U
+
 def _agreement(a, b, k, units, by):
-    "For each layer: share of the first k choices that two traces have in common, the N used, the number of assignments"
+    "For each layer: share of the k best that two traces have in common, the N used, the number of assignments"
     if by not in ('token', 'vocabulary'): raise ValueError(f"by must be 'token' or 'vocabulary', got {by!r}")
     if a.layers != b.layers: raise ValueError(f'b must have the layers of a, {len(a.layers)} of them, got {len(b.layers)}')
     if not a.same_probe(b): raise ValueError(f'b must be about the tokens of a: {a.num_tokens} there, {b.num_tokens} here, or not the same ones')
     for n, (la, lb) in enumerate(zip(a, b)):
-        (ia, U), (ib, _) = _units(la, units, min(k or la.top_k, la.top_k)), _units(lb, units, min(k or lb.top_k, lb.top_k))
-        if by == 'vocabulary': ia, ib = (_by_vocabulary(t, i, U, i.shape[1]) for t, i in ((a, ia), (b, ib)))
+        (ia, U), (ib, _) = (_best(t, l, min(k or l.top_k, l.top_k), units, by) for t, l in ((a, la), (b, lb)))
         yield dict(layer=n, k=ia.shape[1], agreement=_overlap(ia, ib).mean() / ia.shape[1], units=units, N=U, assignments=ia.size)
 
 # %% ../nbs/metrics.ipynb #5ac4579d
@@ -104,7 +109,7 @@ def expert_change_rate(
 # %% ../nbs/metrics.ipynb #a6f12986
 def router_saturation(
     trace:Trace, final:Trace, # of a checkpoint and of the last one, on one probe set
-    k=None,                   # the k best; None: 1 and K
+    k=None,                   # the k best: first choices of a token, most frequent ones of a vocabulary entry; None: 1 and K
     units='choices',          # 'choices' or 'experts'
     by='token',               # 'vocabulary': as in the code of the paper's authors
 )->pd.DataFrame:              # one row for each layer and k

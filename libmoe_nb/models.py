@@ -23,9 +23,9 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 from .config import MoESpec, Preset, get_preset, get_recipe, did_you_mean, write_whole
 from .experts import FeedForward
-from .layers import MoELayer, aux_loss, build_layer, recipe_options
+from .layers import MoELayer, aux_loss, build_layer, recipe_options, settled
 from .tracing import record_routing
-from .upcycling import find_ffns, moeify, _as_built, _indices, _replaced
+from .upcycling import find_ffns, moeify, _as_built, _indices, _is_linear, _replaced, _weight
 
 # %% ../nbs/models.ipynb #701739ee
 class MoEConfig(PreTrainedConfig):
@@ -41,6 +41,7 @@ class MoEConfig(PreTrainedConfig):
         output_router_logits:bool=False, # always return router logits and the auxiliary loss
         training:dict=None,         # facts about the training, for the model card: name -> value
         evaluation:dict=None,       # results, for the model card: name -> value
+        depth_scaled_init:bool=False, # draw embedding, attention and head as the paper does, by depth and width?
         **kwargs,                   # for `PreTrainedConfig`
     ):
         if aux_loss_reduction not in ('mean', 'sum'): raise ValueError(f"aux_loss_reduction must be 'mean' or 'sum', got {aux_loss_reduction!r}")
@@ -48,7 +49,7 @@ class MoEConfig(PreTrainedConfig):
         self.base_config = AutoConfig.for_model(**base) if isinstance(base, dict) else base
         self.moe = _plain(MoESpec() if moe is None else moe)
         self.layers, self.aux_loss_reduction, self.output_router_logits = layers, aux_loss_reduction, output_router_logits
-        self.training, self.evaluation = dict(training or {}), dict(evaluation or {})
+        self.training, self.evaluation, self.depth_scaled_init = dict(training or {}), dict(evaluation or {}), depth_scaled_init
         super().__init__(**kwargs)
 
 # %% ../nbs/models.ipynb #700aa02f
@@ -92,8 +93,10 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.base = AutoModelForCausalLM.from_config(config.base_config)
         config.base_config = self.base.config
+        if config.depth_scaled_init: _draw_by_depth(self.base, self.base.parameters())
         _unpack_lone_experts(self.base)
         built = dict(self.base.named_modules())
+        config.moe = _plain(settled(config.spec))
         moeify(self.base, config.spec, config.layers)
         self._built = _replaced(self.base, built) if self.device.type == 'meta' else {}
         if self.device.type != 'meta': self._mark_initialized()
@@ -219,11 +222,14 @@ def _mark_initialized(self:MoEForCausalLM):
 # %% ../nbs/models.ipynb #20e4c30a
 @patch
 def initialize_weights(self:MoEForCausalLM):
-    "Draw what is not initialised: the base model by its own rules, the layers of the recipe by theirs"
-    fresh = [f for f in self._swapped if not getattr(f, '_is_hf_initialized', False)]
+    "Draw what is not initialised: the base model by its own rules or the paper's, the layers of the recipe by theirs"
+    is_new = lambda m: not getattr(m, '_is_hf_initialized', False)
+    fresh = [f for f in self._swapped if is_new(f)]
     self._mark_initialized()
+    by_depth = [p for m in self.base.modules() if is_new(m) for p in m.parameters(recurse=False) if is_new(p)] if self.config.depth_scaled_init else []
     with _as_built(self.base, self._built): self.base.initialize_weights()
     self._built, self._is_hf_initialized = {}, True
+    if by_depth: _draw_by_depth(self.base, by_depth)
     for f in fresh: _draw(f, self.config.spec)
 
 # %% ../nbs/models.ipynb #ed485e45
@@ -233,6 +239,24 @@ def _draw(layer, spec):
     todo = {n: t for n, t in [*layer.named_parameters(), *layer.named_buffers()] if not getattr(t, '_is_hf_initialized', False)}
     new = build_layer(spec).state_dict() if todo else {}
     for n, t in todo.items(): t.copy_(new[n])
+
+# %% ../nbs/models.ipynb #e9e7c642
+_cut_std = 0.8796256610342398  # standard deviation of a normal distribution that is cut off at two
+
+@torch.no_grad()
+def _draw_by_depth(base, among):
+    "Draw embedding, attention and head of a base model by width and depth, as far as their matrices are `among` those given"
+    config, among = base.config.get_text_config(), {id(p) for p in among}
+    d, embed, head = config.hidden_size, base.get_input_embeddings(), base.get_output_embeddings()
+    if id(embed.weight) in among:
+        nn.init.normal_(embed.weight, 0., d**-0.5)
+        if embed.padding_idx is not None: embed.weight[embed.padding_idx].zero_()
+    for m in base.modules():
+        if 'Attention' not in type(m).__name__: continue
+        for l in filter(_is_linear, m.children()):
+            std = (2 / (config.num_hidden_layers * _weight(l).shape[1])) ** 0.5 / _cut_std
+            if id(l.weight) in among: nn.init.trunc_normal_(l.weight, 0., std, -2*std, 2*std)
+    if head is not None and head.weight is not embed.weight and id(head.weight) in among: nn.init.uniform_(head.weight, -d**-0.5, d**-0.5)
 
 # %% ../nbs/models.ipynb #5b3ae6b9
 @patch
@@ -321,7 +345,7 @@ def from_scratch(
     p, spec = _budget(recipe, get_preset(preset), base, overrides)
     base = _llama(p) if base is None else copy.deepcopy(base)
     if vocab_size is not None: base.get_text_config().vocab_size = vocab_size
-    config = MoEConfig(base, spec, layers=layers, aux_loss_reduction=p.aux_loss_reduction)
+    config = MoEConfig(base, spec, layers=layers, aux_loss_reduction=p.aux_loss_reduction, depth_scaled_init=p.depth_scaled_init)
     with _seeded(seed): return MoEForCausalLM(config)
 
 # %% ../nbs/models.ipynb #e5188c09
@@ -440,7 +464,7 @@ Without that import transformers does not recognise the model type. `trust_remot
 # %% ../nbs/models.ipynb #5ced188e
 def _architecture(config):
     "What the card tells about the recipe: fields of the spec without what is only about initialisation"
-    d = {k: v for k, v in config.moe.items() if k not in ('options', 'router_init_std', 'expert_init_std') and not (config.spec.recipe == 'dense' and 'router' in k)}
+    d = {k: v for k, v in config.moe.items() if k not in ('options', 'router_init_std', 'expert_init_std', 'second_init_scale') and not (config.spec.recipe == 'dense' and 'router' in k)}
     return d | config.moe['options'] | dict(base=config.base_config.model_type, num_hidden_layers=config.num_hidden_layers, vocab_size=config.vocab_size)
 
 def _hub_name(name): return name if re.fullmatch(r'[\w.-]+/[\w.-]+', name or '') and not os.path.exists(name) else None

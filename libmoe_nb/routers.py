@@ -96,7 +96,7 @@ class Router(nn.Module):
         num_experts:int,            # N
         top_k:int,                  # K
         num_choices:int=None,       # M; N by default
-        norm_topk_prob:bool=True,   # divide the chosen weights by their sum
+        norm_topk_prob:bool=None,   # divide the chosen weights by their sum; None: if there is more than one
         init_std:float=0.02,        # standard deviation of the initial weights
         expert_bias:bool=False,     # keep a bias for each choice that steers choosing only (loss-free balancing)
         routed_scaling_factor:float=1., # multiplies the weights (DeepSeek)
@@ -109,7 +109,8 @@ class Router(nn.Module):
         if M % n_group: raise ValueError(f'n_group must divide the {M} choices of the router, got {n_group}')
         if not 1 <= topk_group <= n_group or topk_group * (M // n_group) < top_k:
             raise ValueError(f'topk_group must be between 1 and n_group={n_group} and leave at least top_k={top_k} choices, got {topk_group}')
-        self.num_experts, self.top_k, self.norm_topk_prob, self.init_std = num_experts, top_k, norm_topk_prob, init_std
+        self.num_experts, self.top_k, self.num_choices, self.init_std = num_experts, top_k, M, init_std
+        self.norm_topk_prob = top_k > 1 or M == 1 if norm_topk_prob is None else norm_topk_prob
         self.routed_scaling_factor, self.n_group, self.topk_group = routed_scaling_factor, n_group, topk_group
         self.build(hidden_size, M)
         self.register_buffer('expert_bias', torch.zeros(M) if expert_bias else None)
@@ -159,6 +160,12 @@ def weigh(self:Router, scores, top_k_index):
     if self.norm_topk_prob: w = w / w.sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
     return w if self.routed_scaling_factor == 1 else w * self.routed_scaling_factor
 
+# %% ../nbs/routers.ipynb #84859875
+@patch(as_prop=True)
+def constant_weight(self:Router):
+    "Is the weight 1 whatever the scores are, so that the language loss teaches this router nothing?"
+    return self.top_k == 1 and bool(self.norm_topk_prob)
+
 # %% ../nbs/routers.ipynb #68516e89
 @patch
 def choice_maps(self:Router, device):
@@ -194,11 +201,11 @@ class SigmoidRouter(Router):
 class CosineRouter(SoftmaxRouter):
     "XMoE: softmax of cosines in a reduced space."
     def __init__(self, hidden_size, num_experts, top_k, *, router_size:int=None, temperature:float=0.3, gain:float=1.5,
-                 learnable_temperature:bool=False, double_softmax:bool|str=False, **kwargs):
+                 learnable_temperature:bool=False, double_softmax:bool|str=False, embedding_norm:float=None, **kwargs):
         if double_softmax not in (False, True, 'chosen'):
             raise ValueError(f"double_softmax must be False, True or 'chosen', got {double_softmax!r}")
         self.router_size, self.gain, self.double_softmax = router_size or max(num_experts // 2, 1), gain, double_softmax
-        self.temperature, self.learnable_temperature = temperature, learnable_temperature
+        self.temperature, self.learnable_temperature, self.embedding_norm = temperature, learnable_temperature, embedding_norm
         super().__init__(hidden_size, num_experts, top_k, **kwargs)
 
     def build(self, hidden_size, num_choices):
@@ -208,9 +215,13 @@ class CosineRouter(SoftmaxRouter):
 
 # %% ../nbs/routers.ipynb #17096021
 @patch
+@torch.no_grad()
 def reset_parameters(self:CosineRouter):
     Router.reset_parameters(self)
     if self.learnable_temperature: nn.init.constant_(self.log_temperature, math.log(self.temperature))
+    if self.embedding_norm is None: return
+    nn.init.orthogonal_(self.embeddings)
+    self.embeddings.copy_(F.normalize(self.embeddings, dim=-1) * self.embedding_norm)
 
 # %% ../nbs/routers.ipynb #a6b95b36
 @patch
@@ -229,6 +240,9 @@ def score(self:CosineRouter, logits):
 def weigh(self:CosineRouter, scores, top_k_index):
     if self.double_softmax != 'chosen': return Router.weigh(self, scores, top_k_index)
     return scores.gather(-1, top_k_index).softmax(-1) * self.routed_scaling_factor
+
+@patch(as_prop=True)
+def constant_weight(self:CosineRouter): return self.top_k == 1 and (bool(self.norm_topk_prob) or self.double_softmax == 'chosen')
 
 # %% ../nbs/routers.ipynb #c5069416
 @delegates()

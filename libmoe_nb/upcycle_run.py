@@ -13,7 +13,8 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from . import __version__
-from .config import did_you_mean, get_recipe, read_json, recipes, write_json
+from .config import MoESpec, did_you_mean, get_recipe, read_json, recipes, write_json
+from .layers import settled
 from .models import MoEForCausalLM, count_parameters
 from .upcycling import load_dense, upcycle, _config_of, _exact_options, _first_line
 from .data.text import TextData, cache_folder, text_data, _is_path, _no_network
@@ -95,7 +96,7 @@ def upcycling_table(
     **kwargs,            # keywords of `upcycle` for all variants
 )->pd.DataFrame:         # one row a variant: parameters, active parameters, perplexity of each text, difference
     "Perplexity on some texts of a dense model, and of what different ways to upcycle it make of it."
-    variants, c = _every_recipe() if variants is None else variants, count_parameters(model)
+    variants, c = _every_recipe(**kwargs) if variants is None else variants, count_parameters(model)
     dense = text_perplexities(model, tokenizer, texts, max_tokens)
     rows = {'dense model': dict(parameters=c['total'], active=c['active'], **dense, difference=0.)}
     for label, kw in variants.items():
@@ -106,9 +107,15 @@ def upcycling_table(
     return pd.DataFrame.from_dict(rows, orient='index').astype(dict(parameters=int, active=int))
 
 # %% ../nbs/upcycle_run.ipynb #a88905ef
-def _every_recipe():
+def _by_score(recipe, num_experts=8, top_k=2, num_shared_experts=None, norm_topk_prob=None, exact=False, **kwargs):
+    "Does `upcycle` weigh experts by their score without being asked to?"
+    N_s = min(1, top_k - 1) if num_shared_experts is None else num_shared_experts
+    if exact or norm_topk_prob is not None: return False
+    return not settled(MoESpec(recipe, num_experts=num_experts, top_k=top_k, num_shared_experts=N_s)).norm_topk_prob
+
+def _every_recipe(**kwargs):
     "Label -> keywords of `upcycle`"
-    exact = {f'{r.title}, exact': dict(recipe=n, exact=True) for n, r in recipes.items() if _exact_options(n)}
+    exact = {f'{r.title}, exact': dict(recipe=n, exact=True) for n, r in recipes.items() if _exact_options(n) or _by_score(n, **kwargs)}
     return {r.title: dict(recipe=n) for n, r in recipes.items()} | exact
 
 # %% ../nbs/upcycle_run.ipynb #6aef9d03
@@ -223,9 +230,16 @@ def _config(name, recipe, num_experts, top_k, dense, device, valid_tokens, data,
     where = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else str(name)
     source = ', '.join(data.domains) if isinstance(source, TextData) else source if source is None or isinstance(source, str) else [str(s) for s in source] if isinstance(source, (list, tuple)) else str(source)
     about = dict(fingerprint=data.fingerprint, domains=data.domains, sequence_length=data.sequence_length, source=source)
-    return json.loads(json.dumps(dict(format=1, model=where, recipe=recipe, num_experts=num_experts, top_k=top_k, options=overrides, dense=dense, device=device.type, valid_tokens=valid_tokens, data=about, training=training)))
+    by_score = dict(by_score=True) if _by_score(recipe, num_experts, top_k, **overrides) else {}
+    return json.loads(json.dumps(by_score | dict(format=1, model=where, recipe=recipe, num_experts=num_experts, top_k=top_k, options=overrides, dense=dense, device=device.type, valid_tokens=valid_tokens, data=about, training=training)))
 
 def _as_table(rows): return pd.DataFrame(rows).set_index('model')
+
+# %% ../nbs/upcycle_run.ipynb #2a528aad
+def _as_begun(out, config):
+    "`config`, or that of the run in `out` where it was begun when one routed expert had the weight 1 by default"
+    path, before = out/'config.json', {k: v for k, v in config.items() if k != 'by_score'}
+    return before if path.exists() and read_json(path).get('run') == before else config
 
 # %% ../nbs/upcycle_run.ipynb #a41ad9ac
 def upcycle_and_train(
@@ -264,7 +278,7 @@ def upcycle_and_train(
     training = dict({k: v for k, v in numbers.items() if k != 'sequence_length'}, lr=lr, bf16=bf16, seed=seed)
     config = _config(name, recipe, num_experts, top_k, dense, device, valid_tokens, data, source, training, overrides)
     with contextlib.nullcontext() if out is None else _owned(out):
-        if out is not None: _claim(out, config, dict(libmoe_nb=__version__, torch=torch.__version__))
+        if out is not None: _claim(out, config := _as_begun(out, config), dict(libmoe_nb=__version__, torch=torch.__version__))
         if out is None or not (out/'results.json').exists(): return _as_table(_both(folder, data, tokenizer, out, progress, config, checkpoint_seconds))
         rows = read_json(out/'results.json')['results']
         progress('plan', names=[r['model'] for r in rows], done=[True] * len(rows), steps=steps)
@@ -292,7 +306,8 @@ def _both(folder, data, tokenizer, out, progress, config, checkpoint_seconds):
     progress('model')
     alone, models, rows = not c['dense'] or done[0], {}, []
     models['dense'] = _loaded(folder)
-    models[label] = upcycle(models['dense'], c['recipe'], c['num_experts'], c['top_k'], seed=c['training']['seed'], inplace=alone, **c['options'])
+    weights = {} if c.get('by_score') else dict(norm_topk_prob=True)
+    models[label] = upcycle(models['dense'], c['recipe'], c['num_experts'], c['top_k'], seed=c['training']['seed'], inplace=alone, **weights | c['options'])
     if alone: del models['dense']
     for n in names:
         model, row = _run(lambda: models.pop(n), n, data, out, progress, config, checkpoint_seconds)

@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from .config import MoESpec, did_you_mean, write_whole
 from .experts import Experts, FeedForward, activation, ffn, _activations
-from .layers import MoELayer, build_layer, link_layers, recipe_options
+from .layers import MoELayer, build_layer, link_layers, recipe_options, settled
 
 # %% ../nbs/upcycling.ipynb #c7600412
 @dataclass(frozen=True)
@@ -462,13 +462,22 @@ def _shared_only(w, spec, n):
     return w.pieces(g) * (N_s // g) + [None] * (n - N_s)
 
 # %% ../nbs/upcycling.ipynb #bd87b307
+@torch.no_grad()
+def _usual_weight(router, d):
+    "The weight that a router gives to all experts together; where it is no constant, the average over random vectors, short ones, for no preference"
+    if router.norm_topk_prob: return router.routed_scaling_factor
+    like = next(router.parameters())
+    if like.is_meta: return 1.
+    w = router(1e-3 * torch.randn(1024, d, generator=torch.Generator().manual_seed(0)).to(like)).expert_weights.abs().sum(-1)
+    return w[w > 0].mean().item()
+
 def _scales(layer, spec, init, c):
     "Factors for the second matrices of shared and of routed experts, so that the dense FFN is their sum"
     s, N_s = layer.shared_weight, spec.num_shared_experts if layer.shared_experts is not None else 0
     a = N_s / spec.num_experts if init == 'split' else 1. if init == 'shared_only' else N_s / spec.top_k if s is None or not N_s else s
     before_shared, before_routed = (1., 1.) if s is None or not N_s else (s, 1 - s)
     shared = a * c / (N_s * before_shared) if N_s and before_shared else 1.
-    routed = (1 - a) * c / (layer.router.routed_scaling_factor * before_routed) if before_routed else 1.
+    routed = (1 - a) * c / (_usual_weight(layer.router, spec.hidden_size) * before_routed) if before_routed else 1.
     return shared, routed
 
 # %% ../nbs/upcycling.ipynb #70cf3801
@@ -488,14 +497,14 @@ def _fill_experts(experts, blocks, scale, spec):
     "Write each block into its place in the stacked parameters"
     for e, w in enumerate(blocks):
         mine = [None if p is None else p[e] for p in experts.stacked]
-        if w is None: _draw_block(mine, spec); continue
+        if w is None: _draw_block(mine, spec, experts.num_experts * experts.intermediate_size); continue
         for p, t in zip(mine, (w.up, w.down * scale, w.up_bias, None if w.down_bias is None else w.down_bias * scale)):
             if p is not None: p.copy_(t)
 
 # %% ../nbs/upcycling.ipynb #00932b7a
-def _draw_block(params, spec):
+def _draw_block(params, spec, width):
     up, down, *biases = params
-    for p, std in zip((up, down), spec.expert_init_std): p.normal_(0, std)
+    for p, std in zip((up, down), spec.init_stds(width)): p.normal_(0, std)
     for b in biases:
         if b is not None: b.zero_()
 
@@ -503,7 +512,7 @@ def _draw_block(params, spec):
 def _fill_dense(net, blocks, scale, spec):
     "Put blocks side by side as one wide FFN"
     up, params = getattr(net, net.up_name), []
-    if blocks[0] is None: _draw_block((up.weight, net.down_proj.weight, up.bias, net.down_proj.bias), spec); return
+    if blocks[0] is None: _draw_block((up.weight, net.down_proj.weight, up.bias, net.down_proj.bias), spec, net.intermediate_size); return
     side = lambda ts: torch.cat([t.unflatten(0, (1 + net.gated, -1)) for t in ts], 1).flatten(0, 1)
     up.weight.copy_(side([b.up for b in blocks])); net.down_proj.weight.copy_(torch.cat([b.down for b in blocks], 1) * scale)
     if up.bias is not None: up.bias.copy_(side([b.up_bias for b in blocks])); net.down_proj.bias.copy_(sum(b.down_bias for b in blocks) * scale)
@@ -559,10 +568,12 @@ def _sort_options(recipe, init, exact, overrides):
     for k in overrides:
         if k in _read_off: raise ValueError(f'{k} must be left to the model, whose feed-forward networks it is read off')
         if of_recipe is not None and k not in [*of_init, *of_spec, *of_recipe]: raise ValueError(did_you_mean('option', k, [*of_init, *of_spec, *of_recipe]))
-    for k, v in (_exact_options(recipe) if exact else {}).items():
+    needed = dict(norm_topk_prob=True) | _exact_options(recipe) if exact else {}
+    for k, v in needed.items():
         if overrides.get(k, v) != v: raise ValueError(f'{k} must be {v} where exact=True, got {overrides[k]!r}')
-    spec = {k: v for k, v in overrides.items() if k in of_spec}
-    spec['options'] = (_exact_options(recipe) if exact else {}) | {k: v for k, v in overrides.items() if k not in of_init and k not in of_spec}
+    every = needed | overrides
+    spec = {k: v for k, v in every.items() if k in of_spec}
+    spec['options'] = {k: v for k, v in every.items() if k not in of_init and k not in of_spec}
     return spec, {k: v for k, v in overrides.items() if k in of_init}
 
 # %% ../nbs/upcycling.ipynb #ef1fa735
@@ -603,7 +614,7 @@ def upcycle(
     layers=None,              # indices of the FFNs to change, or 'every 2nd', 'first 4', 'last 4'; None: all
     where=None,               # names or patterns of parts of the model to look into; None: its decoder
     rescale:bool=True,        # scale second matrices so that the outputs add up to the FFN's?
-    exact:bool=False,         # keep TC-MoE's and MoE++'s other choices out at first?
+    exact:bool=False,         # keep TC-MoE's and MoE++'s other choices out at first, and give a lone routed expert the weight 1, which teaches its router nothing?
     seed:int=None,            # of the router and whatever else is drawn; None: torch's generator as it stands
     inplace:bool=False,       # change `model` itself?
     aux_loss_reduction:str='mean', # of the auxiliary losses over layers: 'mean' or 'sum'
@@ -619,7 +630,7 @@ def upcycle(
     with _seeded(seed):
         for name, module in chosen:
             w = ffn_weights(module, name)
-            specs.append(_spec_for(w, name, recipe, num_experts, top_k, init, given))
+            specs.append(settled(_spec_for(w, name, recipe, num_experts, top_k, init, given)))
             with torch.device('meta'): _check_init(build_layer(specs[-1]), specs[-1], init, w.intermediate_size)
             plans |= _swap_plan(name, module, _upcycled_layer(w, specs[-1], init, options, rescale, exact).train(module.training))
     model = _swapped_model(model, plans, inplace)

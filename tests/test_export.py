@@ -263,7 +263,7 @@ def test_to_dense_weighs_by_load(recipe):
 @pytest.mark.parametrize('b', ['llama', 'gpt2'])
 def test_upcycled_copies_merge_into_the_dense_model(recipe, b, tmp_path):
     dense = AutoModelForCausalLM.from_config(body('llama') if b == 'llama' else AutoConfig.for_model('gpt2', vocab_size=96, n_embd=32, n_head=4, n_layer=2, n_inner=48)).eval()
-    moe = upcycle(dense, recipe, 4, 2, num_shared_experts=int('sharede' in recipe), seed=0)
+    moe = upcycle(dense, recipe, 4, 2 + ('sharede' in recipe), num_shared_experts=int('sharede' in recipe), seed=0)
     for by, data in dict(mean=None, load=[ids()]).items():
         d = to_dense(moe, by, data)
         assert close(d(ids()).logits, dense(ids()).logits)

@@ -76,6 +76,16 @@ def test_against_plain_loops(size):
         best = [[sorted(range(N), key=lambda e: (-sum((x == e).sum() for x, i in zip(X[l], a.token) if i == w), e))[:K] for w in v] for X in (A, B)]
         rate += [len(set(x) - set(y)) / K for x, y in zip(*best)]
     assert np.isclose(expert_change_rate(a, b, by='vocabulary').change_rate[0], np.mean(rate))
+    for k in range(1, K + 1):   # all K choices of an entry are counted, and the k most frequent kept
+        for l, s in enumerate(router_saturation(a, b, k=k, by='vocabulary').saturation):
+            best = [[sorted(range(N), key=lambda e: (-sum((x == e).sum() for x, i in zip(X[l], a.token) if i == w), e))[:k] for w in v] for X in (A, B)]
+            assert np.isclose(s, np.mean([len(set(x) & set(y)) / k for x, y in zip(*best)]))
+
+
+def test_saturation_by_vocabulary_is_the_authors_example():
+    early, late = (make_trace([c], 4, 2, token=[7, 7, 7]) for c in ([[0, 2], [0, 2], [1, 2]], [[2, 0], [2, 1], [2, 3]]))
+    assert router_saturation(early, late, k=1, by='vocabulary').saturation.tolist() == [1]
+    assert router_saturation(early, late, k=1).saturation.tolist() == [0]
 
 
 @quick

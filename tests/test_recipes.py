@@ -68,7 +68,9 @@ def naive_params(layer):
 def naive_options(layer):
     if isinstance(layer, FeedForward): return {}
     s = layer.spec
-    o = dict(s.options, norm_topk_prob=s.norm_topk_prob, hidden_act=s.hidden_act, gated=s.gated)
+    routed = s.top_k - s.num_shared_experts * (s.recipe in ('sharede_v2', 'sharede_v3'))
+    norm = routed > 1 if s.norm_topk_prob is None else s.norm_topk_prob
+    o = dict(s.options, norm_topk_prob=norm, hidden_act=s.hidden_act, gated=s.gated)
     if layer.router.expert_bias is not None: o['expert_bias'] = layer.router.expert_bias.tolist()
     return o
 
@@ -339,6 +341,7 @@ def test_one_expert_is_the_dense_ffn(name):
     kw = dict(num_experts=1, top_k=1, num_shared_experts=0)
     if name[:6] == 'shared': kw = dict(num_experts=2, top_k=2, num_shared_experts=1)   # one shared, one routed
     options = dict(tcmoe=dict(null_offset=-1e4), moe_plus_plus=dict(num_zero=0, num_copy=0, num_constant=0)).get(name, {})
+    if name == 'tcmoe': kw['norm_topk_prob'] = True   # it has three choices for its one expert, and weighs by score unless told
     layer, x = made(name, options=options, **kw), tokens(4, 5)
     if name == 'tcmoe': layer.router.weight.data[1] = layer.router.weight.data[0]  # +E beats -E by its offset, everywhere
     up, down = layer.experts.up_proj[0], layer.experts.down_proj[0]
