@@ -109,7 +109,7 @@ def test_a_base_keeps_no_tensor_of_our_layers_in_float32(dtype, tmp_path):
 
 # what a user sees of dependencies: nothing
 
-OURS = re.compile(r'(.*\.\.\.|\[\d+/\d+\] .*|(libmoe|warning): .*)')
+OURS = re.compile(r'(.*\.\.\.|\[\d+\/\d+\] .*|(libmoe|warning|intervention): .*|Running \w+ requests: .*|)')   # the bars are lm-eval's, asked for by evaluate
 SMALL = '--data python --max-bytes 250000 --preset tiny --steps 4 --batch-size 4 --sequence-length 64 --vocab-size 512 --threads 1'.split()
 
 def commands(box):
