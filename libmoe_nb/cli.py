@@ -22,8 +22,8 @@ def _only_ours():
     def show(message, category, *args, **kwargs):
         f = sys._getframe(1)
         while f.f_globals.get('__name__') in ('warnings', '_py_warnings'): f = f.f_back
-        if f.f_globals.get('__name__', '').startswith('libmoe_nb') and not issubclass(category, _for_developers): _say(f'warning: {message}')
-    level = logging.root.manager.disable
+        if f.f_globals.get('__name__', '').startswith('libmoe_nb') and not issubclass(category, _for_developers): print(f'warning: {message}', file=err, flush=True)
+    err, level = sys.stderr, logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
