@@ -697,7 +697,7 @@ def _facts_html(self:Comparison):
 # %% ../nbs/experiments.ipynb #1099f038
 @patch
 def _curves_html(self:Comparison):
-    floor, window = self.unigram['perplexity'], max(self.training.groupby(['recipe', 'seed']).size().max() // 25, 1)
+    floor, window = self.unigram['perplexity'], max(int(self.training.groupby(['recipe', 'seed']).size().max()) // 25, 1)
     seeds = ' Bands reach from the lowest to the highest seed.' if len(self.seeds) > 1 else ''
     valid = report_figure(plot_curves(self.curves, floor=floor, log=True).figure, 'validation perplexity over training tokens', 'Validation perplexity on a small part of the validation set, logarithmic.' + seeds)
     train = report_figure(plot_curves(self.training, 'train_loss', window=window).figure, 'training loss over training tokens', 'Training loss' + f', the mean of {window} neighbouring points' * (window > 1) + '.' + seeds)
