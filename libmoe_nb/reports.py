@@ -8,8 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/reports.html.md"""
 __all__ = ['report_figure', 'report_cells', 'report_table', 'report_facts', 'report_page']
 
 # %% ../nbs/reports.ipynb #a92a2669
-import fastcore.xml as ft, os, pandas as pd
-from .plots import figure_uri
+import fastcore.xml as ft, numbers, os
 
 # %% ../nbs/reports.ipynb #7ebe7731
 def _check_writable(out):
@@ -25,7 +24,7 @@ def _make_folder(folder):
 # %% ../nbs/reports.ipynb #915f58cd
 def _number(v, digits=1): return '–' if v is None or v != v else f'{v:,.{digits}f}'
 
-def _millions(n): return '–' if pd.isna(n) else f'{n/1e6:,.2f} M' if n < 1e8 else f'{n/1e6:,.0f} M'
+def _millions(n): return '–' if not isinstance(n, numbers.Real) or n != n else f'{n/1e6:,.2f} M' if n < 1e8 else f'{n/1e6:,.0f} M'
 
 def _duration(s): return '–' if s is None or s != s else f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
 
@@ -57,6 +56,7 @@ def report_figure(
     caption:str=None,
 ):                     # element
     "A figure inside the page."
+    from libmoe_nb.plots import figure_uri
     return ft.Figure(ft.Img(src=figure_uri(getattr(fig, 'figure', fig)), alt=alt), *([ft.Figcaption(caption)] if caption else []))
 
 # %% ../nbs/reports.ipynb #56921bf5
