@@ -105,6 +105,7 @@ def _read_options(v):
     return v
 
 _word, _options = Kind('a name', _read_word), Kind('a dict of names and values', _read_options)
+_limit = Kind('a number of documents or a share between 0 and 1', lambda v: _size.read(v) if _positive.read(v) >= 1 else _positive.read(v))
 _double = Kind("yes, no or 'chosen'", lambda v: v if isinstance(v, str) and v == 'chosen' else _read_flag(v))
 _size, _count = _whole(1, 10**6), _whole(0, 10**6)
 
@@ -130,7 +131,7 @@ settings = dict(                                                        # name -
     # upcycling
     init=_word, noise=_weight, drop_ratio=_share, rescale=_flag, exact=_flag, inplace=_flag,
     # text, analysis, evaluation
-    max_bytes=_maybe(_whole(1, 10**15)), text_field=_word, domain_field=_maybe(_word), examples=_maybe(_whole(2, 10**6)), num_fewshot=_maybe(_whole(0, 1000)), perturb=_flag)
+    max_bytes=_maybe(_whole(1, 10**15)), text_field=_word, domain_field=_maybe(_word), examples=_maybe(_whole(2, 10**6)), num_tokens=_whole(2), limit=_maybe(_limit), num_fewshot=_maybe(_whole(0, 1000)), perturb=_flag)
 
 # %% ../nbs/config.ipynb #1567ff9e
 def read_setting(
@@ -379,6 +380,30 @@ def find_device(
     n = here.device_count() if here.is_available() else 0
     if n <= (device.index or 0): raise ValueError(f'device={str(name)!r} is not to be had here: ' + (f'the last one is {device.type}:{n - 1}' if n else 'there is no GPU that torch can use'))
     return device
+
+# %% ../nbs/config.ipynb #3231b520
+def _check_model(name):
+    "Raise if `name` is neither a folder nor could be a name on the hub"
+    path = Path(str(name)).expanduser()
+    if path.is_dir(): return
+    what = 'is a file' if path.exists() else 'does not exist' if str(name).startswith(('/', '.', '~')) or str(name).count('/') > 1 or not str(name).strip() else None
+    if what: raise ValueError(f'model must be a folder, or a name on the Hugging Face hub, got {_shown(str(name))}, which {what}')
+
+# %% ../nbs/config.ipynb #12040927
+def _numbers(s): return [int(x) for x in s.split('+')]
+
+_interventions = dict(drop_top1=(None, None), drop_top12=(None, None), drop_top=(int, ...), temperature=(float, ...), top_k=(int, ...),  # name -> how to read the value, value if none is given
+                      random=(int, 0), ban=(_numbers, ...), force=(_numbers, ...))
+
+def _read_intervention(s):
+    "Name and value of an intervention"
+    name, eq, value = (p.strip() for p in s.partition('='))
+    if name not in _interventions: raise ValueError(did_you_mean('intervention', name, _interventions))
+    read, default = _interventions[name]
+    if read is None and eq: raise ValueError(f"intervention '{name}' takes no value, got '{s}'")
+    if default is ... and not value: raise ValueError(f"intervention '{name}' needs a value, for instance {name}=1, got '{s}'")
+    try: return name, read(value) if value else default
+    except ValueError: raise ValueError(f"the value of intervention '{name}' must be a number, got '{value}'") from None
 
 # %% ../nbs/config.ipynb #9ce15a49
 @contextmanager

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import libmoe_nb
 from . import interventions, models
-from .config import did_you_mean, find_device, read_json, read_settings, write_json, write_whole, _plain
+from .config import did_you_mean, find_device, read_json, read_settings, write_json, write_whole, _plain, _read_intervention
 from .traces import _evaluating
 from .tracing import intervene, moe_layers
 from .upcycling import _first_line
@@ -392,26 +392,16 @@ def load(cls:Evaluation,
     except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f"folder '{folder}' does not hold a whole evaluation: {type(e).__name__}: {e}") from None
 
 # %% ../nbs/evaluation.ipynb #d8b139d4
-def _numbers(s): return [int(x) for x in s.split('+')]
-
-_interventions = {  # name -> function of the value, how to read the value, value if none is given
-    'drop_top1': (lambda _: interventions.drop_top1, None, None), 'drop_top12': (lambda _: interventions.drop_top12, None, None),
-    'drop_top': (interventions.drop_top, int, ...), 'temperature': (interventions.temperature, float, ...), 'top_k': (interventions.override_top_k, int, ...),
-    'random': (interventions.random_routing, int, 0), 'ban': (interventions.ban_experts, _numbers, ...), 'force': (interventions.force_experts, _numbers, ...)}
+_makers = dict(drop_top1=lambda _: interventions.drop_top1, drop_top12=lambda _: interventions.drop_top12, drop_top=interventions.drop_top, temperature=interventions.temperature,
+               top_k=interventions.override_top_k, random=interventions.random_routing, ban=interventions.ban_experts, force=interventions.force_experts)  # name -> function of the value
 
 # %% ../nbs/evaluation.ipynb #ebf5638b
 def parse_intervention(
     s:str, # drop_top1, drop_top12, drop_top=N, temperature=TAU, top_k=K, random or random=SEED, ban=EXPERT+EXPERT, force=EXPERT
 ):         # function of `Routing` to `Routing`
     "The intervention that a name stands for."
-    name, eq, value = (p.strip() for p in s.partition('='))
-    if name not in _interventions: raise ValueError(did_you_mean('intervention', name, _interventions))
-    make, read, default = _interventions[name]
-    if read is None and eq: raise ValueError(f"intervention '{name}' takes no value, got '{s}'")
-    if default is ... and not value: raise ValueError(f"intervention '{name}' needs a value, for instance {name}=1, got '{s}'")
-    try: v = read(value) if value else default
-    except ValueError: raise ValueError(f"the value of intervention '{name}' must be a number, got '{value}'") from None
-    return make(v)
+    name, value = _read_intervention(s)
+    return _makers[name](value)
 
 # %% ../nbs/evaluation.ipynb #c2e1d69a
 def _name_of(f):

@@ -34,7 +34,7 @@ from .plots import plot_by_layer, plot_over_checkpoints, plot_balance, plot_comp
 from .scores import paired_test, ranking_verdict, score_table
 from .reports import report_cells, report_facts, report_figure, report_page, report_table
 from .analysis import _quietly
-from .reports import _and, _check_writable, _duration, _make_folder, _millions, _number
+from .reports import _and, _check_is_folder, _check_writable, _duration, _make_folder, _millions, _number
 
 # %% ../nbs/experiments.ipynb #5aeebb81
 def _recipe_names(names, preset, layer, options):
@@ -785,7 +785,7 @@ def read_comparison(
     out, # folder of the runs
 )->Comparison:
     "The comparison in a folder whose runs were finished last."
-    if not Path(out).is_dir(): raise ValueError(f'out={str(out)!r} is not a folder: name one that `compare` wrote')
+    _check_is_folder(out)
     runs = {f: (_common(read_json(f/'config.json')['run']), read_json(f/'result.json')['finished']) for f in _finished(out)}
     if not runs: raise ValueError(f'out={str(out)!r} holds no finished run')
     last, _ = max(runs.values(), key=lambda r: r[1])

@@ -9,6 +9,7 @@ __all__ = ['report_figure', 'report_cells', 'report_table', 'report_facts', 'rep
 
 # %% ../nbs/reports.ipynb #a92a2669
 import fastcore.xml as ft, numbers, os
+from pathlib import Path
 
 # %% ../nbs/reports.ipynb #7ebe7731
 def _check_writable(out):
@@ -16,6 +17,9 @@ def _check_writable(out):
     there = next(p for p in [out, *out.absolute().parents] if p.exists())
     why = 'it is a file' if there == out and not out.is_dir() else f'{there} is a file' if not there.is_dir() else 'permission denied' if not os.access(there, os.W_OK | os.X_OK) else None
     if why: raise ValueError(f'out={str(out)!r} cannot be written ({why}): name a folder that can')
+
+def _check_is_folder(out):
+    if not Path(out).is_dir(): raise ValueError(f'out={str(out)!r} is not a folder: name one that `compare` wrote')
 
 def _make_folder(folder):
     try: folder.mkdir(parents=True, exist_ok=True)

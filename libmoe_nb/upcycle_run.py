@@ -109,12 +109,12 @@ def _every_recipe():
 
 # %% ../nbs/upcycle_run.ipynb #6aef9d03
 def _read_arguments(recipe, overrides, **kw):
-    "Arguments of `upcycle_and_train`, of the right type, and its overrides"
+    "Arguments of `upcycle_and_train`, of the right type"
     get_recipe(recipe)
     if 'inplace' in overrides: raise ValueError(f"inplace must be left out: it is the dense model that decides, got {overrides['inplace']!r}")
     kw = read_settings(kw) | dict(valid_batch_size=read_setting('valid_batch_size', kw['valid_batch_size'], settings['batch_size']))
     if kw['grad_accum'] > kw['batch_size']: raise ValueError(f"grad_accum must be at most batch_size={kw['batch_size']}, got {kw['grad_accum']}")
-    return kw, read_settings(overrides)
+    return kw
 
 # %% ../nbs/upcycle_run.ipynb #d1607abb
 def _check_causal(config, name):
@@ -249,7 +249,7 @@ def upcycle_and_train(
     if isinstance(data, TextData):
         if data_options: raise ValueError(f'data_options must be left out where data is a TextData, got {data_options}')
         sequence_length = data.sequence_length
-    kw, overrides = _read_arguments(recipe, overrides, steps=steps, num_experts=num_experts, top_k=top_k, dense=dense, batch_size=batch_size, sequence_length=sequence_length, lr=lr, warmup_steps=warmup_steps,
+    kw = _read_arguments(recipe, overrides, steps=steps, num_experts=num_experts, top_k=top_k, dense=dense, batch_size=batch_size, sequence_length=sequence_length, lr=lr, warmup_steps=warmup_steps,
         grad_accum=grad_accum, bf16=bf16, seed=seed, valid_tokens=valid_tokens, valid_batch_size=valid_batch_size, checkpoint_seconds=checkpoint_seconds)
     num_experts, top_k, dense, sequence_length, valid_tokens, seed, checkpoint_seconds = (kw.pop(k) for k in 'num_experts top_k dense sequence_length valid_tokens seed checkpoint_seconds'.split())
     steps, device = kw['steps'], find_device(device)
