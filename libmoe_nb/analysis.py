@@ -562,7 +562,7 @@ def _pairs_html(self:Analysis):
     figs = [report_figure(plot_co_activation(m['co_activation'], n), f'co-activation in layer {n}', f'{self.layers[n]}: share of the tokens of an expert (row) that another has, too; the experts with most tokens.')
             for n in some if max(self.trace.meta['top_k']) > 1]
     if 'parameter_similarity' in m and max(self.trace.meta['num_experts']) <= 128:
-        figs += [report_figure(plot_similarity(m['parameter_similarity'], n), f'similarity of parameters in layer {n}', f'{self.layers[n]}: cosine of the parameters of two experts.') for n in some]
+        figs += [report_figure(plot_similarity(m['parameter_similarity'], n), f'similarity of parameters in layer {n}', f'{self.layers[n]}: cosine of the parameters of two experts.') for n in some if (m['parameter_similarity'].layer == n).any()]
     return ft.Section(ft.H2('Which experts go together'), ft.Div(*figs, cls='grid'))
 
 @patch

@@ -12,7 +12,7 @@ import codecs, contextlib, functools, inspect, json, os, signal, sys, time, warn
 import typer, typer.core
 from pathlib import Path
 from typing import Annotated, Optional
-from .config import MoESpec, did_you_mean, presets, own_recipes, read_setting, read_settings, settings
+from .config import did_you_mean, find_device, presets, own_recipes, read_setting, read_settings, settings
 from .config import _budget, _check_device, _check_model, _check_recipe, _named_recipes, _of_layer, _own, _read_intervention, _seed_list
 
 # %% ../nbs/cli.ipynb #939cb0c1
@@ -56,7 +56,9 @@ class _Patient:
     "A stream for text that takes any character, and goes on where nobody listens any more"
     def __init__(self, stream): self.stream = open(os.devnull, 'w') if stream is None else stream
     def __getattr__(self, name): return getattr(self.stream, name)
-    def write(self, s): return self._try(self.stream.write, s)
+    def write(self, s):
+        e = self.stream.encoding or 'utf-8'
+        return self._try(self.stream.write, s.encode(e, 'libmoe').decode(e))
     def flush(self): self._try(self.stream.flush)
     def writelines(self, lines):
         for l in lines: self.write(l)
@@ -64,7 +66,6 @@ class _Patient:
 # %% ../nbs/cli.ipynb #09a4edc8
 def _try(self, f, *args):
     try: return f(*args)
-    except UnicodeEncodeError: f(args[0].encode(self.stream.encoding, 'libmoe').decode(self.stream.encoding))
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
     return len(args[0]) if args else None
 _Patient._try = _try
@@ -132,6 +133,7 @@ def _settings(options, more=()):
 # %% ../nbs/cli.ipynb #6de5f80e
 def _check_early(out=None, data=None, device=None, reading={}):
     "Refuse folders, texts and devices that cannot be, before anything heavy is imported"
+    read_setting('max_bytes', reading.get('max_bytes') or None)
     if device is not None: _check_device(device)
     if out is not None:
         from libmoe_nb.reports import _check_writable
@@ -466,6 +468,7 @@ def evaluate(
     import torch
     from libmoe_nb import evaluation
     if threads: torch.set_num_threads(threads)
+    if device is not None: find_device(device)
     res = evaluation.evaluate(model, [*([tasks] if tasks else []), *_suites(suite, data, examples)], intervention=intervene, limit=limit, num_fewshot=num_fewshot,
                               batch_size=batch_size if batch_size == 'auto' else int(batch_size), seed=seed, out=out, device=device)
     if as_json: return print(json.dumps(res.to_dict(), indent=1))
