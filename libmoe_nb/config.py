@@ -156,6 +156,10 @@ def read_settings(d:dict)->dict:
     "`read_setting` of those that are in the table; others are left as they are."
     return {k: read_setting(k, v) if k in settings else v for k, v in d.items()}
 
+# %% ../nbs/config.ipynb #8d493033
+own_recipes = dict(dense='Dense', smoe='SMoE', smoe_sigmoid='SMoE-Sigmoid', xmoe='XMoE', sharede_v2='SharedE-V2', sharede_v3='SharedE-V3', tcmoe='TC-MoE', moe_plus_plus='MoE++')  # name -> title
+_sharing = 'sharede_v2', 'sharede_v3'                                      # those that have shared experts
+
 # %% ../nbs/config.ipynb #8cc19705
 class _Checked:
     "A dataclass whose fields are of the table"
@@ -239,9 +243,6 @@ class Recipe:
 recipes = {}  # every registered `Recipe` by its name, in the order of registration
 
 # %% ../nbs/config.ipynb #f392981f
-own_recipes = dict(dense='Dense', smoe='SMoE', smoe_sigmoid='SMoE-Sigmoid', xmoe='XMoE', sharede_v2='SharedE-V2', sharede_v3='SharedE-V3', tcmoe='TC-MoE', moe_plus_plus='MoE++')  # name -> title
-_sharing = 'sharede_v2', 'sharede_v3'                                      # those that have shared experts
-
 def _check_recipe(name):
     read_setting('recipe', name)
     if name not in recipes and name not in own_recipes: raise ValueError(did_you_mean('recipe', name, {*recipes, *own_recipes}))
