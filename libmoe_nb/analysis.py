@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from fastcore.xml import Safe
 from pathlib import Path
 from . import __version__
-from .config import read_json, write_json, write_whole, _becoming, _plain
+from .config import find_device, read_json, read_setting, read_settings, write_json, write_whole, _becoming, _plain
 from .data.text import TextData, default_data, text_data, _find_sources, _no_network
 from .interventions import drop_top1, drop_top12, random_routing, temperature
 from .metrics import *
@@ -121,7 +121,7 @@ def load_subject(
     import transformers, libmoe_nb.models
     if isinstance(name, torch.nn.Module): model, run, name = name, {}, getattr(name.config, '_name_or_path', '') or type(name).__name__
     else:
-        name = str(name)
+        name, device = str(name), find_device(device)
         here = os.path.exists(Path(name).expanduser())
         if not here and _is_path(name): raise ValueError(f'model={name!r} does not exist: expected a folder, or the name of a model on the Hugging Face hub')
         folder, run = _folder_of(name) if here else (name, {})
@@ -129,7 +129,7 @@ def load_subject(
         if tokenizer is None: tokenizer = _load_tokenizer(name)
         causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
         cls = transformers.AutoModelForCausalLM if causal else getattr(transformers, (config.architectures or [''])[0], None) or transformers.AutoModelForCausalLM
-        model = _pretrained(cls, folder, name, 'model', dtype=dtype).to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        model = _pretrained(cls, folder, name, 'model', dtype=dtype).to(device)
     if not moe_layers(model): raise ValueError(f'model={name!r} has no mixture-of-experts layers ({type(model).__name__}): `libmoe upcycle {name}` makes some of its feed-forward networks')
     if isinstance(tokenizer, (str, os.PathLike)): tokenizer = _load_tokenizer(tokenizer)
     return Subject(model.eval(), tokenizer, name, run)
@@ -417,6 +417,9 @@ def analyze(
     start, tell, reading = time.perf_counter(), progress or (lambda what: None), {**dict(text_field='text', domain_field=None, max_bytes=4_000_000), **reading}
     sizes = dict(num_tokens=num_tokens, sequence_length=sequence_length, batch_size=batch_size, similarity_tokens=similarity_tokens)
     _check_sizes(**sizes)
+    perturb, reading = read_setting('perturb', perturb), read_settings(reading)
+    if device is not None: find_device(device)
+    if data is not None and not isinstance(data, TextData): _find_sources(data, **{k: v for k, v in reading.items() if k in ('text_field', 'domain_field')})
     asked = _asked(model=model, data=data, tokenizer=tokenizer, perturb=perturb, device=device, dtype=dtype, **sizes, **reading)
     if out is not None: _check_writable(out := Path(out))
     tell('model')
@@ -578,7 +581,7 @@ def _pairs_html(self:Analysis):
     figs = [report_figure(plot_co_activation(m['co_activation'], n), f'co-activation in layer {n}', f'{self.layers[n]}: share of the tokens of an expert (row) that another has, too; the experts with most tokens.')
             for n in some if max(self.trace.meta['top_k']) > 1]
     if 'parameter_similarity' in m and max(self.trace.meta['num_experts']) <= 128:
-        figs += [report_figure(plot_similarity(m['parameter_similarity'], n), f'similarity of parameters in layer {n}', f'{self.layers[n]}: cosine of the parameters of two experts.') for n in some]
+        figs += [report_figure(plot_similarity(m['parameter_similarity'], n), f'similarity of parameters in layer {n}', f'{self.layers[n]}: cosine of the parameters of two experts.') for n in some if (m['parameter_similarity'].layer == n).any()]
     return ft.Section(ft.H2('Which experts go together'), ft.Div(*figs, cls='grid'))
 
 @patch

@@ -8,11 +8,13 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/cli.html.md"""
 __all__ = ['main']
 
 # %% ../nbs/cli.ipynb #0b5fa75e
-import functools, inspect, json, logging, os, signal, sys, time, warnings
-import typer
+import codecs, contextlib, functools, inspect, json, logging, os, signal, sys, time, warnings
+import typer, typer.core
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
+from .config import did_you_mean, find_device, presets, own_recipes, read_setting, read_settings, settings
+from .config import _budget, _check_device, _check_model, _check_recipe, _named_recipes, _of_layer, _own, _read_intervention, _seed_list
 
 # %% ../nbs/cli.ipynb #43b6252a
 @contextmanager
@@ -35,6 +37,7 @@ _for_developers = DeprecationWarning, PendingDeprecationWarning, FutureWarning, 
 
 # %% ../nbs/cli.ipynb #939cb0c1
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  context_settings=dict(help_option_names=['-h', '--help']),
                   help='Train, look inside and compare sparse mixture-of-experts algorithms under one budget.')
 
 def _say(message): print(message, file=sys.stderr, flush=True)
@@ -54,6 +57,44 @@ def _kindly(f):
             _say('libmoe: stopped. What is finished is kept; give the same command again to go on from here.')
             raise typer.Exit(130) from None
     return run
+
+# %% ../nbs/cli.ipynb #7a5508ab
+class _Command(typer.core.TyperCommand):
+    "A command whose usage names an argument plainly: newer versions of typer put it into braces, which look like a set of choices"
+    def collect_usage_pieces(self, ctx): return [p[1:-1] if p.startswith('{') and p.endswith('}') else p for p in super().collect_usage_pieces(ctx)]
+
+# %% ../nbs/cli.ipynb #9beec121
+_ascii = {'±': '+/-', '–': '-', '−': '-', '…': '...', '×': 'x', '·': '-', '→': '->', '≥': '>='}
+
+def _spell(e):
+    "What stands for the characters that an encoding has not"
+    s = e.object[e.start:e.end]
+    return ''.join(_ascii.get(c) or c.encode('ascii', 'backslashreplace').decode() for c in s), e.end
+codecs.register_error('libmoe', _spell)
+
+class _Patient:
+    "A stream for text that takes any character, and goes on where nobody listens any more"
+    def __init__(self, stream): self.stream = open(os.devnull, 'w') if stream is None else stream
+    def __getattr__(self, name): return getattr(self.stream, name)
+    def write(self, s):
+        e = self.stream.encoding or 'utf-8'
+        return self._try(self.stream.write, s.encode(e, 'libmoe').decode(e))
+    def flush(self): self._try(self.stream.flush)
+    def writelines(self, lines):
+        for l in lines: self.write(l)
+
+# %% ../nbs/cli.ipynb #09a4edc8
+def _try(self, f, *args):
+    try: return f(*args)
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+    return len(args[0]) if args else None
+_Patient._try = _try
+
+@contextlib.contextmanager
+def _patiently():
+    with contextlib.redirect_stdout(_Patient(sys.stdout)), contextlib.redirect_stderr(_Patient(sys.stderr)):
+        try: yield
+        finally: sys.stdout.flush()
 
 # %% ../nbs/cli.ipynb #bc1140d0
 def _option(help, *names, **kwargs): return typer.Option(*names, help=help, show_default=False, **kwargs)
@@ -96,15 +137,40 @@ def _value(s):
     try: return json.loads(s)
     except ValueError: return s
 
-def _settings(options):
-    "Options of the command line as keywords of `compare` and `train`"
+def _settings(options, more=()):
+    "Options of the command line as keywords of `compare` and `train`; `more` can be set, too"
     res = {k: v for k, v in options.items() if k not in ('set', 'as_json', 'preset', 'max_bytes')}
+    res = {k: v if v is None or k == 'valid_tokens' or k not in settings else read_setting(k, v) for k, v in res.items()}
+    known = [*_own, *_of_layer, *more, *res]
     for s in options.get('set') or []:
         name, eq, value = s.partition('=')
         if not eq: raise ValueError(f'--set must be NAME=VALUE, got {s!r}')
-        res[name.strip().replace('-', '_')] = _value(value)
+        if (name := name.strip().replace('-', '_')) not in known: raise ValueError(did_you_mean('setting', name, known))
+        res[name] = read_setting(name, value.strip()) if name in settings else _value(value)
     if options['max_bytes'] < 0: raise ValueError(f"--max-bytes must be at least 0, got {options['max_bytes']}")
     return dict(res, max_bytes=options['max_bytes'] or None)
+
+# %% ../nbs/cli.ipynb #6de5f80e
+def _check_early(out=None, data=None, device=None, reading={}):
+    "Refuse folders, texts and devices that cannot be, before anything heavy is imported"
+    read_setting('max_bytes', reading.get('max_bytes') or None)
+    if device is not None: _check_device(device)
+    if out is not None:
+        from libmoe_nb.reports import _check_writable
+        _check_writable(Path(out))
+    if data is not None:
+        from libmoe_nb.data.text import _find_sources
+        _find_sources(data, **{k: v for k, v in reading.items() if k in ('text_field', 'domain_field')})
+
+_logs = 'tensorboard', 'trackio', 'wandb'
+
+def _check_training(recipes, preset, seeds, out, log, kw, options):
+    "`_check_early` for what trains recipes"
+    if log is not None and log not in _logs: raise ValueError(did_you_mean('tracker', log, _logs))
+    _named_recipes(recipes, *_budget(preset, {k: v for k, v in kw.items() if k in _own + _of_layer}), options)
+    _check_early(out, kw.get('data'), kw.get('device'), kw)
+
+def _examples(examples, evaluate): return read_setting('examples', examples) if examples is not None else evaluate or None
 
 # %% ../nbs/cli.ipynb #a5a830b1
 class _Progress:
@@ -248,9 +314,10 @@ def compare(
     **options,
 ):
     "Train recipes side by side under one budget; print a table and write report.html."
+    kw = _settings(dict(options, evaluate=_examples(examples, evaluate)), ('valid_tokens', 'options', 'cache_dir', 'keep_models'))
+    _check_training(recipes, options['preset'], _seed_list(seeds), out, log, kw, kw.get('options') or {})
     from libmoe_nb import experiments
-    options['evaluate'] = examples if examples is not None else evaluate or None
-    with _Progress() as progress: res = experiments.compare(recipes, preset=options['preset'], seeds=seeds, out=out, progress=progress, log=log, **_settings(options))
+    with _Progress() as progress: res = experiments.compare(recipes, preset=options['preset'], seeds=seeds, out=out, progress=progress, log=log, **kw)
     if options['as_json']: print(json.dumps(res.to_dict(), indent=1))
     else: _show(res)
 
@@ -260,11 +327,11 @@ def _show(res):
     _print(*_result_tables(res), verdict(res.runs), *scores, '', f"report: {res.out/'report.html'}")
 
 # %% ../nbs/cli.ipynb #9c661fca
-@app.command()
+@app.command(cls=_Command)
 @_kindly
 @_with_options
 def train(
-    recipe: Annotated[str, typer.Argument(help='Name of the recipe, e.g. smoe (see `libmoe list`).', show_default=False)],
+    recipe: Annotated[str, typer.Argument(metavar='RECIPE', help='Name of the recipe, e.g. smoe (see `libmoe list`).', show_default=False)],
     out: Annotated[Optional[Path], _option('Folder of the run (default: trained/RECIPE); the model is in its subfolder model.')] = None,
     seed: Annotated[int, _option('Of the weights and of the order of the data (default 0).')] = 0,
     evaluate: Annotated[bool, _option('Score the model on tasks made from the validation text, during training and at its end.', '--evaluate')] = False,
@@ -274,10 +341,11 @@ def train(
     **options,
 ):
     "Train one recipe and keep the model."
+    kw, out = _settings(dict(options, evaluate=_examples(examples, evaluate)), ('valid_tokens', 'options', 'cache_dir')), out or Path('trained')/recipe
+    _check_training([recipe], options['preset'], _seed_list([seed]), out, log, kw, {recipe: kw.get('options') or {}})
     from libmoe_nb import experiments
     from libmoe_nb.metrics import _apart
-    options['evaluate'] = examples if examples is not None else evaluate or None
-    with _Progress() as progress: res = experiments.train(recipe, preset=options['preset'], out=out or Path('trained')/recipe, seed=seed, resume=resume, progress=progress, log=log, **_settings(options))
+    with _Progress() as progress: res = experiments.train(recipe, preset=options['preset'], out=out, seed=seed, resume=resume, progress=progress, log=log, **kw)
     if options['as_json']: return print(json.dumps(res, indent=1))
     number = experiments._number
     rows = [['validation', 'unigram model', res['title']], *[[d, number(res['unigram']['domains'][d]), number(v)] for d, v in res['domains'].items()],
@@ -303,11 +371,16 @@ def _layers(s):
     try: return None if s is None else [int(i) for i in s.split(',')]
     except ValueError: return s
 
+_of_recipes = '''expert_bias routed_scaling_factor n_group topk_group shared_weight shared_gate router_size temperature gain learnable_temperature double_softmax negative_offset null_offset
+                 null_reward_coef gating_residual num_zero num_copy num_constant zero_expert_weight'''.split()
+_inits = 'copy', 'drop', 'split', 'virtual_group', 'random', 'shared_only'
+_of_upcycling = [*_of_recipes, 'noise', 'drop_ratio', 'rescale', 'where', 'aux_loss_reduction', 'valid_batch_size', 'checkpoint_seconds']
+
 def _upcycle_settings(options):
     "Options of the command line as keywords of `upcycle_and_train`"
-    kw = _settings(options)
+    kw = _settings(options, _of_upcycling)
     kw |= dict(lr=kw.pop('learning_rate'), layers=_layers(kw['layers']), data_options={k: kw.pop(k) for k in ('max_bytes', 'text_field', 'domain_field')})
-    return {k: v for k, v in kw.items() if v is not None} | dict(valid_tokens=kw['valid_tokens'] or None)
+    return {k: v for k, v in kw.items() if v is not None} | dict(valid_tokens=read_setting('valid_tokens', kw['valid_tokens'] or None))
 
 # %% ../nbs/cli.ipynb #de8fff4a
 def _upcycled_tables(rows):
@@ -321,10 +394,10 @@ def _upcycled_tables(rows):
     return *_tables(sizes), *_tables(perplexity)
 
 # %% ../nbs/cli.ipynb #defb1c8b
-@app.command()
+@app.command(cls=_Command)
 @_kindly
 def upcycle(
-    name: Annotated[str, typer.Argument(help='A packaged model (smollm2), a folder, or a name on the Hugging Face hub.', show_default=False)],
+    name: Annotated[str, typer.Argument(metavar='MODEL', help='A packaged model (smollm2), a folder, or a name on the Hugging Face hub.', show_default=False)],
     recipe: Annotated[str, _option('Name of the recipe, e.g. tcmoe (default: smoe; see `libmoe list`).')] = 'smoe',
     data: Annotated[Optional[str], _option('Corpus, file, folder or Hugging Face dataset, or several with commas. Default: the packaged corpora that are installed.')] = None,
     steps: Annotated[int, _option('Steps of training (default 100).')] = 100,
@@ -358,10 +431,13 @@ def upcycle(
 
 # %% ../nbs/cli.ipynb #a05d56df
 def _upcycle(name, out, options):
+    kw, out = _upcycle_settings(options), out or Path('upcycled')/f"{Path(name).name}-{options['recipe']}"
+    _check_model(name), _check_recipe(kw['recipe'])
+    if kw['init'] not in _inits: raise ValueError(did_you_mean('init', kw['init'], _inits))
+    _check_early(out, kw.get('data'), kw.get('device'), kw['data_options'])
     from libmoe_nb.upcycle_run import upcycle_and_train
     from libmoe_nb.config import _plain
-    out = out or Path('upcycled')/f"{Path(name).name}-{options['recipe']}"
-    with _UpcyclingProgress() as progress: table = upcycle_and_train(name, out=out, progress=progress, **_upcycle_settings(options))
+    with _UpcyclingProgress() as progress: table = upcycle_and_train(name, out=out, progress=progress, **kw)
     rows = _plain(table.reset_index().to_dict('records'))
     if options['as_json']: print(json.dumps(dict(results=rows, out=str(out), model=str(out/'model')), indent=1))
     else: _print(*_upcycled_tables(rows), f"model: {out/'model'}", f"load it: AutoModelForCausalLM.from_pretrained({str(out/'model')!r}) after import libmoe_nb.models")
@@ -378,10 +454,10 @@ def _analysis_table(res):
                    *[[r.metric, n(r.value), n(r.random), at(r.low, r.low_layer), at(r.high, r.high_layer)] for r in res.summary().itertuples()]])
 
 # %% ../nbs/cli.ipynb #fc4809b0
-@app.command()
+@app.command(cls=_Command)
 @_kindly
 def analyze(
-    model: Annotated[str, typer.Argument(help='Folder of a model or of a run, or a name on the Hugging Face hub.', show_default=False)],
+    model: Annotated[str, typer.Argument(metavar='MODEL', help='Folder of a model or of a run, or a name on the Hugging Face hub.', show_default=False)],
     data: Annotated[Optional[str], _option("Corpus, file, folder or Hugging Face dataset, or several with commas. Default: the run's own, else the packaged corpora that are installed.")] = None,
     out: Annotated[Optional[Path], _option('Folder for trace, tables and report (default: analysis/NAME).')] = None,
     tokens: Annotated[int, _option('Size of the probe set (default 16384).')] = 16_384,
@@ -397,20 +473,23 @@ def analyze(
     as_json: Annotated[bool, _option('Print the result as JSON.', '--json')] = False,
 ):
     "Look inside a mixture of experts: every metric beside what chance gives; writes a report."
-    from libmoe_nb import analysis, experiments
-    experiments.use_threads(threads)
+    _check_model(model)
     path = Path(model)
     out = out or Path('analysis')/(path.resolve().parent.name if path.name == 'model' else path.name or path.resolve().name)
+    read_settings(dict(num_tokens=tokens, batch_size=batch_size, threads=threads) | ({} if sequence_length is None else dict(sequence_length=sequence_length)))
+    _check_early(out, data, device, dict(max_bytes=max_bytes, text_field=text_field, domain_field=domain_field))
+    from libmoe_nb import analysis, experiments
+    experiments.use_threads(threads)
     res = analysis.analyze(model, data, num_tokens=tokens, out=out, tokenizer=tokenizer, sequence_length=sequence_length, batch_size=batch_size, perturb=perturb, device=device,
                            progress=lambda what: _say(_next[what]), max_bytes=max_bytes or None, text_field=text_field, domain_field=domain_field)
     if as_json: print(json.dumps(res.to_dict() | dict(report=str(out/'report.html')), indent=1))
     else: _print(*_analysis_table(res), *res.findings(), '', f"report: {out/'report.html'}")
 
 # %% ../nbs/cli.ipynb #5f6182b1
-@app.command()
+@app.command(cls=_Command)
 @_kindly
 def evaluate(
-    model: Annotated[str, typer.Argument(help='Folder of a model or of a run, or a name on the Hugging Face hub.', show_default=False)],
+    model: Annotated[str, typer.Argument(metavar='MODEL', help='Folder of a model or of a run, or a name on the Hugging Face hub.', show_default=False)],
     tasks: Annotated[Optional[str], _option("Names of lm-eval with commas (paper_lm: the paper's nine benchmarks), or YAML files.")] = None,
     suite: Annotated[Optional[list[Path]], _option('File that `Suite.save` or `libmoe compare --evaluate` wrote; may be repeated.', metavar='FILE')] = None,
     data: Annotated[Optional[str], _option('Corpus, file, folder or dataset: tasks are made from the part of it that `libmoe compare` holds out.')] = None,
@@ -430,10 +509,17 @@ def evaluate(
 ):
     "Zero-shot scores of a model, as it is and under interventions on its routers."
     if not (tasks or suite or data): raise ValueError('give --tasks, --suite or --data, or several of them')
-    if batch_size != 'auto' and not batch_size.isdigit(): raise ValueError(f"--batch-size must be 'auto' or a number, got '{batch_size}'")
+    if batch_size != 'auto' and not (batch_size.isascii() and batch_size.isdigit()): raise ValueError(f"--batch-size must be 'auto' or a number, got '{batch_size}'")
+    _check_model(model)
+    read_settings(dict(examples=examples, limit=limit, num_fewshot=num_fewshot, seed=seed, threads=threads) | ({} if batch_size == 'auto' else dict(batch_size=batch_size)))
+    for s in intervene or []: _read_intervention(s)
+    for f in suite or []:
+        if not f.is_file(): raise ValueError(f'suite {str(f)!r} cannot be read: there is no such file')
+    _check_early(out, data, device, dict(max_bytes=max_bytes, text_field=text_field, domain_field=domain_field))
     import torch
     from libmoe_nb import evaluation
     if threads: torch.set_num_threads(threads)
+    if device is not None: find_device(device)
     res = evaluation.evaluate(model, [*([tasks] if tasks else []), *_suites(suite, data, examples, max_bytes=max_bytes or None, text_field=text_field, domain_field=domain_field)], intervention=intervene, limit=limit, num_fewshot=num_fewshot,
                               batch_size=batch_size if batch_size == 'auto' else int(batch_size), seed=seed, out=out, device=device)
     if as_json: return print(json.dumps(res.to_dict(), indent=1))
@@ -460,22 +546,27 @@ def _score_tables(res):
     yield from _tables([['intervention', *c.columns[:-1], '±'], *rows], title='score under the intervention minus score without, in points')
 
 # %% ../nbs/cli.ipynb #2d117244
-def _sizes(preset):
-    "Parameters of each recipe: total and active"
-    import torch
-    from libmoe_nb.config import recipes
-    from libmoe_nb.models import count_parameters, from_scratch
-    with torch.device('meta'): counts = {r: count_parameters(from_scratch(r, preset)) for r in recipes}
-    return {r: dict(total=c['total'], active=c['active']) for r, c in counts.items()}
+def _constants(N): return max(round(N / 8) - 2, 1)                     # of MoE++, beside one zero and one copy expert
+
+_extra = dict(dense=lambda p, l: 0, smoe=lambda p, l: p.num_experts * p.hidden_size, smoe_sigmoid=lambda p, l: p.num_experts * p.hidden_size,
+    xmoe=lambda p, l: (p.hidden_size + p.num_experts) * max(p.num_experts // 2, 1), tcmoe=lambda p, l: (2 * p.num_experts + p.top_k) * p.hidden_size,
+    sharede_v2=lambda p, l: (p.num_experts - p.num_shared_experts) * p.hidden_size, sharede_v3=lambda p, l: (p.num_experts - p.num_shared_experts) * p.hidden_size,
+    moe_plus_plus=lambda p, l: (M := p.num_experts + 2 + (n := _constants(p.num_experts))) * p.hidden_size + (M * M if l else 0) + 3 * n * p.hidden_size)  # recipe -> parameters beside the experts in layer l
+
+def _size(recipe, p):
+    "Parameters of a recipe in a preset: total and active"
+    d, expert = p.hidden_size, 2 * p.hidden_size * p.moe_intermediate_size
+    common = 2 * p.vocab_size * d + d + p.num_hidden_layers * (4 * d * p.num_attention_heads * p.head_dim + 2 * d) + sum(_extra[recipe](p, l) for l in range(p.num_hidden_layers))
+    count = lambda n: common + p.num_hidden_layers * n * expert
+    return dict(total=count(p.top_k if recipe == 'dense' else p.num_experts), active=count(p.top_k))
 
 def _listing():
-    from libmoe_nb.config import presets, recipes
     from libmoe_nb.data.text import corpora
-    sizes = {p: _sizes(p) for p in presets}
-    return dict(recipes=[dict(name=r.name, title=r.title) for r in recipes.values()],
+    sizes = lambda p: {r: _size(r, p) for r in own_recipes}
+    return dict(recipes=[dict(name=n, title=t) for n, t in own_recipes.items()],
         presets=[dict(name=p.name, layers=p.num_hidden_layers, hidden_size=p.hidden_size, num_experts=p.num_experts, top_k=p.top_k, num_shared_experts=p.num_shared_experts,
                       moe_intermediate_size=p.moe_intermediate_size, vocab_size=p.vocab_size, sequence_length=p.sequence_length, batch_size=p.batch_size, steps=p.steps,
-                      parameters=sizes[p.name]) for p in presets.values()],
+                      parameters=sizes(p)) for p in presets.values()],
         corpora=[dict(name=c.name, title=c.title, package=c.package, installed=bool(c.available)) for c in corpora.values()])
 
 # %% ../nbs/cli.ipynb #41144901
@@ -503,10 +594,12 @@ def list_(as_json: Annotated[bool, _option('Print as JSON.', '--json')] = False)
 @app.command()
 @_kindly
 def report(
-    out: Annotated[Path, typer.Argument(help='Folder of runs.', show_default=False)] = Path('runs'),
+    out: Annotated[Path, typer.Argument(metavar='FOLDER', help='Folder of runs.', show_default=False)] = Path('runs'),
     as_json: Annotated[bool, _option('Print the result as JSON.', '--json')] = False,
 ):
     "Make table and report.html again from the finished runs of a folder."
+    from libmoe_nb.reports import _check_is_folder
+    _check_is_folder(out)
     from libmoe_nb.experiments import read_comparison
     (res := read_comparison(out)).save()
     if as_json: print(json.dumps(res.to_dict(), indent=1))
@@ -525,4 +618,4 @@ def _program(version: Annotated[bool, typer.Option('--version', callback=_versio
 # %% ../nbs/cli.ipynb #edadaa79
 def main():
     "The console script `libmoe`."
-    app(prog_name='libmoe')
+    with _patiently(): app(prog_name='libmoe')

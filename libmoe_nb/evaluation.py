@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import libmoe_nb
 from . import interventions, models
-from .config import did_you_mean, read_json, write_json, write_whole, _plain
+from .config import did_you_mean, find_device, read_json, read_settings, write_json, write_whole, _plain, _read_intervention
 from .traces import _evaluating
 from .tracing import intervene, moe_layers
 from .upcycling import _first_line
@@ -108,7 +108,7 @@ def _find_model(name):
 def _load_model(name, tokenizer=None, device=None):
     "Model and tokenizer from a folder or the hub"
     from libmoe_nb.analysis import _load_tokenizer, _pretrained
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = find_device(device)
     model = _pretrained(AutoModelForCausalLM, name, name, 'model', dtype='auto')
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)): tokenizer = _load_tokenizer(tokenizer or name)
     return model.to(device), tokenizer
@@ -398,26 +398,16 @@ def load(cls:Evaluation,
     except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f"folder '{folder}' does not hold a whole evaluation: {type(e).__name__}: {e}") from None
 
 # %% ../nbs/evaluation.ipynb #d8b139d4
-def _numbers(s): return [int(x) for x in s.split('+')]
-
-_interventions = {  # name -> function of the value, how to read the value, value if none is given
-    'drop_top1': (lambda _: interventions.drop_top1, None, None), 'drop_top12': (lambda _: interventions.drop_top12, None, None),
-    'drop_top': (interventions.drop_top, int, ...), 'temperature': (interventions.temperature, float, ...), 'top_k': (interventions.override_top_k, int, ...),
-    'random': (interventions.random_routing, int, 0), 'ban': (interventions.ban_experts, _numbers, ...), 'force': (interventions.force_experts, _numbers, ...)}
+_makers = dict(drop_top1=lambda _: interventions.drop_top1, drop_top12=lambda _: interventions.drop_top12, drop_top=interventions.drop_top, temperature=interventions.temperature,
+               top_k=interventions.override_top_k, random=interventions.random_routing, ban=interventions.ban_experts, force=interventions.force_experts)  # name -> function of the value
 
 # %% ../nbs/evaluation.ipynb #ebf5638b
 def parse_intervention(
     s:str, # drop_top1, drop_top12, drop_top=N, temperature=TAU, top_k=K, random or random=SEED, ban=EXPERT+EXPERT, force=EXPERT
 ):         # function of `Routing` to `Routing`
     "The intervention that a name stands for."
-    name, eq, value = (p.strip() for p in s.partition('='))
-    if name not in _interventions: raise ValueError(did_you_mean('intervention', name, _interventions))
-    make, read, default = _interventions[name]
-    if read is None and eq: raise ValueError(f"intervention '{name}' takes no value, got '{s}'")
-    if default is ... and not value: raise ValueError(f"intervention '{name}' needs a value, for instance {name}=1, got '{s}'")
-    try: v = read(value) if value else default
-    except ValueError: raise ValueError(f"the value of intervention '{name}' must be a number, got '{value}'") from None
-    return make(v)
+    name, value = _read_intervention(s)
+    return _makers[name](value)
 
 # %% ../nbs/evaluation.ipynb #c2e1d69a
 def _name_of(f):
@@ -457,12 +447,8 @@ def _placed(model, device):
 
 # %% ../nbs/evaluation.ipynb #78e416c0
 def _check(limit, batch_size, num_fewshot, seed):
-    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
-    if limit is not None and not (number(limit) and (0 < limit < 1 or limit >= 1 and limit == int(limit))):
-        raise ValueError(f'limit must be a number of documents or a share between 0 and 1, got {limit}')
-    if batch_size != 'auto' and not (isinstance(batch_size, int) and batch_size > 0): raise ValueError(f"batch_size must be 'auto' or at least 1, got {batch_size!r}")
-    if num_fewshot is not None and not (isinstance(num_fewshot, int) and num_fewshot >= 0): raise ValueError(f'num_fewshot must be at least 0, got {num_fewshot!r}')
-    if not isinstance(seed, int) or seed < 0: raise ValueError(f'seed must be an integer of at least 0, got {seed!r}')
+    if not (isinstance(batch_size, str) and batch_size == 'auto' or isinstance(batch_size, int) and batch_size > 0): raise ValueError(f"batch_size must be 'auto' or at least 1, got {batch_size!r}")
+    return read_settings(dict(limit=limit, num_fewshot=num_fewshot, seed=seed)).values()
 
 def _check_experts(model, ways):
     if len(ways) > 1 and not (hasattr(model, 'named_modules') and moe_layers(model)):
@@ -520,7 +506,8 @@ def evaluate(
 )->Evaluation:
     "Scores of a model on tasks, as it is and under interventions on its routers."
     ways = _named_interventions(intervention)
-    _check(limit, batch_size, num_fewshot, seed)
+    limit, num_fewshot, seed = _check(limit, batch_size, num_fewshot, seed)
+    if device is not None: device = find_device(device)
     name = _find_model(model) if isinstance(model, (str, Path)) else getattr(model, 'name_or_path', '') or type(model).__name__
     with _quietly() as err, _seeded(seed):
         t = _load_tasks(_listed(tasks), err if progress else None)

@@ -20,8 +20,9 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from . import __version__
-from .config import MoESpec, Preset, did_you_mean, get_preset, get_recipe, presets, read_json, recipes, write_json, write_whole, _plain
-from .data.text import TextData, default_data, text_data
+from .config import MoESpec, Preset, did_you_mean, find_device, get_preset, get_recipe, presets, read_json, read_setting, recipes, write_json, write_whole, _plain
+from .config import _budget, _from_saved, _named_recipes, _seed_list
+from .data.text import TextData, default_data, text_data, _find_sources
 from .layers import build_layer, settled
 from .models import count_parameters, from_scratch
 from .tracing import moe_layers
@@ -33,38 +34,15 @@ from .plots import plot_by_layer, plot_over_checkpoints, plot_balance, plot_comp
 from .scores import paired_test, ranking_verdict, score_table, _columns
 from .reports import report_cells, report_facts, report_figure, report_page, report_table
 from .analysis import _quietly
-from .reports import _and, _check_writable, _duration, _make_folder, _millions, _number, _plural
-
-# %% ../nbs/experiments.ipynb #326b08af
-_sizes = 'steps batch_size sequence_length vocab_size hidden_size num_hidden_layers num_attention_heads head_dim'.split()
-
-def _budget(preset, overrides):
-    "The preset with `overrides`, and those of them that are for `MoESpec` alone"
-    p, own, layer = get_preset(preset), *([f.name for f in dataclasses.fields(c) if f.name not in ('name', 'recipe', 'options')] for c in (Preset, MoESpec))
-    overrides = {k: v for k, v in overrides.items() if v is not None}
-    for k in overrides:
-        if k not in own + layer: raise ValueError(did_you_mean('setting', k, {*own, *layer}))
-    p = dataclasses.replace(p, **{k: v for k, v in overrides.items() if k in own})
-    for n in _sizes:
-        if not (isinstance(v := getattr(p, n), int) and v >= 1): raise ValueError(f'{n} must be a whole number of at least 1, got {v!r}')
-    if not p.learning_rate > 0: raise ValueError(f'learning_rate must be above 0, got {p.learning_rate}')
-    return p, {k: v for k, v in overrides.items() if k not in own}
+from .reports import _and, _check_is_folder, _check_writable, _duration, _make_folder, _millions, _number, _plural
 
 # %% ../nbs/experiments.ipynb #5aeebb81
 def _recipe_names(names, preset, layer, options):
     "Names of known recipes, each tried with this budget"
-    names = list(recipes) if names is None else names.split(',') if isinstance(names, str) else list(names)
-    names = list(dict.fromkeys(n.strip() for n in names if n.strip()))
-    if not names: raise ValueError(f"recipes must name at least one of {', '.join(recipes)}, got none")
-    for n in [*names, *options]: get_recipe(n)
+    names = _named_recipes(names, preset, layer, options)
     with torch.device('meta'):
         for n in names: build_layer(preset.spec(n, options=options.get(n, {}), **layer))
     return names
-
-def _seed_list(seeds):
-    res = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not res or not all(isinstance(s, int) and s >= 0 for s in res): raise ValueError(f'seeds must be a number of at least 1 or a list of whole numbers, got {seeds!r}')
-    return list(dict.fromkeys(res))
 
 # %% ../nbs/experiments.ipynb #c28537a5
 def run_config(
@@ -277,7 +255,7 @@ def train_run(
 )->dict:                  # the result
     "Train one run, or finish it, or read its result if it is finished."
     folder = Path(folder)
-    preset = Preset(**{k: tuple(v) if isinstance(v, list) else v for k, v in config['preset'].items()})
+    preset = _from_saved(Preset, config['preset'], 'Preset')
     _claim(folder, config, info or {})
     if (folder/'result.json').exists():
         if suite is not None: evaluate_run(folder, suite)
@@ -356,7 +334,7 @@ def use_threads(
     n:int=None, # None: `OMP_NUM_THREADS`, else the cores that this process may use, at most 8
 )->int:
     "Set the number of threads torch computes with."
-    if n is not None and n < 1: raise ValueError(f'threads must be at least 1, got {n}')
+    n = read_setting('threads', n)
     if n is None and not os.environ.get('OMP_NUM_THREADS'): n = min(torch.get_num_threads(), _granted(), 8)
     if n: torch.set_num_threads(n)
     return torch.get_num_threads()
@@ -377,9 +355,10 @@ def _prepare(names, data, preset, out, progress, options=None, bf16=False, devic
     preset, layer = _budget(preset, overrides)
     names, options = _recipe_names(names, preset, layer, options or {}), options or {}
     _check_writable(out)
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')).type
+    device, bf16, valid_tokens = find_device(device).type, read_setting('bf16', bf16), read_setting('valid_tokens', valid_tokens)
     threads = use_threads(threads)
     if not isinstance(source := data, TextData):
+        _find_sources(data, text_field=read_setting('text_field', text_field), domain_field=domain_field)
         progress('data')
         data = text_data(data, vocab_size=preset.vocab_size, sequence_length=preset.sequence_length, max_bytes=max_bytes, text_field=text_field, domain_field=domain_field, cache_dir=cache_dir)
     elif data.sequence_length != preset.sequence_length: preset = dataclasses.replace(preset, sequence_length=data.sequence_length)
@@ -867,7 +846,7 @@ def read_comparison(
     out, # folder of the runs
 )->Comparison:
     "The comparison in a folder whose runs were finished last."
-    if not Path(out).is_dir(): raise ValueError(f'out={str(out)!r} is not a folder: name one that `compare` wrote')
+    _check_is_folder(out)
     runs = {f: (_common(read_json(f/'config.json')['run']), read_json(f/'result.json')['finished']) for f in _finished(out)}
     if not runs: raise ValueError(f'out={str(out)!r} holds no finished run')
     last, _ = max(runs.values(), key=lambda r: r[1])

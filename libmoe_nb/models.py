@@ -21,7 +21,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
-from .config import MoESpec, Preset, get_preset, get_recipe, did_you_mean, write_whole
+from .config import MoESpec, Preset, get_preset, get_recipe, did_you_mean, write_whole, _from_saved
 from .experts import FeedForward
 from .layers import MoELayer, aux_loss, build_layer, recipe_options, settled
 from .tracing import record_routing
@@ -55,7 +55,7 @@ class MoEConfig(PreTrainedConfig):
 # %% ../nbs/models.ipynb #700aa02f
 def _plain(spec):
     "A `MoESpec` or its dict as JSON has it"
-    d = (spec if isinstance(spec, MoESpec) else MoESpec.from_dict(spec)).to_dict()
+    d = (spec if isinstance(spec, MoESpec) else _from_saved(MoESpec, spec, 'MoESpec')).to_dict()
     return {k: list(v) if isinstance(v, tuple) else v for k, v in d.items()}
 
 # %% ../nbs/models.ipynb #82eb2338

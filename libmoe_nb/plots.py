@@ -372,6 +372,7 @@ def _one_layer(df, layer, keys):
     "The rows of one layer, one row for each combination of `keys`"
     layers = sorted(df.layer.unique())
     if isinstance(layer, (int, np.integer)) and layer < 0: layer = layers[layer] if -layer <= len(layers) else layer
+    if not layers: raise ValueError('df must have rows of at least one layer, got none: a layer of one expert has no pairs, for instance')
     if layer not in layers: raise ValueError(f'layer must be one of {", ".join(map(str, layers))}, got {layer!r}')
     d = df[df.layer == layer]
     mixed = [c for c in ('recipe', 'model', 'trace', 'seed', 'step', 'domain') if c in d and c not in keys and d[c].nunique() > 1]

@@ -8,8 +8,8 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/reports.html.md"""
 __all__ = ['report_figure', 'report_cells', 'report_table', 'report_facts', 'report_page']
 
 # %% ../nbs/reports.ipynb #a92a2669
-import fastcore.xml as ft, math, os, pandas as pd, re
-from .plots import figure_uri
+import fastcore.xml as ft, math, numbers, os, re
+from pathlib import Path
 
 # %% ../nbs/reports.ipynb #7ebe7731
 def _check_writable(out):
@@ -17,6 +17,9 @@ def _check_writable(out):
     there = next(p for p in [out, *out.absolute().parents] if p.exists())
     why = 'it is a file' if there == out and not out.is_dir() else f'{there} is a file' if not there.is_dir() else 'permission denied' if not os.access(there, os.W_OK | os.X_OK) else None
     if why: raise ValueError(f'out={str(out)!r} cannot be written ({why}): name a folder that can')
+
+def _check_is_folder(out):
+    if not Path(out).is_dir(): raise ValueError(f'out={str(out)!r} is not a folder: name one that `compare` wrote')
 
 def _make_folder(folder):
     try: folder.mkdir(parents=True, exist_ok=True)
@@ -27,7 +30,7 @@ def _number(v, digits=1): return '–' if v is None or not abs(v) < math.inf els
 
 def _plural(n, word): return f'{n:,} {word}' + ('' if n == 1 else 's')
 
-def _millions(n): return '–' if pd.isna(n) else f'{n/1e6:,.2f} M' if n < 1e8 else f'{n/1e6:,.0f} M'
+def _millions(n): return '–' if not isinstance(n, numbers.Real) or n != n else f'{n/1e6:,.2f} M' if n < 1e8 else f'{n/1e6:,.0f} M'
 
 def _duration(s): return '–' if s is None or s != s else f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
 
@@ -70,6 +73,7 @@ def report_figure(
     caption:str=None,
 ):                     # element
     "A figure inside the page."
+    from libmoe_nb.plots import figure_uri
     return ft.Figure(ft.Img(src=figure_uri(getattr(fig, 'figure', fig)), alt=alt), *([ft.Figcaption(caption)] if caption else []))
 
 # %% ../nbs/reports.ipynb #7b42b0a7

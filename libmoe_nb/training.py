@@ -19,8 +19,8 @@ from itertools import islice
 from pathlib import Path
 from torch import nn, Tensor
 from safetensors.torch import load_file, load_model, save_file, save_model
-from fastcore.all import patch, delegates, store_attr
-from .config import Preset, get_preset
+from fastcore.all import AttrDict, patch, delegates, store_attr
+from .config import Preset, find_device, get_preset, read_settings
 from .layers import MoELayer
 from .routers import Routing, tokens_per_expert, update_expert_bias
 from .tracing import moe_layers, record_routing
@@ -416,7 +416,8 @@ def fit_cosine(self:MoELearner,
     cbs=None,
 ):
     "Fit with linear warm-up and a cosine."
-    lr, w, f = (d if v is None else v for v, d in zip((lr, warmup_steps, final_lr_fraction), (self.lr, *self.schedule)))
+    given = dict(zip(('lr', 'warmup_steps', 'final_lr_fraction'), (d if v is None else v for v, d in zip((lr, warmup_steps, final_lr_fraction), (self.lr, *self.schedule)))))
+    lr, w, f = read_settings(given).values()
     sched = StepScheduler(dict(lr=warmup_cosine(lr, n_epoch * len(self.dls.train), w, f)))
     sched.told = dict(lr=lr, warmup_steps=w, final_lr_fraction=f)
     self.fit(n_epoch, lr, wd=wd, cbs=[sched, *L(cbs)])
@@ -424,8 +425,6 @@ def fit_cosine(self:MoELearner,
 # %% ../nbs/training.ipynb #aa8ad808
 def _check(ok, name, value, expected):
     if not ok: raise ValueError(f'{name} must be {expected}, got {value}')
-
-def _check_int(name, value, least=1): _check(isinstance(value, int) and not isinstance(value, bool) and value >= least, name, repr(value), f'a whole number of at least {least}')
 
 def _check_model(model, data):
     config = model.config.get_text_config() if hasattr(model, 'config') else None
@@ -458,19 +457,17 @@ def moe_learner(
     **kwargs,                       # passed to `Learner`
 )->MoELearner:
     "A fastai learner for a language model and text."
-    p = get_preset(preset)
-    pick = lambda v, name: getattr(p, name) if v is None else v
-    batch_size, steps, lr, wd = pick(batch_size, 'batch_size'), pick(steps, 'steps'), pick(lr, 'learning_rate'), pick(weight_decay, 'weight_decay')
-    for n, v in dict(batch_size=batch_size, steps=steps, grad_accum=grad_accum).items(): _check_int(n, v)
-    _check(grad_accum <= batch_size, 'grad_accum', grad_accum, f'at most batch_size={batch_size}')
-    _check(lr > 0, 'lr', lr, 'above 0')
+    p, device = get_preset(preset), find_device(device) if device is not None else default_device()
+    of_preset = dict(batch_size=batch_size, steps=steps, lr=lr, weight_decay=weight_decay, betas=betas, grad_clip=grad_clip, warmup_steps=warmup_steps, final_lr_fraction=final_lr_fraction)
+    s = {n: getattr(p, 'learning_rate' if n == 'lr' else n) if v is None else v for n, v in of_preset.items()}
+    s = AttrDict(read_settings(s | dict(grad_accum=grad_accum, bf16=bf16, expert_bias_rate=expert_bias_rate, seed=seed, valid_batch_size=valid_batch_size, valid_steps=valid_steps, domains=domains)))
+    _check(s.grad_accum <= s.batch_size, 'grad_accum', s.grad_accum, f'at most batch_size={s.batch_size}')
     _check_model(model, data)
-    dls = DataLoaders(TrainBatches(data.train, batch_size, steps, seed), ValidBatches(data.valid, valid_batch_size or batch_size, valid_steps),
-                      device=torch.device(device) if device else default_device())
-    opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=tuple(pick(betas, 'betas')), fused=dls.device.type in ('cpu', 'cuda')))
-    learn = MoELearner(dls, model, grad_accum=grad_accum, bf16=bf16, seed=seed, opt_func=opt, lr=lr, wd=wd, **kwargs)
-    learn.schedule, learn.fingerprint = (pick(warmup_steps, 'warmup_steps'), pick(final_lr_fraction, 'final_lr_fraction')), getattr(data, 'fingerprint', None)
-    return _equip(learn, data, pick(grad_clip, 'grad_clip'), expert_bias_rate, domains, cbs)
+    dls = DataLoaders(TrainBatches(data.train, s.batch_size, s.steps, s.seed), ValidBatches(data.valid, s.valid_batch_size or s.batch_size, s.valid_steps), device=device)
+    opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=s.betas, fused=dls.device.type in ('cpu', 'cuda')))
+    learn = MoELearner(dls, model, grad_accum=s.grad_accum, bf16=s.bf16, seed=s.seed, opt_func=opt, lr=s.lr, wd=s.weight_decay, **kwargs)
+    learn.schedule, learn.fingerprint = (s.warmup_steps, s.final_lr_fraction), getattr(data, 'fingerprint', None)
+    return _equip(learn, data, s.grad_clip, s.expert_bias_rate, s.domains, cbs)
 
 # %% ../nbs/training.ipynb #c7b62d33
 def _equip(learn, data, grad_clip, bias_rate, domains, cbs):

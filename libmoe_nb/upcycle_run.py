@@ -13,12 +13,12 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from . import __version__
-from .config import MoESpec, did_you_mean, get_recipe, read_json, recipes, write_json
+from .config import MoESpec, did_you_mean, find_device, get_recipe, read_json, read_setting, read_settings, recipes, settings, write_json
 from .layers import settled
 from .models import MoEForCausalLM, count_parameters
 from .upcycling import load_dense, upcycle, _config_of, _exact_options, _first_line
-from .data.text import TextData, cache_folder, text_data, _is_path, _no_network
-from .training import MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, resume, _check_int
+from .data.text import TextData, cache_folder, text_data, _find_sources, _is_path, _no_network
+from .training import MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, resume
 from .reports import _check_writable
 from .experiments import print_progress, use_threads, _claim, _Minutely, _owned, _quietly, _Tell
 
@@ -119,13 +119,13 @@ def _every_recipe(**kwargs):
     return {r.title: dict(recipe=n) for n, r in recipes.items()} | exact
 
 # %% ../nbs/upcycle_run.ipynb #6aef9d03
-def _check_settings(numbers, lr, recipe, seed, valid_tokens):
+def _read_arguments(recipe, overrides, **kw):
+    "Arguments of `upcycle_and_train`, of the right type"
     get_recipe(recipe)
-    for n, v in numbers.items(): _check_int(n, v, 0 if n == 'warmup_steps' else 1)
-    _check_int('seed', seed, 0)
-    if valid_tokens is not None: _check_int('valid_tokens', valid_tokens)
-    if not lr > 0: raise ValueError(f'lr must be above 0, got {lr}')
-    if numbers['grad_accum'] > numbers['batch_size']: raise ValueError(f"grad_accum must be at most batch_size={numbers['batch_size']}, got {numbers['grad_accum']}")
+    if 'inplace' in overrides: raise ValueError(f"inplace must be left out: it is the dense model that decides, got {overrides['inplace']!r}")
+    kw = read_settings(kw) | dict(valid_batch_size=read_setting('valid_batch_size', kw['valid_batch_size'], settings['batch_size']))
+    if kw['grad_accum'] > kw['batch_size']: raise ValueError(f"grad_accum must be at most batch_size={kw['batch_size']}, got {kw['grad_accum']}")
+    return kw
 
 # %% ../nbs/upcycle_run.ipynb #d1607abb
 def _check_causal(config, name):
@@ -266,16 +266,19 @@ def upcycle_and_train(
     if isinstance(data, TextData):
         if data_options: raise ValueError(f'data_options must be left out where data is a TextData, got {data_options}')
         sequence_length = data.sequence_length
-    numbers = dict(steps=steps, batch_size=batch_size, sequence_length=sequence_length, warmup_steps=warmup_steps, grad_accum=grad_accum, valid_batch_size=valid_batch_size)
-    _check_settings(numbers, lr, recipe, seed, valid_tokens)
+    kw = _read_arguments(recipe, overrides, steps=steps, num_experts=num_experts, top_k=top_k, dense=dense, batch_size=batch_size, sequence_length=sequence_length, lr=lr, warmup_steps=warmup_steps,
+        grad_accum=grad_accum, bf16=bf16, seed=seed, valid_tokens=valid_tokens, valid_batch_size=valid_batch_size, checkpoint_seconds=checkpoint_seconds)
+    num_experts, top_k, dense, sequence_length, valid_tokens, seed, checkpoint_seconds = (kw.pop(k) for k in 'num_experts top_k dense sequence_length valid_tokens seed checkpoint_seconds'.split())
+    steps, device = kw['steps'], find_device(device)
+    if not isinstance(data, TextData): _find_sources(data, **{k: v for k, v in (data_options or {}).items() if k in ('text_field', 'domain_field')})
     if out is not None: _check_out(out)
     folder = find_model(name)
     model_config = _rehearse(folder, name, recipe, num_experts, top_k, sequence_length, overrides)
-    tokenizer, device = _tokenizer_of(folder, name, model_config), _device(device)
+    tokenizer = _tokenizer_of(folder, name, model_config)
     use_threads(threads)
     progress('data')
     data = _data_for(data, tokenizer, sequence_length, seed, data_options or {})
-    training = dict({k: v for k, v in numbers.items() if k != 'sequence_length'}, lr=lr, bf16=bf16, seed=seed)
+    training = {k: kw[k] for k in 'steps batch_size warmup_steps grad_accum valid_batch_size lr bf16'.split()} | dict(seed=seed)
     config = _config(name, recipe, num_experts, top_k, dense, device, valid_tokens, data, source, training, overrides)
     with contextlib.nullcontext() if out is None else _owned(out):
         if out is not None: _claim(out, config := _as_begun(out, config), dict(libmoe_nb=__version__, torch=torch.__version__))
@@ -289,12 +292,6 @@ def _loaded(folder):
     try:
         with _quietly(): return load_dense(folder).float()
     except Exception as e: raise ValueError(f'model {str(folder)!r} cannot be loaded: {type(e).__name__}: {_first_line(e)}') from e
-
-def _device(name):
-    try: device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    except RuntimeError: raise ValueError(f"device must be 'cpu' or 'cuda', got {name!r}") from None
-    if device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError(f'device={name!r} is not to be had here: there is no GPU that torch can use')
-    return device
 
 # %% ../nbs/upcycle_run.ipynb #bd578dd9
 def _both(folder, data, tokenizer, out, progress, config, checkpoint_seconds):

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MethodType
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .config import MoESpec, did_you_mean, write_whole
+from .config import MoESpec, did_you_mean, read_setting, read_settings, write_whole
 from .experts import Experts, FeedForward, activation, ffn, _activations
 from .layers import MoELayer, build_layer, link_layers, recipe_options, settled
 
@@ -574,7 +574,7 @@ def _sort_options(recipe, init, exact, overrides):
     every = needed | overrides
     spec = {k: v for k, v in every.items() if k in of_spec}
     spec['options'] = {k: v for k, v in every.items() if k not in of_init and k not in of_spec}
-    return spec, {k: v for k, v in overrides.items() if k in of_init}
+    return spec, read_settings({k: v for k, v in overrides.items() if k in of_init})
 
 # %% ../nbs/upcycling.ipynb #ef1fa735
 def _spec_for(w, name, recipe, num_experts, top_k, init, given):
@@ -621,6 +621,8 @@ def upcycle(
     **overrides,              # fields of `MoESpec`, options of the recipe or of the initialisation
 )->nn.Module:                 # a `MoEForCausalLM` where `model` is a causal language model, else of the class of `model`
     "A mixture of experts made from a dense model."
+    rescale, exact, inplace = read_settings(dict(rescale=rescale, exact=exact, inplace=inplace)).values()
+    if seed is not None: seed = read_setting('seed', seed)
     given, options = _sort_options(recipe, init, exact, overrides)
     if not isinstance(model, nn.Module): model, inplace = load_dense(model), True
     model = _unwrapped(model, layers)

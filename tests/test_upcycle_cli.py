@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_written(box, tmp_path):
     (['--recipe', 'smoe_sigmiod'], "did you mean 'smoe_sigmoid'"), (['--num-experts', '4', '--top-k', '5'], 'top_k must be at most num_experts=4, got 5'),
     (['--num-experts', '0'], 'num_experts'), (['--top-k', '0'], 'top_k'), (['--recipe', 'sharede_v2', '--num-shared-experts', '2'], 'num_shared_experts must be below top_k=2'),
     (['--steps', '0'], 'steps must be a whole number of at least 1, got 0'), (['--batch-size', '0'], 'batch_size'), (['--sequence-length', '0'], 'sequence_length'),
-    (['--sequence-length', '100000'], 'sequence_length must be at most that of the model'), (['--learning-rate', '-1'], 'lr must be above 0, got -1'), (['--learning-rate', 'nan'], 'lr'),
+    (['--sequence-length', '100000'], 'sequence_length must be at most that of the model'), (['--learning-rate', '-1'], 'learning_rate must be above 0, got -1'), (['--learning-rate', 'nan'], 'learning_rate'),
     (['--warmup-steps', '-1'], 'warmup_steps'), (['--grad-accum', '3'], 'grad_accum must be at most batch_size=2'), (['--seed', '-1'], 'seed'), (['--threads', '0'], 'threads'),
     (['--valid-tokens', '-5'], 'valid_tokens'), (['--max-bytes', '-1'], '--max-bytes'), (['--init', 'cop'], "did you mean 'copy'"), (['--init', 'split', '--num-experts', '5'], 'num_experts must divide the 48 neurons'),
     (['--init', 'shared_only'], "recipe must have shared experts"), (['--init', 'virtual_group'], 'moe_intermediate_size must be given'), (['--layers', 'every other'], "'every 2nd'"), (['--layers', '0,9'], 'got 9'),
@@ -133,8 +133,8 @@ def test_bad_settings(args, says, box, tmp_path):
 
 def test_bad_models(box, tmp_path, monkeypatch):
     go = lambda says, name: refused(says, name, '--data', box/'texts', '--out', tmp_path/'out')
-    go('which is no folder here', tmp_path/'nowhere')
-    go('which is no folder here', box/'llama'/'config.json')
+    go('which does not exist', tmp_path/'nowhere')
+    go('which is a file', box/'llama'/'config.json')
     go('must be the name or folder of a model', box/'texts')
     go("'nobody/such-a-model'", 'nobody/such-a-model')                                       # offline by the user's wish
     monkeypatch.setattr('libmoe_nb.upcycle_run._no_network', lambda: True)

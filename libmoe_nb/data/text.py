@@ -12,7 +12,7 @@ __all__ = ['corpora', 'END_OF_TEXT', 'Document', 'Corpus', 'default_data', 'load
 # %% ../../nbs/data/text.ipynb #18dc4771
 import ast, difflib, gzip, importlib.metadata, importlib.util, json, math, os, re, shutil, socket, sysconfig
 import tempfile, zlib
-import numpy as np, torch
+import numpy as np
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -726,6 +726,7 @@ class PackedDataset:
 @patch
 def __getitem__(self:PackedDataset, i):
     if not -len(self) <= i < len(self): raise IndexError(f'block {i} of {len(self)}')
+    import torch
     S, a = self.sequence_length, (i % len(self))*self.sequence_length
     block = torch.full((S+1,), self.eos_token_id)
     domain, labels = torch.full((S,), -1), torch.full((S,), -100)
@@ -750,6 +751,7 @@ def _check_split(max_bytes, valid_fraction):
 @patch
 def collate(self:PackedDataset, index):
     "The blocks at `index` as one batch: tensors [B, S]."
+    import torch
     items = [self[int(i)] for i in index]
     return {k: torch.stack([x[k] for x in items]) for k in items[0]}
 
@@ -780,6 +782,7 @@ def document_positions(
     eos_token_id=0
 ):                     # document number in the block [..., S], position in the document [..., S]
     "Which document of its block each token belongs to, and its position there."
+    import torch
     first = input_ids == eos_token_id
     at = torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
     return first.cumsum(-1), at - (at*first).cummax(-1).values
