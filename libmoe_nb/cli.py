@@ -151,8 +151,9 @@ def _settings(options, more=()):
     return dict(res, max_bytes=options['max_bytes'] or None)
 
 # %% ../nbs/cli.ipynb #6de5f80e
-def _check_early(out=None, data=None, device=None, reading={}):
+def _check_early(out=None, data=None, device=None, reading=None):
     "Refuse folders, texts and devices that cannot be, before anything heavy is imported"
+    reading = reading or {}
     read_setting('max_bytes', reading.get('max_bytes') or None)
     if device is not None: _check_device(device)
     if out is not None:

@@ -1,5 +1,5 @@
 "What a reader of Jupyter sees: notebooks run under a kernel, where figures are shown by the backend that the first of them chooses."
-import json, os
+import os
 from pathlib import Path
 
 import nbformat, pytest

@@ -1,5 +1,5 @@
 "Files that users really have: other packings, odd records, damage, samples under a cap. Each is read right, or one sentence says where it is wrong."
-import bz2, collections, csv, gzip, json, lzma, os, random, re, subprocess, sys, warnings
+import bz2, collections, gzip, json, lzma, os, random, re, warnings
 import numpy as np, pytest
 from pathlib import Path
 from libmoe_nb.data import text as T

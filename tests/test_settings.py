@@ -11,7 +11,7 @@ from libmoe_nb import cli, config
 from libmoe_nb.cli import app
 from libmoe_nb.config import MoESpec, Preset, get_preset, presets, read_setting, recipes, settings
 from libmoe_nb.data.text import text_data
-from libmoe_nb.experiments import compare, train, use_threads
+from libmoe_nb.experiments import compare, use_threads
 from libmoe_nb.layers import build_layer, recipe_options
 from libmoe_nb.models import MoEConfig, count_parameters, from_scratch
 from libmoe_nb.training import moe_learner

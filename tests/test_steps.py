@@ -8,7 +8,6 @@ import pytest, torch
 from transformers import Trainer, TrainingArguments
 from libmoe_nb import training as T
 from libmoe_nb.models import from_scratch
-from libmoe_nb.tracing import moe_layers
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
 ROOT = Path(__file__).resolve().parents[1]

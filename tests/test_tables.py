@@ -7,12 +7,12 @@ from typer.testing import CliRunner
 
 from test_suites import PROSE
 
-from libmoe_nb import cli, experiments, plots
+from libmoe_nb import cli
 from libmoe_nb.analysis import analyze
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
 from libmoe_nb.evaluation import evaluate
-from libmoe_nb.experiments import Comparison, compare, read_comparison, train, verdict
+from libmoe_nb.experiments import compare, read_comparison, train, verdict
 from libmoe_nb.interventions import next_ranked
 from libmoe_nb.metrics import *
 from libmoe_nb.plots import *

@@ -1,10 +1,9 @@
 "A tokenizer whose largest id has no row in the embedding is one sentence everywhere; one with gaps in its ids is none where the model has rows for them."
 import json, random
-import numpy as np, pytest, torch
+import numpy as np, pytest
 from tokenizers import Tokenizer, models as tokenizer_models, pre_tokenizers, decoders
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
-import libmoe_nb.models
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import check_ids, largest_id, text_data
 from libmoe_nb.models import from_scratch
