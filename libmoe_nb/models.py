@@ -8,22 +8,22 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models.html.md"""
 __all__ = ['MoEConfig', 'MoEForCausalLM', 'MoECausalLMOutput', 'from_scratch', 'count_parameters', 'count_flops', 'model_card']
 
 # %% ../nbs/models.ipynb #6b56d180
-import copy, dataclasses, math, os, re, tempfile, torch
+import copy, dataclasses, inspect, math, os, re, tempfile, torch
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 from .config import MoESpec, Preset, get_preset, get_recipe, did_you_mean, write_whole
 from .experts import FeedForward
-from .layers import MoELayer, aux_loss, build_layer, recipe_options
-from .tracing import record_routing
+from .layers import MoELayer, aux_loss, build_layer, noted, recipe_options
 from .upcycling import find_ffns, moeify, _indices
 
 # %% ../nbs/models.ipynb #701739ee
@@ -31,7 +31,7 @@ class MoEConfig(PreTrainedConfig):
     "A base model's configuration, and which of its feed-forward networks become what."
     model_type = 'libmoe'
     sub_configs = {'base_config': AutoConfig}
-    keys_to_ignore_at_inference = ['past_key_values', 'aux_loss', 'router_logits']
+    keys_to_ignore_at_inference = ['past_key_values', 'cache', 'aux_loss', 'router_logits']
     def __init__(self,
         base_config=None,           # configuration of the base model, or its dict; a `LlamaConfig` by default
         moe=None,                   # `MoESpec`, or its dict
@@ -48,7 +48,7 @@ class MoEConfig(PreTrainedConfig):
         self.moe = _plain(MoESpec() if moe is None else moe)
         self.layers, self.aux_loss_reduction, self.output_router_logits = layers, aux_loss_reduction, output_router_logits
         self.training, self.evaluation = dict(training or {}), dict(evaluation or {})
-        super().__init__(**kwargs)
+        super().__init__(**dict(attn_implementation=self.base_config._attn_implementation) | kwargs) # it is handed down to the base's
 
 # %% ../nbs/models.ipynb #700aa02f
 def _plain(spec):
@@ -64,8 +64,32 @@ def spec(self:MoEConfig)->MoESpec:
 
 @patch
 def get_text_config(self:MoEConfig, decoder=None, encoder=None):
-    "The base model's configuration: what generation and other tools ask for sizes."
-    return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+    "The base model's configuration: what generation and other tools ask for sizes. Where there are routers, it also has what trainers of mixtures look for."
+    base = self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+    return base if self.moe['recipe'] == 'dense' else _with_mixture(base, self)
+
+# %% ../nbs/models.ipynb #2e10bc80
+@cache
+def _mixture_class(cls):
+    "A subclass of configuration class `cls` that knows of the `MoEConfig` around it"
+    def flag(name): return property(lambda self: getattr(self._moe, name), lambda self, v: setattr(self._moe, name, v))
+    names = dict(output_router_logits=flag('output_router_logits'), router_aux_loss_coef=flag('_aux_loss_factor'))
+    sizes = dict(num_experts=property(lambda self: self._moe.spec.num_experts), num_experts_per_tok=property(lambda self: self._moe.spec.top_k))
+    body = names | {k: v for k, v in sizes.items() if not hasattr(cls, k)}
+    return type(cls.__name__, (cls,), dict(__slots__=('_moe',), __module__=cls.__module__, __reduce_ex__=lambda self, p: (_plain_again, (cls, vars(self))), **body))
+
+def _plain_again(cls, state):
+    new = cls.__new__(cls)
+    vars(new).update(state)
+    return new
+
+def _with_mixture(base, config):
+    new = object.__new__(_mixture_class(type(base)))
+    object.__setattr__(new, '__dict__', vars(base))
+    object.__setattr__(new, '_moe', config)
+    return new
+
+MoEConfig._aux_loss_factor = 1.
 
 # %% ../nbs/models.ipynb #991bc884
 def _passed_through(name):
@@ -73,8 +97,18 @@ def _passed_through(name):
     def put(self, value): setattr(self.get_text_config(), name, value)
     return property(get, put, doc=f"`{name}` of the base model")
 
-for _n in ('vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim max_position_embeddings '
-           'tie_word_embeddings pad_token_id bos_token_id eos_token_id').split(): setattr(MoEConfig, _n, _passed_through(_n))
+_sizes = 'vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim max_position_embeddings'.split()
+for _n in [*_sizes, *'tie_word_embeddings pad_token_id bos_token_id eos_token_id'.split()]: setattr(MoEConfig, _n, _passed_through(_n))
+
+@patch
+def to_dict(self:MoEConfig):
+    "As in transformers, with the sizes that tools look for in it (peft: the width of its virtual tokens); a file has them once, in `base_config`."
+    d = PreTrainedConfig.to_dict(self)
+    d.pop('_aux_loss_factor', None)
+    return d | {k: getattr(self, k) for k in _sizes if hasattr(self, k)}
+
+@patch
+def to_diff_dict(self:MoEConfig): return {k: v for k, v in PreTrainedConfig.to_diff_dict(self).items() if k not in _sizes}
 
 # %% ../nbs/models.ipynb #dac8ae49
 AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
@@ -94,6 +128,7 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         _unpack_lone_experts(self.base)
         moeify(self.base, config.spec, config.layers)
         if self.device.type != 'meta': self._mark_initialized()
+        if not any(n.endswith('expert_bias') for n, _ in self.named_buffers()): self._keep_in_fp32_modules_strict = None
         self.post_init()
         self.generation_config = copy.deepcopy(self.base.generation_config)
 
@@ -127,20 +162,19 @@ def forward(self:MoEForCausalLM,
     use_cache=None,            # return the cache?
     output_router_logits=None, # return router logits and the auxiliary loss; by default as the configuration says
     logits_to_keep=0,          # compute the logits of the last ones only; 0: all
-    **kwargs,                  # for the base model
+    **kwargs:Unpack[TransformersKwargs], # for the base model
 )->MoECausalLMOutput:
     "Logits, and with `labels` the loss."
     if output_router_logits is None: output_router_logits = self.config.output_router_logits
     if use_cache is None and self.training: use_cache = False
-    with record_routing(self) if self.training or output_router_logits else nullcontext() as records:
+    with noted(_own_layers(self).values()) if self.training or output_router_logits else nullcontext() as notes:
         out = self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True, **kwargs)
     loss, aux, logits = out.loss, None, None
-    if records is not None:
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        aux = self._aux_loss(records, _padding_mask(attention_mask, inputs), out.logits, tuple(inputs.shape[:2]))
+    if notes is not None:
+        aux = self._aux_loss(notes, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
         if loss is not None: loss = loss + aux.to(loss) * _share(labels, kwargs.get('num_items_in_batch'))
-        if output_router_logits: logits = tuple(r.router_logits for n in _own_layers(self) for r in records[n])
+        if output_router_logits: logits = tuple(r.router_logits for _, r in notes)
     return MoECausalLMOutput(loss=loss, aux_loss=aux, logits=out.logits, past_key_values=out.past_key_values,
         hidden_states=out.hidden_states, attentions=out.attentions, router_logits=logits)
 
@@ -148,17 +182,18 @@ def forward(self:MoEForCausalLM,
 def _own_layers(model): return {n: m for n, m in model.named_modules() if isinstance(m, MoELayer)}
 
 @patch
-def _aux_loss(self:MoEForCausalLM, records, mask, like, shape):
-    "The weighted auxiliary loss of one forward pass on [B, S] tokens; zero where there is no router"
-    layers, apart = _own_layers(self), lambda r: r.replace(shape=shape) if len(r.shape) == 1 and r.num_tokens == math.prod(shape) else r # OPT lays its sequences end to end
-    total, _ = aux_loss([(l, apart(r)) for n, l in layers.items() for r in records[n]], mask, self.config.aux_loss_reduction)
-    return total if torch.is_tensor(total) else torch.zeros((), device=like.device)
+def _aux_loss(self:MoEForCausalLM, notes, inputs, attention_mask):
+    "The weighted auxiliary loss of one forward pass on inputs [B, S] or [B, S, d]; zero where there is no router"
+    shape = tuple(inputs.shape[:2])
+    apart = lambda r: r.replace(shape=shape) if len(r.shape) == 1 and r.num_tokens == math.prod(shape) else r # OPT lays its sequences end to end
+    total, _ = aux_loss([(l, apart(r)) for l, r in notes], _padding_mask(attention_mask, inputs), self.config.aux_loss_reduction)
+    return total if torch.is_tensor(total) else torch.zeros((), device=inputs.device)
 
 # %% ../nbs/models.ipynb #4fb9ed6a
 def _padding_mask(attention_mask, inputs):
-    "bool [B, S], or None where the attention mask is not about the inputs"
-    if attention_mask is None or not torch.is_tensor(attention_mask) or attention_mask.shape != inputs.shape[:2]: return None
-    return attention_mask.bool()
+    "bool [B, S], or None where the attention mask is none of tokens"
+    if attention_mask is None or not torch.is_tensor(attention_mask) or attention_mask.dim() != 2 or attention_mask.shape[1] < inputs.shape[1]: return None
+    return attention_mask[:, -inputs.shape[1]:].bool()
 
 def _share(labels, num_items):
     "Share of a micro-batch in the labels of its step"
@@ -208,13 +243,21 @@ def from_pretrained(cls:MoEForCausalLM, pretrained_model_name_or_path, *args, ou
     return (model, info) if output_loading_info else model
 
 # %% ../nbs/models.ipynb #18868385
-def _delegate(name):
-    def f(self, *args, **kwargs): return getattr(self.base, name)(*args, **kwargs)
-    f.__name__, f.__doc__ = name, f"`{name}` of the base model"
-    setattr(MoEForCausalLM, name, f)
+class _Delegate:
+    "A method of the base model, with the base model's signature"
+    def __init__(self, name): self.name = name
+    def __get__(self, model, cls=None): return getattr(PreTrainedModel, self.name, self) if model is None else getattr(model.base, self.name)
 
 for _n in ('get_input_embeddings set_input_embeddings get_output_embeddings set_output_embeddings get_decoder set_decoder '
-           'resize_token_embeddings prepare_inputs_for_generation').split(): _delegate(_n)
+           'resize_token_embeddings get_position_embeddings resize_position_embeddings prepare_inputs_for_generation').split(): setattr(MoEForCausalLM, _n, _Delegate(_n))
+
+MoEForCausalLM.vocab_size = property(lambda self: self.config.vocab_size, doc="Rows of the embedding")
+
+# %% ../nbs/models.ipynb #d24bfa22
+@patch
+def _validate_model_kwargs(self:MoEForCausalLM, model_kwargs):
+    ours = inspect.signature(MoEForCausalLM.forward).parameters
+    self.base._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in ours})
 
 # %% ../nbs/models.ipynb #2151e2e4
 @patch
