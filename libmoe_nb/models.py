@@ -130,7 +130,20 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         if self.device.type != 'meta': self._mark_initialized()
         if not any(n.endswith('expert_bias') for n, _ in self.named_buffers()): self._keep_in_fp32_modules_strict = None
         self.post_init()
+        self._fit_plans()
         self.generation_config = copy.deepcopy(self.base.generation_config)
+
+# %% ../nbs/models.ipynb #2b7b2b3c
+@patch
+def _fit_plans(self:MoEForCausalLM):
+    names, ours = {n for m in (self.named_modules(), self.named_parameters()) for n, _ in m}, {id(f) for f in self._swapped}
+    inside = re.compile('|'.join(re.escape(n) + r'(\..+)?' for n, m in self.named_modules() if id(m) in ours))
+    for plan in (self._tp_plan, self._ep_plan, self._pp_plan, self._fsdp_plan):
+        for rule, style in list(plan.items()):
+            hits = [n for n in names if re.fullmatch(re.escape(rule).replace(r'\*', r'\d+'), n)]
+            theirs = [n for n in hits if not inside.fullmatch(n)]
+            if not theirs or len(theirs) < len(hits): del plan[rule]
+            if len(theirs) < len(hits): plan.update((n, style) for n in sorted(theirs))
 
 # %% ../nbs/models.ipynb #2ec711f7
 def _unpack_lone_experts(base):
@@ -199,6 +212,31 @@ def _share(labels, num_items):
     "Share of a micro-batch in the labels of its step"
     if num_items is None: return 1.
     return (labels[:, 1:] != -100).sum() / num_items
+
+# %% ../nbs/models.ipynb #187077b6
+class _Body:
+    "The base model without its head, as trainers of mixtures call it; otherwise the base model"
+    def __init__(self, base): self.base = base
+    def __call__(self, *args, output_router_logits=None, **kwargs):
+        out = self.base.base_model(*args, **kwargs)
+        out.router_logits = None # for a loss that knows nothing of our routers
+        return out
+    def __getattr__(self, name): return getattr(vars(self)['base'], name)
+
+@patch(as_prop=True)
+def base_model(self:MoEForCausalLM): return _Body(self.base)
+
+# %% ../nbs/models.ipynb #88cd2204
+@patch
+def __call__(self:MoEForCausalLM, *args, **kwargs):
+    "As in torch; the output of a forward in the place of ours gets the auxiliary loss"
+    if 'forward' not in self.__dict__ or not (self.training or kwargs.get('output_router_logits')): return PreTrainedModel.__call__(self, *args, **kwargs)
+    with noted(_own_layers(self).values()) as notes: out = PreTrainedModel.__call__(self, *args, **kwargs)
+    if not notes or not hasattr(out, 'aux_loss'): return out # our forward has run inside and kept the notes
+    inputs = next(t for t in (kwargs.get('input_ids'), kwargs.get('inputs_embeds'), *args) if t is not None)
+    out.aux_loss = self._aux_loss(notes, inputs, kwargs.get('attention_mask'))
+    if out.loss is not None: out.loss = out.loss + self.config._aux_loss_factor * out.aux_loss
+    return out
 
 # %% ../nbs/models.ipynb #24695926
 @patch(as_prop=True)
