@@ -217,6 +217,8 @@ def _fits(module, family, f=None):
 def _near(a, b, scale, tolerance): return (a - b).abs().max() <= tolerance * scale.abs().max() + 1e-6 * a.abs().max()
 
 # %% ../nbs/upcycling.ipynb #6c4be848
+def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
 def _check_use(name, module, family, f=None):
     "Raise if `module` does not use its parts as `family` says; `f` is what they compute, read off the parts where they stay in place"
     if not family.stays(module): _check_swappable(module, name)
@@ -746,8 +748,6 @@ def _as_built(model, replaced):
     finally: _put(model, ours)
 
 # %% ../nbs/upcycling.ipynb #0911acef
-def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)
-
 def _config_of(folder, name=None):
     "The configuration of a model, which errors call `name`"
     import transformers, libmoe_nb.models
