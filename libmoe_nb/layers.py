@@ -94,7 +94,7 @@ def forward(self:MoELayer, hidden_states):
     previous = self._previous[0]._logits if self._previous else None
     routing = self.router(hidden_states, previous)
     if self.router.uses_previous_logits: self._logits = routing.router_logits
-    if self._notes is not None: self._notes.append((self, routing))
+    if self._notes is not None: self._notes.append(routing)
     return self.combine(hidden_states, routing)
 
 # %% ../nbs/layers.ipynb #3ff7bd18
@@ -149,11 +149,14 @@ MoELayer._notes = None
 @contextmanager
 def noted(
     layers, # `MoELayer`s
-):          # a list of pairs that fills up as the layers run: layer, `Routing`
+):          # a list of pairs, layer and `Routing`, which is filled at the end of the block
     "Note what the routers of `layers` decide, for the duration of a block."
-    before, notes = [l._notes for l in layers], []
-    for l in layers: l._notes = notes
-    try: yield notes
+    layers, notes = list(layers), []
+    before = [l._notes for l in layers]
+    for l in layers: l._notes = [] # one each: a compiled layer would be compiled anew for every length of a common list
+    try:
+        yield notes
+        notes += [(l, r) for l in layers for r in l._notes]
     finally:
         for l, b in zip(layers, before): l._notes = b
 
