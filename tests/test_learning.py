@@ -64,7 +64,7 @@ def test_a_model_saved_with_the_constant_weight_is_unchanged(recipe, tmp_path):
 
 @pytest.mark.parametrize('recipe, top_k, norm', [('smoe', 1, False), ('smoe', 2, True), ('sharede_v3', 2, False), ('sharede_v3', 3, True), ('dense', 1, True)])
 def test_what_was_left_open_is_saved_outright(recipe, top_k, norm, tmp_path):
-    made = [tiny(recipe, top_k=top_k, num_shared_experts=top_k > 1), upcycle(dense_model(), recipe, 4, top_k, num_shared_experts=int(top_k > 1)),
+    made = [tiny(recipe, top_k=top_k, num_shared_experts=int(top_k > 1)), upcycle(dense_model(), recipe, 4, top_k, num_shared_experts=int(top_k > 1)),
             MoEForCausalLM(MoEConfig(LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2),
                                      MoESpec(recipe, hidden_size=32, top_k=top_k, num_shared_experts=int(top_k > 1))))]
     for m in made:
