@@ -64,7 +64,7 @@ def test_a_model_saved_with_the_constant_weight_is_unchanged(recipe, tmp_path):
 
 @pytest.mark.parametrize('recipe, top_k, norm', [('smoe', 1, False), ('smoe', 2, True), ('sharede_v3', 2, False), ('sharede_v3', 3, True), ('dense', 1, True)])
 def test_what_was_left_open_is_saved_outright(recipe, top_k, norm, tmp_path):
-    made = [tiny(recipe, top_k=top_k, num_shared_experts=top_k > 1), upcycle(dense_model(), recipe, 4, top_k, num_shared_experts=int(top_k > 1)),
+    made = [tiny(recipe, top_k=top_k, num_shared_experts=int(top_k > 1)), upcycle(dense_model(), recipe, 4, top_k, num_shared_experts=int(top_k > 1)),
             MoEForCausalLM(MoEConfig(LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2),
                                      MoESpec(recipe, hidden_size=32, top_k=top_k, num_shared_experts=int(top_k > 1))))]
     for m in made:
@@ -116,3 +116,24 @@ def test_nothing_is_said_where_there_is_nothing_to_learn():
         warnings.simplefilter('error', UserWarning)
         layer = build_layer(MoESpec('smoe_sigmoid', num_experts=1, top_k=1))
     assert layer.router.norm_topk_prob   # a mixture of one expert is a dense network
+
+def test_an_upcycling_that_began_with_the_constant_weight_goes_on_with_it(tmp_path):
+    from libmoe_nb.config import read_json, write_json
+    from libmoe_nb.data.text import text_data
+    from libmoe_nb.upcycle_run import upcycle_and_train
+    pages = tmp_path/'pages'; pages.mkdir()
+    for i in range(60): (pages/f'{i}.txt').write_text(f'page {i}: ' + ' '.join(f'the {a} saw a {b}.' for a in 'cat dog fox'.split() for b in 'hat mat bat'.split()))
+    text = text_data(pages, vocab_size=280, sequence_length=16, cache_dir=tmp_path/'cache')
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=280, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2))
+    dense.save_pretrained(tmp_path/'dense'); text.tokenizer.save_pretrained(tmp_path/'dense')
+    def run(name, recipe='sharede_v2'):
+        args = dict(dense=False, num_experts=4, top_k=2, sequence_length=16, batch_size=2, valid_tokens=64, progress=None, data_options=dict(cache_dir=tmp_path/'cache'))
+        upcycle_and_train(tmp_path/'dense', recipe, pages, 1, tmp_path/name, **args)
+        return read_json(tmp_path/name/'config.json'), AutoModelForCausalLM.from_pretrained(tmp_path/name/'model').config.spec.norm_topk_prob
+    config, norm = run('new')
+    assert norm is False and config['run'].pop('by_score') is True
+    assert 'by_score' not in run('two', 'smoe')[0]['run']   # configurations of several routed experts are what they were
+    (tmp_path/'old').mkdir(); write_json(tmp_path/'old'/'config.json', config)
+    with pytest.warns(UserWarning, match='cannot learn'): again, norm = run('old')
+    assert norm is True and again == config
