@@ -226,9 +226,11 @@ def validate(self:MoESpec):
     return self
 
 @patch
-def check_shared(self:MoESpec):
+def check_shared(self:MoESpec,
+    n:int=None, # shared experts; None: as many as the budget has
+):
     "Raise a `ValueError` if the shared experts leave nothing to route; only recipes that have shared experts ask."
-    n = self.num_shared_experts
+    if n is None: n = self.num_shared_experts
     _check(n >= 1, 'num_shared_experts', n, f'at least 1 for {self.recipe}')
     _check(n < self.num_experts, 'num_shared_experts', n, f'at least 0 and below num_experts={self.num_experts}')
     _check(n < self.top_k, 'num_shared_experts', n, f'below top_k={self.top_k}, since every token uses the shared experts')

@@ -161,7 +161,7 @@ def build_router(
     **options,       # for `cls`
 )->Router:
     "A router for N - shared experts, of which a token chooses K - shared."
-    if shared: spec.check_shared()
+    if shared: spec.check_shared(shared)
     return cls(spec.hidden_size, spec.num_experts - shared, spec.top_k - shared,
                norm_topk_prob=spec.norm_topk_prob, init_std=spec.router_init_std, **options)
 
