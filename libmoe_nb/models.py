@@ -11,20 +11,20 @@ __all__ = ['MoEConfig', 'MoEForCausalLM', 'MoECausalLMOutput', 'from_scratch', '
 import copy, dataclasses, inspect, math, os, re, tempfile, torch
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 from .config import MoESpec, Preset, get_preset, get_recipe, did_you_mean, write_whole, _from_saved
 from .experts import FeedForward
-from .layers import MoELayer, aux_loss, build_layer, recipe_options, settled
-from .tracing import record_routing
+from .layers import MoELayer, aux_loss, build_layer, noted, recipe_options, settled
 from .upcycling import find_ffns, moeify, _as_built, _indices, _is_linear, _replaced, _weight
 
 # %% ../nbs/models.ipynb #701739ee
@@ -32,7 +32,7 @@ class MoEConfig(PreTrainedConfig):
     "A base model's configuration, and which of its feed-forward networks become what."
     model_type = 'libmoe'
     sub_configs = {'base_config': AutoConfig}
-    keys_to_ignore_at_inference = ['past_key_values', 'aux_loss', 'router_logits']
+    keys_to_ignore_at_inference = ['past_key_values', 'cache', 'aux_loss', 'router_logits']
     def __init__(self,
         base_config=None,           # configuration of the base model, or its dict; a `LlamaConfig` by default
         moe=None,                   # `MoESpec`, or its dict
@@ -50,7 +50,7 @@ class MoEConfig(PreTrainedConfig):
         self.moe = _plain(MoESpec() if moe is None else moe)
         self.layers, self.aux_loss_reduction, self.output_router_logits = layers, aux_loss_reduction, output_router_logits
         self.training, self.evaluation, self.depth_scaled_init = dict(training or {}), dict(evaluation or {}), depth_scaled_init
-        super().__init__(**kwargs)
+        super().__init__(**dict(attn_implementation=self.base_config._attn_implementation) | kwargs) # it is handed down to the base's
 
 # %% ../nbs/models.ipynb #700aa02f
 def _plain(spec):
@@ -66,8 +66,32 @@ def spec(self:MoEConfig)->MoESpec:
 
 @patch
 def get_text_config(self:MoEConfig, decoder=None, encoder=None):
-    "The base model's configuration: what generation and other tools ask for sizes."
-    return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+    "The base model's configuration: what generation and other tools ask for sizes. Where there are routers, it also has what trainers of mixtures look for."
+    base = self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+    return base if self.moe['recipe'] == 'dense' else _with_mixture(base, self)
+
+# %% ../nbs/models.ipynb #2e10bc80
+@cache
+def _mixture_class(cls):
+    "A subclass of configuration class `cls` that knows of the `MoEConfig` around it"
+    def flag(name): return property(lambda self: getattr(self._moe, name), lambda self, v: setattr(self._moe, name, v))
+    names = dict(output_router_logits=flag('output_router_logits'), router_aux_loss_coef=flag('_aux_loss_factor'))
+    sizes = dict(num_experts=property(lambda self: self._moe.spec.num_experts), num_experts_per_tok=property(lambda self: self._moe.spec.top_k))
+    body = names | {k: v for k, v in sizes.items() if not hasattr(cls, k)}
+    return type(cls.__name__, (cls,), dict(__slots__=('_moe',), __module__=cls.__module__, __reduce_ex__=lambda self, p: (_plain_again, (cls, vars(self))), **body))
+
+def _plain_again(cls, state):
+    new = cls.__new__(cls)
+    vars(new).update(state)
+    return new
+
+def _with_mixture(base, config):
+    new = object.__new__(_mixture_class(type(base)))
+    object.__setattr__(new, '__dict__', vars(base))
+    object.__setattr__(new, '_moe', config)
+    return new
+
+MoEConfig._aux_loss_factor = 1.
 
 # %% ../nbs/models.ipynb #991bc884
 def _passed_through(name):
@@ -75,8 +99,18 @@ def _passed_through(name):
     def put(self, value): setattr(self.get_text_config(), name, value)
     return property(get, put, doc=f"`{name}` of the base model")
 
-for _n in ('vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim max_position_embeddings '
-           'tie_word_embeddings pad_token_id bos_token_id eos_token_id').split(): setattr(MoEConfig, _n, _passed_through(_n))
+_sizes = 'vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim max_position_embeddings'.split()
+for _n in [*_sizes, *'tie_word_embeddings pad_token_id bos_token_id eos_token_id'.split()]: setattr(MoEConfig, _n, _passed_through(_n))
+
+@patch
+def to_dict(self:MoEConfig):
+    "As in transformers, with the sizes that tools look for in it (peft: the width of its virtual tokens); a file has them once, in `base_config`."
+    d = PreTrainedConfig.to_dict(self)
+    d.pop('_aux_loss_factor', None)
+    return d | {k: getattr(self, k) for k in _sizes if hasattr(self, k)}
+
+@patch
+def to_diff_dict(self:MoEConfig): return {k: v for k, v in PreTrainedConfig.to_diff_dict(self).items() if k not in _sizes}
 
 # %% ../nbs/models.ipynb #dac8ae49
 AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
@@ -100,8 +134,22 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         moeify(self.base, config.spec, config.layers)
         self._built = _replaced(self.base, built) if self.device.type == 'meta' else {}
         if self.device.type != 'meta': self._mark_initialized()
+        if not any(n.endswith('expert_bias') for n, _ in self.named_buffers()): self._keep_in_fp32_modules_strict = None
         self.post_init()
+        self._fit_plans()
         self.generation_config = copy.deepcopy(self.base.generation_config)
+
+# %% ../nbs/models.ipynb #2b7b2b3c
+@patch
+def _fit_plans(self:MoEForCausalLM):
+    names, ours = {n for m in (self.named_modules(), self.named_parameters()) for n, _ in m}, {id(f) for f in self._swapped}
+    inside = re.compile('|'.join(re.escape(n) + r'(\..+)?' for n, m in self.named_modules() if id(m) in ours))
+    for plan in (self._tp_plan, self._ep_plan, self._pp_plan, self._fsdp_plan):
+        for rule, style in list(plan.items()):
+            hits = [n for n in names if re.fullmatch(re.escape(rule).replace(r'\*', r'\d+'), n)]
+            theirs = [n for n in hits if not inside.fullmatch(n)]
+            if not theirs or len(theirs) < len(hits): del plan[rule]
+            if len(theirs) < len(hits): plan.update((n, style) for n in sorted(theirs))
 
 # %% ../nbs/models.ipynb #2ec711f7
 def _unpack_lone_experts(base):
@@ -159,22 +207,21 @@ def forward(self:MoEForCausalLM,
     logits_to_keep=0,          # compute the logits of the last ones only; 0: all
     aux_shares=None,           # [2, B] of each sequence in the step, as a sequence and by its tokens, where the batch is a part of it
     cache=None,                # past_key_values by its newer name
-    **kwargs,                  # for the base model
+    **kwargs:Unpack[TransformersKwargs], # for the base model
 )->MoECausalLMOutput:
     "Logits, and with `labels` the loss."
     if output_router_logits is None: output_router_logits = self.config.output_router_logits
     if use_cache is None and self.training: use_cache = False
     kwargs = _one_cache(kwargs | dict(cache=cache, past_key_values=past_key_values), self.base)
-    with record_routing(self) if self.training or output_router_logits else nullcontext() as records:
+    with noted(_own_layers(self).values()) if self.training or output_router_logits else nullcontext() as notes:
         out = self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True, **kwargs)
     loss, aux, logits = out.loss, None, None
-    if records is not None:
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        aux = self._aux_loss(records, _padding_mask(attention_mask, inputs), out.logits, tuple(inputs.shape[:2]),
-                             _shares(labels, **kwargs) if aux_shares is None else aux_shares)
+    if notes is not None:
+        shares = _shares(labels, **kwargs) if aux_shares is None else aux_shares
+        aux = self._aux_loss(notes, input_ids if inputs_embeds is None else inputs_embeds, attention_mask, shares)
         if loss is not None: loss = loss + aux.to(loss)
-        if output_router_logits: logits = tuple(r.router_logits for n in _own_layers(self) for r in records[n])
+        if output_router_logits: logits = tuple(r.router_logits for _, r in notes)
     return MoECausalLMOutput(loss=loss, aux_loss=aux, logits=out.logits, hidden_states=out.hidden_states, attentions=out.attentions,
         router_logits=logits, **{_cache_key: getattr(out, _cache_key, None)})
 
@@ -182,17 +229,18 @@ def forward(self:MoEForCausalLM,
 def _own_layers(model): return {n: m for n, m in model.named_modules() if isinstance(m, MoELayer)}
 
 @patch
-def _aux_loss(self:MoEForCausalLM, records, mask, like, shape, shares=None):
-    "The weighted auxiliary loss of one forward pass on [B, S] tokens; zero where there is no router"
-    layers, apart = _own_layers(self), lambda r: r.replace(shape=shape) if len(r.shape) == 1 and r.num_tokens == math.prod(shape) else r # OPT lays its sequences end to end
-    total, _ = aux_loss([(l, apart(r)) for n, l in layers.items() for r in records[n]], mask, self.config.aux_loss_reduction, shares)
-    return total if torch.is_tensor(total) else torch.zeros((), device=like.device)
+def _aux_loss(self:MoEForCausalLM, notes, inputs, attention_mask, shares=None):
+    "The weighted auxiliary loss of one forward pass on inputs [B, S] or [B, S, d]; zero where there is no router"
+    shape = tuple(inputs.shape[:2])
+    apart = lambda r: r.replace(shape=shape) if len(r.shape) == 1 and r.num_tokens == math.prod(shape) else r # OPT lays its sequences end to end
+    total, _ = aux_loss([(l, apart(r)) for l, r in notes], _padding_mask(attention_mask, inputs), self.config.aux_loss_reduction, shares)
+    return total if torch.is_tensor(total) else torch.zeros((), device=inputs.device)
 
 # %% ../nbs/models.ipynb #4fb9ed6a
 def _padding_mask(attention_mask, inputs):
-    "bool [B, S], or None where the attention mask is not about the inputs"
-    if attention_mask is None or not torch.is_tensor(attention_mask) or attention_mask.shape != inputs.shape[:2]: return None
-    return attention_mask.bool()
+    "bool [B, S], or None where the attention mask is none of tokens"
+    if attention_mask is None or not torch.is_tensor(attention_mask) or attention_mask.dim() != 2 or attention_mask.shape[1] < inputs.shape[1]: return None
+    return attention_mask[:, -inputs.shape[1]:].bool()
 
 def _shares(labels=None, num_items_in_batch=None, shift_labels=None, **kwargs):
     "[2, B] shares of sequences in the labels of a trainer's step, or None"
@@ -200,6 +248,31 @@ def _shares(labels=None, num_items_in_batch=None, shift_labels=None, **kwargs):
     if num_items_in_batch is None or labels is None: return None
     n = (labels[:, shift_labels is None:] != -100).sum(1) / torch.as_tensor(num_items_in_batch, device=labels.device).reshape(-1)[:1].clamp(min=1)
     return n.expand(2, -1)
+
+# %% ../nbs/models.ipynb #187077b6
+class _Body:
+    "The base model without its head, as trainers of mixtures call it; otherwise the base model"
+    def __init__(self, base): self.base = base
+    def __call__(self, *args, output_router_logits=None, **kwargs):
+        out = self.base.base_model(*args, **kwargs)
+        out.router_logits = None # for a loss that knows nothing of our routers
+        return out
+    def __getattr__(self, name): return getattr(vars(self)['base'], name)
+
+@patch(as_prop=True)
+def base_model(self:MoEForCausalLM): return _Body(self.base)
+
+# %% ../nbs/models.ipynb #88cd2204
+@patch
+def __call__(self:MoEForCausalLM, *args, **kwargs):
+    "As in torch; the output of a forward in the place of ours gets the auxiliary loss"
+    if 'forward' not in self.__dict__ or not (self.training or kwargs.get('output_router_logits')): return PreTrainedModel.__call__(self, *args, **kwargs)
+    with noted(_own_layers(self).values()) as notes: out = PreTrainedModel.__call__(self, *args, **kwargs)
+    if not notes or not hasattr(out, 'aux_loss'): return out # our forward has run inside and kept the notes
+    inputs = next(t for t in (kwargs.get('input_ids'), kwargs.get('inputs_embeds'), *args) if t is not None)
+    out.aux_loss = self._aux_loss(notes, inputs, kwargs.get('attention_mask'))
+    if out.loss is not None: out.loss = out.loss + self.config._aux_loss_factor * out.aux_loss
+    return out
 
 # %% ../nbs/models.ipynb #595fe3ab
 @patch(as_prop=True)
@@ -283,13 +356,21 @@ def from_pretrained(cls:MoEForCausalLM, pretrained_model_name_or_path, *args, ou
     return (model, info) if output_loading_info else model
 
 # %% ../nbs/models.ipynb #18868385
-def _delegate(name):
-    def f(self, *args, **kwargs): return getattr(self.base, name)(*args, **kwargs)
-    f.__name__, f.__doc__ = name, f"`{name}` of the base model"
-    setattr(MoEForCausalLM, name, f)
+class _Delegate:
+    "A method of the base model, with the base model's signature"
+    def __init__(self, name): self.name = name
+    def __get__(self, model, cls=None): return getattr(PreTrainedModel, self.name, self) if model is None else getattr(model.base, self.name)
 
 for _n in ('get_input_embeddings set_input_embeddings get_output_embeddings set_output_embeddings get_decoder set_decoder '
-           'resize_token_embeddings prepare_inputs_for_generation').split(): _delegate(_n)
+           'resize_token_embeddings get_position_embeddings resize_position_embeddings prepare_inputs_for_generation').split(): setattr(MoEForCausalLM, _n, _Delegate(_n))
+
+MoEForCausalLM.vocab_size = property(lambda self: self.config.vocab_size, doc="Rows of the embedding")
+
+# %% ../nbs/models.ipynb #d24bfa22
+@patch
+def _validate_model_kwargs(self:MoEForCausalLM, model_kwargs):
+    ours = inspect.signature(MoEForCausalLM.forward).parameters
+    self.base._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in ours})
 
 # %% ../nbs/models.ipynb #9fd41b56
 @patch

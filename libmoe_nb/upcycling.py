@@ -72,6 +72,7 @@ def _at(module, path):
     return module
 
 def _is_linear(m): return isinstance(m, nn.Linear) or type(m).__name__ == 'Conv1D'
+def _weight(m): return m.weight.detach().T if type(m).__name__ == 'Conv1D' else m.weight.detach()
 
 # %% ../nbs/upcycling.ipynb #58094ce8
 @patch(as_prop=True)
@@ -171,6 +172,69 @@ def _check_swappable(ffn, name):
     if hasattr(ffn, 'experts'): raise ValueError(f'model must be dense, but its layer {name} is a mixture of experts already: {type(ffn).__name__}')
     if len(_needed(ffn)) != 1: raise ValueError(f'layer {name} must map hidden states alone, but {type(ffn).__name__} wants {", ".join(_needed(ffn))}')
 
+# %% ../nbs/upcycling.ipynb #7124024c
+def _twin(module, dtype):
+    "A copy of `module` to try things with, in evaluation mode; it shares the tensors that need not change their dtype"
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(t.is_floating_point() and t.dtype != dtype for t in tensors): return copy.deepcopy(module).to(dtype).eval()
+    return copy.deepcopy(module, {id(t): t for t in tensors}).eval()
+
+class _Call(nn.Module):
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, x): return self.f(x)
+
+def _run(modules, x, other):
+    "`modules` one after another on `x`, with `other` for whatever else they want: other states, or the first of what has a number"
+    for m in modules:
+        out = m(x, **{n: torch.zeros(1, dtype=torch.long, device=x.device) if n.endswith('ids') else other for n in _needed(m)[1:]})
+        x = out if torch.is_tensor(out) else out[0]
+    return x
+
+# %% ../nbs/upcycling.ipynb #efc2ad6c
+@torch.no_grad()
+def _fits(module, family, f=None):
+    "Does `module` compute `f` with its parts, or, where it stays, the same with `f` in their place?"
+    up, down = (_at(module, p) for p in (family.up, family.down))
+    exact = up.weight.dtype if up.weight.dtype == torch.float64 else torch.float32
+    tolerance = 1e-4 if up.weight.dtype == exact else .02  # T5 keeps its second matrix in another dtype than experts do
+    twin, f = _twin(module, exact), f and f.to(exact)
+    x, other = torch.randn(2, 1, 4, _weight(up).shape[1], generator=torch.Generator().manual_seed(0)).to(up.weight.device, exact)
+    if not family.stays(module): return _near(twin(x), f(x), f(x), tolerance)
+    act, parts = family.act_path(module), [family.up, family.act_path(module), family.down]
+    f = f or nn.Sequential(*[_at(_twin(module, exact), p) for p in parts])
+    homes = list(dict.fromkeys(p.rpartition('.')[0] for p in parts))
+    try: ways, y = [twin], _run([twin], x, other)
+    except Exception:  # a layer that wants more than we know: the modules in it that hold the parts
+        if '' in homes: raise
+        ways = [twin.get_submodule(h) for h in homes]
+        y = _run(ways, x, other)
+    def with_(new):
+        _put(twin, {family.up: _Call(new), act: nn.Identity(), family.down: nn.Identity()})
+        return _run(ways, x, other)
+    try: return _near(y, with_(f), y - with_(lambda x: f(x) * 0), tolerance)
+    except RuntimeError: return False  # something between the parts wants their width
+
+def _near(a, b, scale, tolerance): return (a - b).abs().max() <= tolerance * scale.abs().max() + 1e-6 * a.abs().max()
+
+# %% ../nbs/upcycling.ipynb #6c4be848
+def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+def _check_use(name, module, family, f=None):
+    "Raise if `module` does not use its parts as `family` says; `f` is what they compute, read off the parts where they stay in place"
+    if not family.stays(module): _check_swappable(module, name)
+    try: fits = _fits(module, family, f)
+    except Exception as e: raise ValueError(f'layer {name} ({type(module).__name__}) could not be tried out on hidden states [1, 4, d]: {_first_line(e)}') from e
+    if fits: return
+    also = ', '.join(f'{n} ({c})' for n, c in family.beside(module).items())
+    raise ValueError(f"layer {name} ({type(module).__name__}) has the parts of family '{family.name}', but computes something else with them"
+                     + f' (it also holds {also})' * bool(also) + f': {_how_to_register}')
+
+# %% ../nbs/upcycling.ipynb #27fe28c2
+def _check_seam(name, module):
+    "Raise if `module`, which stays around a new layer, has something between the parts that go"
+    family = None if isinstance(module, (MoELayer, FeedForward)) else _family(module)
+    if family and family.stays(module) and family.act_path(module) and not next(module.parameters()).is_meta: _check_use(name, module, family)
+
 # %% ../nbs/upcycling.ipynb #b32979bc
 def moeify(
     model:nn.Module, # a transformer of transformers; changed in place
@@ -187,12 +251,6 @@ def moeify(
     for plan in plans: _put(model, plan)
     link_layers(new)
     return model
-
-# %% ../nbs/upcycling.ipynb #27fe28c2
-def _check_seam(name, module):
-    "Raise if `module`, which stays around a new layer, has something between the parts that go"
-    family = None if isinstance(module, (MoELayer, FeedForward)) else _family(module)
-    if family and family.stays(module) and family.act_path(module) and not next(module.parameters()).is_meta: _check_use(name, module, family)
 
 # %% ../nbs/upcycling.ipynb #b56bd3b9
 def _put(model, plan):
@@ -246,7 +304,6 @@ class FFNWeights:
     def __call__(self, x): return ffn(x, self.up, self.down, self.up_bias, self.down_bias, activation(self.hidden_act), self.gated)
 
 # %% ../nbs/upcycling.ipynb #62e6d51a
-def _weight(m): return m.weight.detach().T if type(m).__name__ == 'Conv1D' else m.weight.detach()
 def _bias(m, like): return None if like is None else m.weight.new_zeros(len(like)) if m.bias is None else m.bias.detach()
 
 @patch
@@ -309,60 +366,6 @@ def lost(self:FFNFamily, module):
     "What of that would be gone after a swap; dropout has its place behind the new layer"
     inside = lambda n: any(n.startswith(f'{p}.') for p in (*self.matrices, self.act_path(module)))
     return [f'{n} ({c})' for n, c in self.beside(module).items() if (inside(n) if self.stays(module) else c != 'Dropout')]
-
-# %% ../nbs/upcycling.ipynb #6c4be848
-def _check_use(name, module, family, f=None):
-    "Raise if `module` does not use its parts as `family` says; `f` is what they compute, read off the parts where they stay in place"
-    if not family.stays(module): _check_swappable(module, name)
-    try: fits = _fits(module, family, f)
-    except Exception as e: raise ValueError(f'layer {name} ({type(module).__name__}) could not be tried out on hidden states [1, 4, d]: {_first_line(e)}') from e
-    also = [f'{n} ({c})' for n, c in family.beside(module).items()]
-    if not fits: raise ValueError(f"layer {name} ({type(module).__name__}) has the parts of family '{family.name}', but computes something else with them"
-                                  + f' (it also holds {", ".join(also)})' * bool(also) + f': {_how_to_register}')
-
-# %% ../nbs/upcycling.ipynb #7124024c
-def _twin(module, dtype):
-    "A copy of `module` to try things with, in evaluation mode; it shares the tensors that need not change their dtype"
-    tensors = [*module.parameters(), *module.buffers()]
-    if any(t.is_floating_point() and t.dtype != dtype for t in tensors): return copy.deepcopy(module).to(dtype).eval()
-    return copy.deepcopy(module, {id(t): t for t in tensors}).eval()
-
-class _Call(nn.Module):
-    def __init__(self, f): super().__init__(); self.f = f
-    def forward(self, x): return self.f(x)
-
-def _run(modules, x, other):
-    "`modules` one after another on `x`, with `other` for whatever else they want: other states, or the first of what has a number"
-    for m in modules:
-        out = m(x, **{n: torch.zeros(1, dtype=torch.long, device=x.device) if n.endswith('ids') else other for n in _needed(m)[1:]})
-        x = out if torch.is_tensor(out) else out[0]
-    return x
-
-# %% ../nbs/upcycling.ipynb #efc2ad6c
-@torch.no_grad()
-def _fits(module, family, f=None):
-    "Does `module` compute `f` with its parts, or, where it stays, the same with `f` in their place?"
-    up, down = (_at(module, p) for p in (family.up, family.down))
-    exact = up.weight.dtype if up.weight.dtype == torch.float64 else torch.float32
-    tolerance = 1e-4 if up.weight.dtype == exact else .02  # T5 keeps its second matrix in another dtype than experts do
-    twin, f = _twin(module, exact), f and f.to(exact)
-    x, other = torch.randn(2, 1, 4, _weight(up).shape[1], generator=torch.Generator().manual_seed(0)).to(up.weight.device, exact)
-    if not family.stays(module): return _near(twin(x), f(x), f(x), tolerance)
-    act, parts = family.act_path(module), [family.up, family.act_path(module), family.down]
-    f = f or nn.Sequential(*[_at(_twin(module, exact), p) for p in parts])
-    homes = list(dict.fromkeys(p.rpartition('.')[0] for p in parts))
-    try: ways, y = [twin], _run([twin], x, other)
-    except Exception:  # a layer that wants more than we know: the modules in it that hold the parts
-        if '' in homes: raise
-        ways = [twin.get_submodule(h) for h in homes]
-        y = _run(ways, x, other)
-    def with_(new):
-        _put(twin, {family.up: _Call(new), act: nn.Identity(), family.down: nn.Identity()})
-        return _run(ways, x, other)
-    try: return _near(y, with_(f), y - with_(lambda x: f(x) * 0), tolerance)
-    except RuntimeError: return False  # something between the parts wants their width
-
-def _near(a, b, scale, tolerance): return (a - b).abs().max() <= tolerance * scale.abs().max() + 1e-6 * a.abs().max()
 
 # %% ../nbs/upcycling.ipynb #6e5efba6
 _how_to_register = "register_ffn('name', up='path.of.first.matrix', down='path.of.second.matrix', gate='path.of.gate') makes a family known"
@@ -745,8 +748,6 @@ def _as_built(model, replaced):
     finally: _put(model, ours)
 
 # %% ../nbs/upcycling.ipynb #0911acef
-def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)
-
 def _config_of(folder, name=None):
     "The configuration of a model, which errors call `name`"
     import transformers, libmoe_nb.models

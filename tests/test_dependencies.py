@@ -118,18 +118,18 @@ def commands(box):
     yield 'compare', '--recipes', 'dense,smoe', *SMALL, '--evaluate', '--out', box/'runs'
     yield 'train', 'sharede_v3', *SMALL, '--out', box/'run'
     yield 'upcycle', box/'llama', *short, '--steps', '2', '--out', box/'up'
-    yield 'upcycle', box/'gpt2', *short, '--steps', '2', '--out', box/'up2'
-    for m in 'run', 'mixtral', 'lara_mini': yield 'analyze', box/m, *short, '--tokens', '400', '--out', box/f'analysis-{m}'
+    for m in 'run', 'lara_mini': yield 'analyze', box/m, *short, '--tokens', '400', '--out', box/f'analysis-{m}'
     yield 'evaluate', box/'run', '--suite', next((box/'runs').glob('suite-*')), '--limit', '3', '--intervene', 'drop_top1', '--threads', '1', '--out', box/'scores'
     yield 'list',
     yield 'report', box/'runs'
 
+@pytest.mark.timeout(1800)
 def test_no_message_of_a_dependency_reaches_a_user(tmp_path, monkeypatch):
     monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
     tokenizer = text_data('python', vocab_size=512, sequence_length=64, max_bytes=250_000).tokenizer
-    sizes = dict(llama=dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=2), gpt2=dict(n_embd=32, n_inner=48, n_head=2, n_layer=2, n_positions=64))
-    models = {f: AutoModelForCausalLM.from_config(AutoConfig.for_model(f, vocab_size=512, bos_token_id=0, eos_token_id=0, **s)) for f, s in sizes.items()}
-    models |= {f: tiny_moe(f, vocab_size=512) for f in ('mixtral', 'lara_mini') if f in CONFIG_MAPPING}
+    llama = AutoConfig.for_model('llama', vocab_size=512, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=2, bos_token_id=0, eos_token_id=0)
+    models = dict(llama=AutoModelForCausalLM.from_config(llama))
+    models |= {f: tiny_moe(f, vocab_size=512) for f in ('lara_mini',) if f in CONFIG_MAPPING}
     for f, m in models.items(): m.save_pretrained(tmp_path/f); tokenizer.save_pretrained(tmp_path/f)
     code, env = 'from libmoe_nb.cli import main; main()', {k: v for k, v in os.environ.items() if k not in ('PYTHONWARNINGS', 'TRANSFORMERS_VERBOSITY', 'LIBMOE_DEBUG')}
     for args in commands(tmp_path):

@@ -163,3 +163,19 @@ def test_similarity_of_experts_of_another_library():
         model = peft.get_peft_model(tiny_moe(kind), peft.LoraConfig(r=2, init_lora_weights=False, **targets))
         on = expert_parameter_similarity(model)
         np.testing.assert_allclose(expert_parameter_similarity(model.merge_and_unload()).similarity, on.similarity, atol=1e-6)
+
+@pytest.mark.parametrize('kind', ['PromptTuningConfig', 'PromptEncoderConfig', 'PrefixTuningConfig'])
+@pytest.mark.parametrize('family', [None, 'gpt2', 'qwen3'])
+def test_virtual_tokens(kind, family, tmp_path):
+    "Prompt tuning, p-tuning and prefix tuning read sizes off the configuration's dictionary"
+    sizes = dict(gpt2=dict(n_embd=32, n_layer=2, n_head=4, n_inner=48), qwen3=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    base = family and AutoConfig.for_model(family, vocab_size=96, bos_token_id=None, eos_token_id=None, **sizes[family])
+    m = make() if family is None else from_scratch('smoe', 'tiny', base=base, seed=0, num_experts=6, top_k=3, moe_intermediate_size=16, router_init_std=.3)
+    model = peft.get_peft_model(m, getattr(peft, kind)(task_type='CAUSAL_LM', num_virtual_tokens=3))
+    before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    out = train(model)
+    assert out.loss.isfinite() and out.aux_loss > 0 and before and any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    model.save_pretrained(tmp_path)
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(m), tmp_path)
+    want, got = (x.eval().generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, do_sample=False) for x in (model, back))
+    assert want.shape == (2, 13) and torch.equal(want, got)
