@@ -373,7 +373,7 @@ def _layers(s):
     except ValueError: return s
 
 _of_recipes = '''expert_bias routed_scaling_factor n_group topk_group shared_weight shared_gate router_size temperature gain learnable_temperature double_softmax negative_offset null_offset
-                 null_reward_coef gating_residual num_zero num_copy num_constant zero_expert_weight'''.split()
+                 null_reward_coef gating_residual num_zero num_copy num_constant zero_expert_weight embedding_norm constant_std constant_gate_std'''.split()
 _inits = 'copy', 'drop', 'split', 'virtual_group', 'random', 'shared_only'
 _of_upcycling = [*_of_recipes, 'noise', 'drop_ratio', 'rescale', 'where', 'aux_loss_reduction', 'valid_batch_size', 'checkpoint_seconds']
 

@@ -118,9 +118,9 @@ settings = dict(                                                        # name -
     router_aux_loss_coef=_weight, router_z_loss_coef=_weight, aux_loss_group=_one_of('sequence', 'micro_batch', 'global_batch'), options=_options,
     # what only some recipes understand
     expert_bias=_flag, routed_scaling_factor=_weight, n_group=_size, topk_group=_size, shared_weight=_maybe(_share), shared_gate=_flag,
-    router_size=_maybe(_size), temperature=_positive, gain=_weight, learnable_temperature=_flag, double_softmax=_double,
+    router_size=_maybe(_size), temperature=_positive, gain=_weight, learnable_temperature=_flag, double_softmax=_double, embedding_norm=_maybe(_positive),
     negative_offset=_any, null_offset=_any, null_reward_coef=_weight, gating_residual=_flag,
-    num_zero=_count, num_copy=_count, num_constant=_maybe(_count), zero_expert_weight=_weight,
+    num_zero=_count, num_copy=_count, num_constant=_maybe(_count), zero_expert_weight=_weight, constant_std=_maybe(_weight), constant_gate_std=_maybe(_weight),
     # a model
     name=_word, num_hidden_layers=_whole(1, 10**4), num_attention_heads=_size, head_dim=_size, vocab_size=_whole(1, 10**8), sequence_length=_whole(1, 10**8),
     partial_rotary_factor=_part, depth_scaled_init=_flag, aux_loss_reduction=_one_of('mean', 'sum'),
@@ -226,9 +226,11 @@ def validate(self:MoESpec):
     return self
 
 @patch
-def check_shared(self:MoESpec):
+def check_shared(self:MoESpec,
+    n:int=None, # shared experts; None: as many as the budget has
+):
     "Raise a `ValueError` if the shared experts leave nothing to route; only recipes that have shared experts ask."
-    n = self.num_shared_experts
+    if n is None: n = self.num_shared_experts
     _check(n >= 1, 'num_shared_experts', n, f'at least 1 for {self.recipe}')
     _check(n < self.num_experts, 'num_shared_experts', n, f'at least 0 and below num_experts={self.num_experts}')
     _check(n < self.top_k, 'num_shared_experts', n, f'below top_k={self.top_k}, since every token uses the shared experts')

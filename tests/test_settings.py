@@ -72,8 +72,9 @@ def test_set_on_the_command_line(name, text):
 def test_every_field_is_in_the_table():
     assert {*LAYER, *MODEL} <= {*settings}
     for r in config.own_recipes:
-        known = recipe_options(r) or []
-        assert {*known} <= {*settings}, r
+        known = recipe_options(r)                                    # a list: none of ours takes whatever it is given
+        assert {*known} <= {*settings} and {*known} <= {*cli._of_recipes}, r
+        with pytest.raises(ValueError, match=f"unknown option of {r} 'shraed_gate'"): from_scratch(r, 'tiny', shraed_gate=1)
     for f in [f for c in (MoESpec, Preset) for f in dataclasses.fields(c) if f.default is not dataclasses.MISSING and f.default is not None]: assert read_setting(f.name, f.default) == f.default
     for p in presets.values(): assert dataclasses.replace(p) == p
 
