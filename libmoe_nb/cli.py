@@ -408,7 +408,7 @@ def upcycle(
     num_shared_experts: Annotated[Optional[int], _option('Shared experts, for recipes that have them (default 1).')] = None,
     init: Annotated[str, _option('How experts come from an FFN: copy (default), drop, split, virtual_group, shared_only, random.')] = 'copy',
     layers: Annotated[Optional[str], _option("FFNs to change: numbers with commas, 'every 2nd', 'first 4' or 'last 4' (default: all).")] = None,
-    exact: Annotated[bool, _option('Keep what would change the function at first (the other choices of tcmoe and moe_plus_plus) outside until training lets it in.', '--exact')] = False,
+    exact: Annotated[bool, _option('Keep what would change the function at first (the other choices of tcmoe and moe_plus_plus) outside until training lets it in. Where one expert a token is routed its weight is then 1, which teaches the router nothing.', '--exact')] = False,
     dense: Annotated[bool, _option('Train the dense model beside it (default), or not.', '--dense/--no-dense')] = True,
     batch_size: Annotated[int, _option('Sequences of a step (default 2).')] = 2,
     sequence_length: Annotated[int, _option('Tokens of a sequence (default 128).')] = 128,

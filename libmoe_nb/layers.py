@@ -180,7 +180,7 @@ def build_router(
     **options,       # for `cls`
 )->Router:
     "A router for N - shared experts, of which a token chooses K - shared."
-    if shared: spec.check_shared()
+    if shared: spec.check_shared(shared)
     return cls(spec.hidden_size, spec.num_experts - shared, spec.top_k - shared,
                norm_topk_prob=spec.norm_topk_prob, init_std=spec.router_init_std, **options)
 
@@ -232,34 +232,34 @@ def _with_shared(cls, spec, shared, options):
 # %% ../nbs/layers.ipynb #0a2adb99
 @recipe('sharede_v2', title='SharedE-V2')
 @delegates(SoftmaxRouter)
-def sharede_v2(spec, *, shared_weight=None, shared_gate=False, **options):
+def sharede_v2(spec, *, shared_weight=None, shared_gate=False, **kwargs):
     "Softmax routing beside shared experts (DeepSeek-V2)."
-    return _with_shared(SoftmaxRouter, spec, dict(shared_weight=shared_weight, shared_gate=shared_gate), options)
+    return _with_shared(SoftmaxRouter, spec, dict(shared_weight=shared_weight, shared_gate=shared_gate), kwargs)
 
 # %% ../nbs/layers.ipynb #d9a8cf16
 @recipe('sharede_v3', title='SharedE-V3')
 @delegates(SigmoidRouter)
-def sharede_v3(spec, *, shared_weight=None, shared_gate=False, **options):
+def sharede_v3(spec, *, shared_weight=None, shared_gate=False, **kwargs):
     "Sigmoid routing beside shared experts (DeepSeek-V3)."
-    return _with_shared(SigmoidRouter, spec, dict(shared_weight=shared_weight, shared_gate=shared_gate), options)
+    return _with_shared(SigmoidRouter, spec, dict(shared_weight=shared_weight, shared_gate=shared_gate), kwargs)
 
 # %% ../nbs/layers.ipynb #8a91909d
 @recipe('tcmoe', title='TC-MoE')
 @delegates(TernaryRouter)
-def tcmoe(spec, *, null_reward_coef=1e-5, **options):
+def tcmoe(spec, *, null_reward_coef=1e-5, **kwargs):
     "Each expert can be chosen positively, negatively, or a choice left empty."
     losses = default_losses(spec, over_experts=True) | {'null_reward': (-null_reward_coef, null_reward)}
-    return MoELayer(spec, build_router(TernaryRouter, spec, **options), losses=losses)
+    return MoELayer(spec, build_router(TernaryRouter, spec, **kwargs), losses=losses)
 
 # %% ../nbs/layers.ipynb #d7953e01
 @recipe('moe_plus_plus', title='MoE++')
 @delegates(ResidualRouter, but=['num_zero_computation_experts'])
-def moe_plus_plus(spec, *, num_zero=1, num_copy=1, num_constant=None, zero_expert_weight=0.75, constant_std=None, constant_gate_std=None, **options):
+def moe_plus_plus(spec, *, num_zero=1, num_copy=1, num_constant=None, zero_expert_weight=0.75, constant_std=None, constant_gate_std=None, **kwargs):
     "Zero-computation experts beside the others, and a gating residual from layer to layer."
     if spec.output_size not in (None, spec.hidden_size): raise ValueError(f'output_size must be hidden_size={spec.hidden_size} for moe_plus_plus, whose copy experts return what they are given, got {spec.output_size}')
     if num_constant is None: num_constant = max(round(spec.num_experts / 8) - num_zero - num_copy, 1)
     Z = num_zero + num_copy + num_constant
     eta = torch.cat([torch.ones(spec.num_experts, device='cpu'), torch.full((Z,), zero_expert_weight, device='cpu')])
-    return MoELayer(spec, build_router(ResidualRouter, spec, num_zero_computation_experts=Z, **options),
+    return MoELayer(spec, build_router(ResidualRouter, spec, num_zero_computation_experts=Z, **kwargs),
                     zero_experts=ZeroComputationExperts(spec.hidden_size, num_zero, num_copy, num_constant, constant_std, constant_gate_std),
                     losses=default_losses(spec, choice_weights=eta))
