@@ -188,11 +188,11 @@ def test_padding_beside_a_cache_counts_in_no_auxiliary_loss():
     torch.testing.assert_close(out.aux_loss, want)
 
 @pytest.mark.parametrize('recipe', ['smoe', 'moe_plus_plus'])
-def test_deep_models_are_compiled_once(recipe, monkeypatch):
+def test_deep_models_are_compiled_once(recipe):
     "A layer compiled anew for each layer before it would soon run as written"
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, 'fail_on_recompile_limit_hit', True)
     m = from_scratch(recipe, 'tiny', num_hidden_layers=10, seed=0).train()
-    want, got = (f(input_ids=IDS, labels=IDS) for f in (m, torch.compile(m, backend='eager')))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        want, got = (f(input_ids=IDS, labels=IDS) for f in (m, torch.compile(m, backend='eager')))
     assert got.aux_loss > 0
     torch.testing.assert_close((got.loss, got.aux_loss), (want.loss, want.aux_loss))
