@@ -102,6 +102,8 @@ def decide(self:TopKAdapter, layer, args): return self.read(layer, self.router(l
 # %% ../nbs/adapters.ipynb #44406d99
 _no_layers, _refused = {}, {}   # class name of a layer -> why it has no adapter: because nothing is routed, or because records would be wrong
 
+def _how_to(router): return f'register its router with libmoe_nb.adapters.register_moe({router!r}, ...)'
+
 # %% ../nbs/adapters.ipynb #f77f5e9a
 def register_moe(
     routers,      # class name of the router, or several, separated by spaces
@@ -121,23 +123,23 @@ def find_adapter(
         for c in type(child).__mro__:
             if c.__name__ in _families: return _families[c.__name__]
     routers = [type(c).__name__ for n, c in module.named_children() if n in ('router', 'gate', 'classifier')] or ['its router']
-    raise ValueError(f'no adapter knows how {type(module).__name__} routes: register its router with libmoe_nb.adapters.register_moe({routers[0]!r}, ...); '
-                     f'known are {", ".join(sorted(_families))}')
+    raise ValueError(f'no adapter knows how {type(module).__name__} routes: {_how_to(routers[0])}, say how it scores, and hold it to the model with check_rules '
+                     f'(moe_classes lists the {len(_families)} routers that are known)')
 
 # %% ../nbs/adapters.ipynb #e6e2142d
 register_moe('MixtralTopKRouter MiniMaxTopKRouter Qwen3_5MoeTopKRouter Qwen3VLMoeTextTopKRouter Qwen3OmniMoeTextTopKRouter HunYuanMoEV1Gate '
              'GptOssTopKRouter GraniteMoeTopKRouter GraniteMoeSWATopKRouter GraniteMoeHybridTopKRouter GraniteMoeSharedTopKRouter AriaTextTopKRouter')
-register_moe('OlmoeTopKRouter Qwen2MoeTopKRouter Qwen3MoeTopKRouter Qwen3NextTopKRouter FlexOlmoTopKRouter MellumTopKRouter Qwen4ExpTextTopKRouter '
+register_moe('OlmoeTopKRouter Qwen2MoeTopKRouter Qwen3MoeTopKRouter Qwen3NextTopKRouter FlexOlmoTopKRouter LaraMiniTopKRouter MellumTopKRouter Qwen4ExpTextTopKRouter '
              'Qwen3OmniMoeThinkerTextTopKRouter Qwen3OmniMoeTalkerTextTopKRouter')                        # softmax, norm_topk_prob says the rest
 register_moe('JambaTopKRouter', norm=False)
 register_moe('DeepseekV2TopkRouter DeepseekOcr2TextTopkRouter UnlimitedOcrTextTopkRouter', norm_topk_prob=False, group_best=1,
              n_group=lambda r: 1 if r.topk_method == 'greedy' else r.num_group, topk_group=lambda r: 1 if r.topk_method == 'greedy' else r.topk_group)
 register_moe('DeepseekV3TopkRouter DeepseekV32TopkRouter AXK1TopkRouter BailingHybridTopkRouter Dots1TopkRouter Dots3NoteTextTopkRouter ExaoneMoeTopkRouter '
-             'Glm4MoeTopkRouter Glm4MoeLiteTopkRouter Glm4vMoeTextTopkRouter Glm5NextTextTopkRouter GlmMoeDsaTopkRouter HYV4TopkRouter KimiLinearTopkRouter '
+             'Glm4MoeTopkRouter Glm4MoeLiteTopkRouter Glm4vMoeTextTopkRouter Glm5NextTextTopkRouter GlmMoeDsaTopkRouter HYV4TopkRouter HYV4VLTopkRouter KimiLinearTopkRouter '
              'MiMoV2FlashTopkRouter NemotronHTopkRouter SolarOpenTopkRouter BeamTopKRouter', score='sigmoid')
 register_moe('MiniMaxM2TopKRouter MiniMaxM3VLTopKRouter Step3p7TopKRouter Lfm2MoeTopKRouter AfmoeTokenChoiceRouter HYV3TopKRouter LagunaTopKRouter '
              'FlintTopKRouter MuseSparkTopkRouter Dots3NoteVisionTopKRouter', score='sigmoid')
-register_moe('DeepseekV4TopKRouter Inkling2TopKRouter', score=lambda r: r.score_fn)
+register_moe('DeepseekV4TopKRouter Inkling2TopKRouter Inkling2LoopTopKRouter', score=lambda r: r.score_fn)
 register_moe('OpenAIPrivacyFilterTopKRouter', routed_scaling_factor=lambda r: 1 / r.top_k)
 register_moe('Ernie4_5_MoeTopKRouter Ernie4_5_VLMoeMoeTopKRouter', expert_bias=lambda r: r.moe_statics.e_score_correction_bias.squeeze())
 register_moe('Mistral4TopkRouter MistralLarge4TextTopkRouter')
@@ -157,6 +159,8 @@ _tiny = dict(hidden_size=32, intermediate_size=16, moe_intermediate_size=16, num
     encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_sparse_step=1)
 _tiny_more = dict(lfm2_moe=dict(layer_types=['full_attention'] * 2), longcat_flash=dict(head_dim=4), granitemoehybrid=dict(layer_types=['attention'] * 2, mamba_n_heads=4),
     deepseek_v4=dict(mlp_layer_types=['hash_moe', 'moe'], layer_types=['sliding_attention'] * 2, num_key_value_heads=1, partial_rotary_factor=.5), zaya=dict(num_experts_per_tok=1), flint=dict(layer_types=['full_attention'] * 2, mlp_only_layers=[]),
+    hy_v4_vl_text=dict(rope_parameters=dict(rope_type='default', rope_theta=1e4, mrope_section=[1, 1, 0]), mlp_layer_types=['sparse'] * 2),
+    inkling2_loop_text=dict(layer_types=['hybrid_sliding', 'hybrid'], loop_layer_index_start=1, loop_layer_index_end=2, loop_num_passes=3, loop_gate_rank=4, d_rel=4, n_layers_per_attn_res_block=1),
     dbrx=dict(n_heads=4, n_layers=2, max_seq_len=64, attn_config=dict(kv_n_heads=2, clip_qkv=8., rope_theta=1e4), ffn_config=dict(ffn_hidden_size=16, moe_num_experts=8, moe_top_k=3, hidden_size=32)),
     **{m: dict(mlp_layer_types=['sparse'] * 2) for m in 'axk2 beam inkling_text'.split()}, **{'nllb-moe': dict(pad_token_id=1)},
     **{m: dict(layer_types=['linear_attention', 'full_attention']) for m in 'qwen3_next qwen3_5_moe_text'.split()})
@@ -438,5 +442,6 @@ def _is_layer(c):
 def _class_row(model, c):
     parts = _parts(c)
     routers = [r for rs in parts.values() for r in rs if r in _families] or parts.get('router') or parts.get('gate') or ['']
-    note = _no_layers.get(c.name) or _refused.get(c.name, '')
-    return dict(model=model, layer=c.name, router=', '.join(routers), adapter=not note and all(r in _families for r in routers), note=note)
+    new = [r for r in routers if r not in _families]
+    note = _no_layers.get(c.name) or _refused.get(c.name) or (f'not known yet: {_how_to(new[0] or "its router")}' if new else '')
+    return dict(model=model, layer=c.name, router=', '.join(routers), adapter=not note, note=note)

@@ -77,12 +77,15 @@ def _is_path(name): return name.startswith(('/', '.', '~')) or name.count('/') >
 
 def _pretrained(cls, folder, name, what, **kw):
     "`from_pretrained`, whose errors are one sentence about `name`"
-    local = Path(folder).is_dir()
+    local, info = Path(folder).is_dir(), dict(output_loading_info=True) if hasattr(cls, '_model_mapping') or hasattr(cls, 'forward') else {}
     try:
-        with _quietly(): return cls.from_pretrained(folder, local_files_only=local or bool(_no_network()), **kw)
+        with _quietly(): made = cls.from_pretrained(folder, local_files_only=local or bool(_no_network()), **info, **kw)
     except Exception as e:
         if local: raise ValueError(f'model={name!r} has no {what} that can be loaded: {_first(e)}') from None
         raise ValueError(f'model={name!r} is no folder here, and the Hugging Face hub gave no {what} of that name: {_first(e)}') from None
+    if not info: return made
+    if lost := sorted(made[1]['missing_keys']): raise ValueError(f'model={name!r} lacks {len(lost)} weights that a {type(made[0]).__name__} has, and would be random there: {", ".join(lost[:3])}')
+    return made[0]
 
 # %% ../nbs/analysis.ipynb #0cf2447a
 _tokenizer_files = 'tokenizer.json tokenizer.model tokenizer_config.json vocab.json vocab.txt spiece.model sentencepiece.bpe.model tekken.json'.split()

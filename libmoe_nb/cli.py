@@ -8,10 +8,30 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/cli.html.md"""
 __all__ = ['main']
 
 # %% ../nbs/cli.ipynb #0b5fa75e
-import functools, inspect, json, os, signal, sys, time, warnings
+import functools, inspect, json, logging, os, signal, sys, time, warnings
 import typer
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
+
+# %% ../nbs/cli.ipynb #43b6252a
+@contextmanager
+def _only_ours():
+    "What dependencies log or warn about is no matter of the user's: errors alone pass, and warnings of our own code, as a line. `LIBMOE_DEBUG` shows all"
+    if os.environ.get('LIBMOE_DEBUG'): yield; return
+    def show(message, category, *args, **kwargs):
+        f = sys._getframe(1)
+        while f.f_globals.get('__name__') in ('warnings', '_py_warnings'): f = f.f_back
+        if f.f_globals.get('__name__', '').startswith('libmoe_nb') and not issubclass(category, _for_developers): print(f'warning: {message}', file=err, flush=True)
+    err, level = sys.stderr, logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally: logging.disable(level)
+
+_for_developers = DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning
 
 # %% ../nbs/cli.ipynb #939cb0c1
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -23,9 +43,9 @@ def _kindly(f):
     "Run `f`; a mistake is one sentence and exit code 2, an interruption says how to go on"
     @functools.wraps(f)
     def run(*args, **kwargs):
-        warnings.filterwarnings('ignore', category=FutureWarning)
         os.environ.setdefault('MPLBACKEND', 'agg')
-        try: return f(*args, **kwargs)
+        try:
+            with _only_ours(): return f(*args, **kwargs)
         except ValueError as e:
             if os.environ.get('LIBMOE_DEBUG'): raise
             _say(f'libmoe: {e}')

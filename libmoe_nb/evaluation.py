@@ -386,7 +386,7 @@ def load(cls:Evaluation,
     d = read_json(folder/'results.json')
     try:
         results = pd.DataFrame(d['results']).astype(dict.fromkeys(('value', 'stderr', 'chance'), float))
-        samples = pd.read_csv(folder/'samples.csv', keep_default_na=False, dtype=dict(group=str, intervention=str), float_precision='round_trip')
+        samples = pd.read_csv(folder/'samples.csv', keep_default_na=False, dtype=dict(group=str, intervention=str), converters=dict(value=float))
         with open(folder/'documents.jsonl', encoding='utf-8') as f: documents = [json.loads(l) for l in f]
         return cls(results, samples, documents, d['info'])
     except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f"folder '{folder}' does not hold a whole evaluation: {type(e).__name__}: {e}") from None

@@ -504,7 +504,7 @@ def samples(self):
     "Score of each document of the suite, one row a run and metric"
     if not self.evaluations: return pd.DataFrame(columns='task doc metric value group recipe seed'.split())
     groups = {n: t['group'] for n, t in self.evaluations[0]['suite']['tasks'].items()}
-    return _gather(self, lambda f: pd.read_csv(f/'samples.csv', float_precision='round_trip')).assign(group=lambda d: d.task.map(groups))
+    return _gather(self, lambda f: pd.read_csv(f/'samples.csv', converters=dict(value=float))).assign(group=lambda d: d.task.map(groups))
 
 @_table
 def scores(self):

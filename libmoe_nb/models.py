@@ -10,6 +10,7 @@ __all__ = ['MoEConfig', 'MoEForCausalLM', 'MoECausalLMOutput', 'from_scratch', '
 # %% ../nbs/models.ipynb #6b56d180
 import copy, dataclasses, inspect, math, os, re, tempfile, torch
 from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatch
 from functools import cache, partial
 from pathlib import Path
 from torch import nn
@@ -157,10 +158,34 @@ def _unpack_lone_experts(base):
 # %% ../nbs/models.ipynb #210d1bfd
 AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM, exist_ok=True)
 
+# %% ../nbs/models.ipynb #483914ac
+_cache_names = 'cache', 'past_key_values'
+_cache_key, = {f.name for f in dataclasses.fields(MoeCausalLMOutputWithPast)} & set(_cache_names)   # the name in the installed transformers
+
+def _own_name(k): return _cache_key if isinstance(k, str) and k in _cache_names else k
+
+def _one_cache(kwargs, base=None):
+    "`kwargs` with the cache, if there is one, under the name that `base` takes; by default that of transformers"
+    given = [v for k in _cache_names if (v := kwargs.get(k)) is not None]
+    rest = {k: v for k, v in kwargs.items() if k not in _cache_names}
+    if not given: return rest
+    if given[0] is not given[-1]: raise ValueError('cache and past_key_values name the same thing: give one of them, got two different ones')
+    takes = [] if base is None else [n for n in _cache_names if n in inspect.signature(base.forward).parameters]
+    return rest | {(takes or [_cache_key])[0]: given[0]}
+
 # %% ../nbs/models.ipynb #66ea9273
 @dataclasses.dataclass
 class MoECausalLMOutput(MoeCausalLMOutputWithPast):
-    "`loss` (with `aux_loss` in it), `aux_loss` (weighted total), `logits`, `past_key_values`, `hidden_states`, `attentions`, `router_logits` (one for each layer)."
+    "`loss` (with `aux_loss` in it), `aux_loss` (weighted total), `logits`, `cache` (or `past_key_values`: the same), `hidden_states`, `attentions`, `router_logits` (one for each layer)."
+    def __getitem__(self, k): return super().__getitem__(_own_name(k))
+    def __setitem__(self, k, v): super().__setitem__(_own_name(k), v)
+    def __setattr__(self, k, v): super().__setattr__(_own_name(k), v)
+    def __contains__(self, k): return super().__contains__(_own_name(k))
+    def get(self, k, default=None): return super().get(_own_name(k), default)
+
+# %% ../nbs/models.ipynb #61d88385
+for _n in set(_cache_names) - {_cache_key}:
+    setattr(MoECausalLMOutput, _n, property(lambda self: getattr(self, _cache_key), doc=f'`{_cache_key}` by its other name'))
 
 # %% ../nbs/models.ipynb #8ca97fa7
 @patch
@@ -175,21 +200,23 @@ def forward(self:MoEForCausalLM,
     use_cache=None,            # return the cache?
     output_router_logits=None, # return router logits and the auxiliary loss; by default as the configuration says
     logits_to_keep=0,          # compute the logits of the last ones only; 0: all
+    cache=None,                # past_key_values by its newer name
     **kwargs:Unpack[TransformersKwargs], # for the base model
 )->MoECausalLMOutput:
     "Logits, and with `labels` the loss."
     if output_router_logits is None: output_router_logits = self.config.output_router_logits
     if use_cache is None and self.training: use_cache = False
+    kwargs = _one_cache(kwargs | dict(cache=cache, past_key_values=past_key_values), self.base)
     with noted(_own_layers(self).values()) if self.training or output_router_logits else nullcontext() as notes:
-        out = self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+        out = self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True, **kwargs)
     loss, aux, logits = out.loss, None, None
     if notes is not None:
         aux = self._aux_loss(notes, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
         if loss is not None: loss = loss + aux.to(loss) * _share(labels, kwargs.get('num_items_in_batch'))
         if output_router_logits: logits = tuple(r.router_logits for _, r in notes)
-    return MoECausalLMOutput(loss=loss, aux_loss=aux, logits=out.logits, past_key_values=out.past_key_values,
-        hidden_states=out.hidden_states, attentions=out.attentions, router_logits=logits)
+    return MoECausalLMOutput(loss=loss, aux_loss=aux, logits=out.logits, hidden_states=out.hidden_states, attentions=out.attentions,
+        router_logits=logits, **{_cache_key: getattr(out, _cache_key, None)})
 
 # %% ../nbs/models.ipynb #5b9a491a
 def _own_layers(model): return {n: m for n, m in model.named_modules() if isinstance(m, MoELayer)}
@@ -266,6 +293,16 @@ def _draw(layer, spec):
     new = build_layer(spec).state_dict() if todo else {}
     for n, t in todo.items(): t.copy_(new[n])
 
+# %% ../nbs/models.ipynb #5b3ae6b9
+@patch
+def post_init(self:MoEForCausalLM):
+    "As in transformers; what stays in float32 is told by whole names, so that no name of the base's means a tensor of our layers"
+    PreTrainedModel.post_init(self)
+    ours = tuple(f'{n}.' for n, m in self.named_modules() if isinstance(m, (MoELayer, FeedForward)))
+    stays = lambda n, k: fnmatch(n, f'*{k}*') and (k == 'expert_bias') == n.startswith(ours)
+    for kept in '_keep_in_fp32_modules', '_keep_in_fp32_modules_strict':
+        setattr(self, kept, {n for n in self.state_dict() for k in getattr(self, kept) or () if stays(n, k)})
+
 # %% ../nbs/models.ipynb #3fd8b58c
 @patch(cls_method=True)
 def from_pretrained(cls:MoEForCausalLM, pretrained_model_name_or_path, *args, output_loading_info=False, ignore_mismatched_sizes=False, **kwargs):
@@ -290,6 +327,12 @@ for _n in ('get_input_embeddings set_input_embeddings get_output_embeddings set_
            'resize_token_embeddings get_position_embeddings resize_position_embeddings prepare_inputs_for_generation').split(): setattr(MoEForCausalLM, _n, _Delegate(_n))
 
 MoEForCausalLM.vocab_size = property(lambda self: self.config.vocab_size, doc="Rows of the embedding")
+
+# %% ../nbs/models.ipynb #9fd41b56
+@patch
+def generate(self:MoEForCausalLM, *args, **kwargs):
+    "As in transformers; the cache may have either name."
+    return GenerationMixin.generate(self, *args, **_one_cache(kwargs))
 
 # %% ../nbs/models.ipynb #d24bfa22
 @patch

@@ -112,7 +112,7 @@ class Router(nn.Module):
         self.num_experts, self.top_k, self.norm_topk_prob, self.init_std = num_experts, top_k, norm_topk_prob, init_std
         self.routed_scaling_factor, self.n_group, self.topk_group = routed_scaling_factor, n_group, topk_group
         self.build(hidden_size, M)
-        self.register_buffer('expert_bias', torch.zeros(M) if expert_bias else None)
+        self.register_buffer('expert_bias', torch.zeros(M, dtype=torch.float32) if expert_bias else None)
         self.reset_parameters()
 
 # %% ../nbs/routers.ipynb #34e25543

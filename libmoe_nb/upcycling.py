@@ -615,8 +615,11 @@ def load_dense(
     name, # of a model on the Hugging Face hub, or a folder
 ):
     "A model of transformers by its name: a causal language model if it can be one, else of the class that saved it."
-    import transformers
+    import transformers, warnings
     config = _config_of(name)
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     saved = getattr(transformers, (config.architectures or [''])[0], None)
-    return (transformers.AutoModelForCausalLM if causal else saved or transformers.AutoModel).from_pretrained(name, dtype='auto')
+    cls = transformers.AutoModelForCausalLM if causal else saved or transformers.AutoModel
+    model, info = cls.from_pretrained(name, dtype='auto', output_loading_info=True)
+    if lost := sorted(info['missing_keys']): warnings.warn(f'{name} lacks {len(lost)} weights that a {type(model).__name__} has; they are random: {", ".join(lost[:3])}')
+    return model
