@@ -11,7 +11,7 @@ train    a preset for some seconds a recipe: tokens/s, memory, model FLOPs utili
 compile  the same model in a plain loop, as it is and under torch.compile
 Errors are ||a - b|| / ||b||. Times are medians between events of the device, implementations in turn, fresh routing in every round.
 """
-import argparse, json, os, statistics, subprocess, sys, tempfile, time, traceback
+import argparse, gc, json, os, statistics, subprocess, sys, tempfile, time, traceback
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ def synchronize(device):
     if device.type == 'cuda': torch.cuda.synchronize()
 
 def reset_peak(device):
+    gc.collect()    # learners hold on to their models in circles
     if device.type == 'cuda': torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
 
 def peak_gb(device): return round(torch.cuda.max_memory_allocated() / 1e9, 2) if device.type == 'cuda' else None

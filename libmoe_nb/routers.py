@@ -113,7 +113,7 @@ class Router(nn.Module):
         self.norm_topk_prob = top_k > 1 or M == 1 if norm_topk_prob is None else norm_topk_prob
         self.routed_scaling_factor, self.n_group, self.topk_group = routed_scaling_factor, n_group, topk_group
         self.build(hidden_size, M)
-        self.register_buffer('expert_bias', torch.zeros(M) if expert_bias else None)
+        self.register_buffer('expert_bias', torch.zeros(M, dtype=torch.float32) if expert_bias else None)
         self.reset_parameters()
 
 # %% ../nbs/routers.ipynb #34e25543
