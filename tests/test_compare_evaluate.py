@@ -131,7 +131,7 @@ def test_command(tmp_path, data, monkeypatch):
     res = CliRunner().invoke(app, ['train', 'smoe', *args, '--evaluate', '--out', str(tmp_path/'one')])
     assert res.exit_code == 0 and 'bracket_python' in res.stdout, res.output
     bad = CliRunner().invoke(app, ['compare', '--evaluate', '--examples', '1', '--out', str(tmp_path/'no')])
-    assert bad.exit_code == 2 and 'evaluate must be' in bad.stderr and not (tmp_path/'no').exists()
+    assert bad.exit_code == 2 and 'examples must be a whole number of at least 2, got 1' in bad.stderr and not (tmp_path/'no').exists()
 
 def test_lm_eval_only_when_asked():
     "Nothing at the top of experiments, nor of what it imports there, imports lm-eval"
