@@ -129,7 +129,6 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         _unpack_lone_experts(self.base)
         moeify(self.base, config.spec, config.layers)
         if self.device.type != 'meta': self._mark_initialized()
-        if not any(n.endswith('expert_bias') for n, _ in self.named_buffers()): self._keep_in_fp32_modules_strict = None
         self.post_init()
         self._fit_plans()
         self.generation_config = copy.deepcopy(self.base.generation_config)
