@@ -1,6 +1,6 @@
 "Our models in transformers' own model tests; `tools/transformers_tests.py` runs them."
-import unittest
-from transformers import LlamaConfig
+import unittest, warnings
+from transformers import DynamicCache, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from libmoe_nb.config import MoESpec
 from libmoe_nb.models import MoEConfig, MoEForCausalLM
@@ -34,6 +34,15 @@ def _common():
         def test_model_weights_reload_no_missing_tied_weights(self):
             "Differs by design: a checkpoint with missing weights is refused"
             with self.assertRaisesRegex(ValueError, 'does not fit its configuration: .* is missing'): super().test_model_weights_reload_no_missing_tied_weights()
+        def test_bc_cache_name_forward(self):
+            "Differs by design: both names of the cache are taken, and neither warns"
+            config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+            model = MoEForCausalLM(config).eval()
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter('always')
+                outs = [model(**inputs, use_cache=True, **{name: DynamicCache(config=config.get_text_config(decoder=True))}) for name in ('cache', 'past_key_values')]
+            self.assertEqual([o.cache.get_seq_length() for o in outs], [7, 7])
+            self.assertEqual([str(w.message) for w in said if 'past_key_values' in str(w.message)], [])
         def test_retain_grad_hidden_states_attentions(self):
             if self.model_tester.recipe == 'dense': self.skipTest("By design: the first output of a dense model in training is its auxiliary loss, the constant 0, which has no gradient")
             super().test_retain_grad_hidden_states_attentions()
