@@ -24,6 +24,7 @@ from .losses import load_balancing_loss, router_z_loss, null_reward
 # %% ../nbs/layers.ipynb #8aac26b0
 class MoELayer(nn.Module):
     "A router and its experts in the place of a feed-forward network."
+    _notes = None # where `noted` wants what the router decides
     def __init__(self,
         spec:MoESpec,                              # the budget
         router:nn.Module,                          # hidden states to `Routing`
@@ -144,8 +145,6 @@ def link_layers(
         previous = layer
 
 # %% ../nbs/layers.ipynb #18f6d2de
-MoELayer._notes = None
-
 @contextmanager
 def noted(
     layers, # `MoELayer`s

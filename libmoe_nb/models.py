@@ -134,7 +134,6 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         moeify(self.base, config.spec, config.layers)
         self._built = _replaced(self.base, built) if self.device.type == 'meta' else {}
         if self.device.type != 'meta': self._mark_initialized()
-        if not any(n.endswith('expert_bias') for n, _ in self.named_buffers()): self._keep_in_fp32_modules_strict = None
         self.post_init()
         self._fit_plans()
         self.generation_config = copy.deepcopy(self.base.generation_config)
