@@ -68,6 +68,8 @@ def reset_parameters(self:MoELayer, generator=None):
     if self.zero_experts is not None: self.zero_experts.reset_parameters(generator)
 
 # %% ../nbs/layers.ipynb #c2dc14a3
+MoELayer._notes = None  # a list, where somebody wants to know what was decided: `noted`
+
 @patch
 def combine(self:MoELayer, hidden_states, routing):
     "Run the experts that `routing` chose on hidden_states [..., d]"
@@ -132,8 +134,6 @@ def link_layers(
         previous = layer
 
 # %% ../nbs/layers.ipynb #18f6d2de
-MoELayer._notes = None
-
 @contextmanager
 def noted(
     layers, # `MoELayer`s
