@@ -24,7 +24,7 @@ from .losses import load_balancing_loss, router_z_loss, null_reward
 # %% ../nbs/layers.ipynb #8aac26b0
 class MoELayer(nn.Module):
     "A router and its experts in the place of a feed-forward network."
-    _notes = None # where `noted` wants what the router decides
+    _notes = None # a list, where somebody wants to know what was decided: see `noted`
     def __init__(self,
         spec:MoESpec,                              # the budget
         router:nn.Module,                          # hidden states to `Routing`
