@@ -1,5 +1,9 @@
 "What several test files use."
+import os
 import pytest
+
+# two workers run side by side (pyproject.toml): with a thread each, or the threads of one would wait for those of the other
+for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')
 
 def write_texts(folder):
     "A user's folder: two subfolders of .txt files"

@@ -191,4 +191,4 @@ def test_an_interrupted_run_goes_on_or_starts_over(texts, tmp_path):
     again = libmoe(*args, tmp_path/'over', '--no-resume', '--json')
     assert 'finished already' in again.stderr and json.loads(again.stdout)['finished'] == results['over']['finished']
     card = (tmp_path/'run'/'model'/'README.md').read_text()
-    for fact in ('| recipe | smoe |', '| steps | 150 |', '| optimizer | AdamW |', '## Evaluation', '| perplexity / all |', '| perplexity / tales |'): assert fact in card, fact
+    for fact in ('| recipe | smoe |', '| steps | 150 |', '| optimizer | AdamW |', '## Evaluation', '| perplexity |', '| perplexity by domain / tales |'): assert fact in card, fact
