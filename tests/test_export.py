@@ -188,7 +188,7 @@ def test_mode_and_generation_config_come_along():
 @pytest.mark.parametrize('b, native, layers', [('qwen3', 'qwen3_moe', [0, 2]), ('qwen2', 'qwen2_moe', [1]), ('deepseek_v3', 'deepseek_v3', [1, 2]), ('glm4_moe', 'glm4_moe', [2])])
 def test_some_layers(b, native, layers):
     recipe = 'smoe' if 'qwen' in b else 'sharede_v3'
-    m = make(b, recipe, layers, num_shared_experts=recipe == 'sharede_v3')
+    m = make(b, recipe, layers, num_shared_experts=int(recipe == 'sharede_v3'))
     made = to_native(m, native)
     back = from_native(made)
     assert close(made(ids()).logits, m(ids()).logits) and back.config.layers == layers and close(back(ids()).logits, m(ids()).logits)
@@ -197,7 +197,7 @@ def test_some_layers(b, native, layers):
                                                     ('qwen3', 'dots1', [0, 1], 'scores are a sigmoid, not a softmax; only the first layers can be dense')])
 def test_some_layers_refused(b, native, layers, why):
     recipe = 'sharede_v3' if b == 'deepseek_v3' else 'smoe'
-    with pytest.raises(ValueError, match=why): to_native(make(b, recipe, layers, num_shared_experts=recipe == 'sharede_v3'), native)
+    with pytest.raises(ValueError, match=why): to_native(make(b, recipe, layers, num_shared_experts=int(recipe == 'sharede_v3')), native)
 
 def test_dense_layers_must_be_of_the_same_kind():
     for why, kw in {'mlp_bias must be False, got True': dict(mlp_bias=True), 'hidden_act must be silu, got gelu': dict(hidden_act='gelu')}.items():
