@@ -73,7 +73,7 @@ def main(args):
         jobs = [subprocess.Popen([*run, '-k', half, *args], cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for half in halves] if not args else \
                [subprocess.Popen([*run, *args], cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)]
         outs = [j.communicate()[0] for j in jobs]
-        for j, out in zip(jobs, outs): print('\n'.join(out.splitlines()[-1:] if j.returncode == 0 else out.splitlines()[-200:]))
-        return max(j.returncode for j in jobs)
+        for j, out in zip(jobs, outs): print('\n'.join(out.splitlines()[-1:] if j.returncode == 0 else [*out.splitlines()[-200:], f'exit status {j.returncode}']))
+        return int(any(j.returncode for j in jobs))
 
 if __name__ == '__main__': sys.exit(main(sys.argv[1:]))
