@@ -981,13 +981,18 @@ def _rows(model):
     except (AttributeError, ValueError): return getattr(config, 'vocab_size', None)
 
 # %% ../../nbs/data/text.ipynb #2b70af68
+def _largest(source):
+    if isinstance(source, (int, np.integer)): return source
+    tokenizer = getattr(source, 'tokenizer', None) or source
+    return largest_id(tokenizer) if hasattr(tokenizer, 'get_vocab') else source.vocab_size - 1
+
 def check_ids(
-    source,     # a tokenizer, a `TextData`, or the largest id that comes from it
+    source,     # a tokenizer, a `TextData`, other data that has a `vocab_size`, or the largest id that comes from it
     model,      # a model, or its configuration
     of=None,    # what to call the tokenizer in the message
 ):
     "Raise ValueError if a token has no row in the model's embedding."
-    largest, rows = source if isinstance(source, (int, np.integer)) else largest_id(getattr(source, 'tokenizer', source)), _rows(model)
+    largest, rows = _largest(source), _rows(model)
     if rows is not None and largest >= rows:
         raise ValueError(f'{of or "tokenizer"} gives token {largest}, but the model knows {rows} tokens: it is the tokenizer of another model')
 
