@@ -154,7 +154,7 @@ def _settings(options, more=()):
 def _check_early(out=None, data=None, device=None, reading=None):
     "Refuse folders, texts and devices that cannot be, before anything heavy is imported"
     reading = reading or {}
-    read_setting('max_bytes', reading.get('max_bytes') or None)
+    if (most := reading.get('max_bytes') or 0) < 0: raise ValueError(f'--max-bytes must be at least 0, got {most}')
     if device is not None: _check_device(device)
     if out is not None:
         from libmoe_nb.reports import _check_writable

@@ -146,7 +146,7 @@ def test_max_bytes_of_evaluate(words, tmp_path):
     res = command('evaluate', box, '--data', words, '--examples', 2, '--max-bytes', 10)
     assert res.exit_code == 2 and 'data' in res.stderr.splitlines()[-1]
     res = command('evaluate', box, '--data', words, '--examples', 2, '--max-bytes', -1)
-    assert res.exit_code == 2 and 'max_bytes=-1' in res.stderr.splitlines()[-1]
+    assert res.exit_code == 2 and '--max-bytes must be at least 0, got -1' in res.stderr.splitlines()[-1]
     assert command('evaluate', box, '--data', words, '--examples', 2, '--max-bytes', 0).exit_code == 0
 
 def test_a_suite_that_is_no_suite(tmp_path):
