@@ -560,7 +560,7 @@ def grouped_mm_kernel(experts, hidden_states, expert_index, weights):
 def _auto_kernel(experts, x):
     dtype = _compute_dtype(x)
     if x.device.type == 'cpu': return 'sorted'
-    if x.device.type != 'cuda' or experts.num_experts <= 8 or dtype not in (torch.float32, torch.bfloat16): return 'loop'
+    if x.device.type != 'cuda' or experts.num_experts <= 8 or dtype != torch.bfloat16: return 'loop'
     return 'grouped_mm' if torch.cuda.get_device_capability(x.device) >= (8, 0) and _fits_grouped_mm(experts, dtype) else 'loop'
 
 # %% ../nbs/experts.ipynb #b5c1d1c6
