@@ -324,3 +324,10 @@ def test_output_size(gated, bias, o):
         for a, b in zip(run(kernel), want): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     f = FeedForward(8, 16, 'silu', gated, bias, output_size=o)
     assert f(x).shape == (40, o)
+
+@pytest.mark.parametrize('N, dtype, capability, kernel', [(66, torch.bfloat16, (9, 0), 'grouped_mm'), (66, torch.bfloat16, (7, 5), 'loop'), (66, torch.float32, (9, 0), 'loop'), (8, torch.bfloat16, (9, 0), 'loop')])
+def test_what_auto_takes_on_a_gpu(N, dtype, capability, kernel, monkeypatch):
+    "Asked of a stand-in, since most machines that run the tests have none"
+    from types import SimpleNamespace
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    assert module._auto_kernel(Experts(N, 64, 64), SimpleNamespace(dtype=dtype, device=torch.device('cuda', 0))) == kernel
