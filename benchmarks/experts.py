@@ -36,7 +36,7 @@ def choices(torch, T, N, K, routing, generator):
 def implementations(shape, dtype, tokens=1.):
     "name -> (module, function of tokens, choices and weights); all but the dense FFN share one set of weights"
     import torch
-    from libmoe_nb.experts import Experts, FeedForward, kernels
+    from libmoe_nb.moe.experts import Experts, FeedForward, kernels
     from transformers.integrations import moe as hf
     d,N,h,K,act,gated,bias,T = shapes[shape]
     dtype = getattr(torch, dtype)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from libmoe_nb.config import MoESpec, get_preset, recipes, write_json
-from libmoe_nb.experts import Experts, FeedForward, kernels
-from libmoe_nb.layers import build_layer
+from libmoe_nb.moe.config import MoESpec, get_preset, recipes, write_json
+from libmoe_nb.moe.experts import Experts, FeedForward, kernels
+from libmoe_nb.moe.layers import build_layer
 
 # name: d, N experts, h, K, activation, gated, bias, T tokens
 shapes = {'paper-0.15b': (512, 66, 128, 8, 'relu', False, False, 65536), 'paper-0.68b': (1024, 66, 256, 8, 'relu', False, False, 32768),
@@ -178,8 +178,8 @@ def matmul_rate(device, n):
 
 def train_row(recipe, preset, data, seconds, device, parts):
     from fastai.basics import CancelFitException
-    from libmoe_nb.models import count_flops, count_parameters, from_scratch
-    from libmoe_nb.training import Callback, evaluate_perplexity, moe_learner
+    from libmoe_nb.models.causal import count_flops, count_parameters, from_scratch
+    from libmoe_nb.training.learner import Callback, evaluate_perplexity, moe_learner
     class Until(Callback):
         "Ends the fit after some seconds; the first three steps are not timed"
         order = 90
@@ -222,7 +222,7 @@ def train(device, args):
 # compile
 
 def plain_row(recipe, preset, data, compiled, seconds, device, batch):
-    from libmoe_nb.models import count_flops, from_scratch
+    from libmoe_nb.models.causal import count_flops, from_scratch
     torch._dynamo.reset()
     reset_peak(device)
     model = from_scratch(recipe, preset, seed=0).to(device).train()

@@ -5,10 +5,10 @@ python benchmarks/recording.py [--preset mini] [--recipes smoe,...] [--batch 8] 
 Medians over repeats of the processor time of this process, which another process on the machine does not lengthen; with --wall, of the time that passes. Target: below 1.05. Beside it an intervention (drop_top1), which computes something, and a trace, which also writes."""
 import argparse, json, statistics, tempfile, time
 import torch
-from libmoe_nb.interventions import drop_top1
-from libmoe_nb.models import from_scratch
-from libmoe_nb.traces import write_trace
-from libmoe_nb.tracing import intervene, record_routing
+from libmoe_nb.analysis.interventions import drop_top1
+from libmoe_nb.models.causal import from_scratch
+from libmoe_nb.analysis.traces import write_trace
+from libmoe_nb.analysis.tracing import intervene, record_routing
 
 
 def timed(f, clock):

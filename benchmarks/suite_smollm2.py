@@ -28,8 +28,8 @@ def rows(label, evaluation):
     return evaluation.results.drop_duplicates('task')[['task', 'metric', 'value', 'stderr', 'n']].assign(model=label)
 
 def small_model(data, steps):
-    from libmoe_nb.models import from_scratch
-    from libmoe_nb.training import moe_learner
+    from libmoe_nb.models.causal import from_scratch
+    from libmoe_nb.training.learner import moe_learner
     learn = moe_learner(from_scratch('smoe', 'mini', seed=0), data, preset='mini', steps=steps, valid_steps=1)
     with learn.no_bar(), learn.no_logging(): learn.fit_cosine(1)
     return learn.model
@@ -39,10 +39,10 @@ def main():
     import transformers
     from transformers import AutoTokenizer
     from libmoe_nb.data.text import text_data
-    from libmoe_nb.evaluation import evaluate
-    from libmoe_nb.suites import make_suite
-    from libmoe_nb.upcycle_run import packaged_model
-    from libmoe_nb.upcycling import load_dense, upcycle
+    from libmoe_nb.evaluation.harness import evaluate
+    from libmoe_nb.evaluation.suites import make_suite
+    from libmoe_nb.experiments.upcycle import packaged_model
+    from libmoe_nb.models.upcycling import load_dense, upcycle
     start = time.time()
     def say(s): print(f'{time.time()-start:5.0f} s  {s}', file=sys.stderr, flush=True)
     data = text_data('sotu,kjv,python', vocab_size=4096, sequence_length=256, max_bytes=4_000_000)

@@ -13,8 +13,8 @@ import typer, typer.core
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
-from .config import did_you_mean, find_device, presets, own_recipes, read_setting, read_settings, settings
-from .config import _budget, _check_device, _check_model, _check_recipe, _named_recipes, _of_layer, _own, _read_intervention, _seed_list
+from .moe.config import did_you_mean, find_device, presets, own_recipes, read_setting, read_settings, settings
+from .moe.config import _budget, _check_device, _check_model, _check_recipe, _named_recipes, _of_layer, _own, _read_intervention, _seed_list
 
 # %% ../nbs/cli.ipynb #43b6252a
 @contextmanager
@@ -157,7 +157,7 @@ def _check_early(out=None, data=None, device=None, reading=None):
     if (most := reading.get('max_bytes') or 0) < 0: raise ValueError(f'--max-bytes must be at least 0, got {most}')
     if device is not None: _check_device(device)
     if out is not None:
-        from libmoe_nb.reports import _check_writable
+        from libmoe_nb.plots.page import _check_writable
         _check_writable(Path(out))
     if data is not None:
         from libmoe_nb.data.text import _find_sources
@@ -214,7 +214,7 @@ _Progress.on_plan, _Progress.on_start, _Progress.on_step = _plan, _start, _step
 
 # %% ../nbs/cli.ipynb #3ce5f9b0
 def _finish(self, name, result, reused):
-    from libmoe_nb.experiments import _outcome
+    from libmoe_nb.experiments.compare import _outcome
     self.done += 1
     if reused: return
     self.trained += 1
@@ -289,7 +289,7 @@ _least = 'experts/token,busiest/mean,tokens/s,time,parameters,mean rank,active,a
 
 def _result_tables(res, width=None):
     "The tables of a `Comparison`: results, and perplexity by domain where it does not fit beside them; strings for what is left out"
-    from libmoe_nb.experiments import _by_domain, _duration, _millions, _number, _perplexity, _score_cells
+    from libmoe_nb.experiments.compare import _by_domain, _duration, _millions, _number, _perplexity, _score_cells
     df, names, width = res.results, res.domain_names, width or _width()
     head = ['', 'recipe', 'parameters', 'active', 'perplexity', *(['accuracy %', 'mean rank'] if res.evaluations else []), 'busiest/mean', 'experts/token', 'tokens/s', 'time']
     rows = [head] + [[str(r['rank']).replace('<NA>', ''), r.title, _millions(r.parameters), _millions(r.active_parameters), _perplexity(r), *_score_cells(r),
@@ -317,13 +317,13 @@ def compare(
     "Train recipes side by side under one budget; print a table and write report.html."
     kw = _settings(dict(options, evaluate=_examples(examples, evaluate)), ('valid_tokens', 'options', 'cache_dir', 'keep_models'))
     _check_training(recipes, options['preset'], _seed_list(seeds), out, log, kw, kw.get('options') or {})
-    from libmoe_nb import experiments
+    from libmoe_nb.experiments import compare as experiments
     with _Progress() as progress: res = experiments.compare(recipes, preset=options['preset'], seeds=seeds, out=out, progress=progress, log=log, **kw)
     if options['as_json']: print(json.dumps(res.to_dict(), indent=1))
     else: _show(res)
 
 def _show(res):
-    from libmoe_nb.experiments import ranking_verdict, recipe_title, verdict
+    from libmoe_nb.experiments.compare import ranking_verdict, recipe_title, verdict
     scores = [ranking_verdict(res.score_tests, names=recipe_title)] if len(res.score_tests) else []
     _print(*_result_tables(res), verdict(res.runs), *scores, '', f"report: {res.out/'report.html'}")
 
@@ -344,19 +344,19 @@ def train(
     "Train one recipe and keep the model."
     kw, out = _settings(dict(options, evaluate=_examples(examples, evaluate)), ('valid_tokens', 'options', 'cache_dir')), out or Path('trained')/recipe
     _check_training([recipe], options['preset'], _seed_list([seed]), out, log, kw, {recipe: kw.get('options') or {}})
-    from libmoe_nb import experiments
-    from libmoe_nb.metrics import _apart
+    from libmoe_nb.experiments import compare as experiments
+    from libmoe_nb.analysis.metrics import _apart
     with _Progress() as progress: res = experiments.train(recipe, preset=options['preset'], out=out, seed=seed, resume=resume, progress=progress, log=log, **kw)
     if options['as_json']: return print(json.dumps(res, indent=1))
     number = experiments._number
     rows = [['validation', 'unigram model', res['title']], *[[d, number(res['unigram']['domains'][d]), number(v)] for d, v in res['domains'].items()],
             [_apart('all', res['domains']), number(res['unigram']['perplexity']), 'diverged' if res['perplexity'] is None else number(res['perplexity'])]]
     tasks = [['task', 'guessing', 'unigram', res['title']], *_task_rows(res['evaluation'])] if 'evaluation' in res else None
-    _print(*_tables(rows, title='perplexity'), *(_tables(tasks, title='accuracy, %') if tasks else []), f"model: {res['model']}", f"load it: AutoModelForCausalLM.from_pretrained({res['model']!r}) after import libmoe_nb.models")
+    _print(*_tables(rows, title='perplexity'), *(_tables(tasks, title='accuracy, %') if tasks else []), f"model: {res['model']}", f"load it: AutoModelForCausalLM.from_pretrained({res['model']!r}) after import libmoe_nb.models.causal")
 
 def _task_rows(evaluation):
     "Accuracy on each task of a suite, beside that of guessing and of a unigram model"
-    from libmoe_nb.experiments import _percent
+    from libmoe_nb.experiments.compare import _percent
     tasks, best = evaluation['suite']['tasks'], {r['task']: r for r in reversed(evaluation['results'])}      # the first metric of a task stands for it
     nan = float('nan')
     return [[n, _percent(t['chance']), _percent(t.get('unigram', nan)), _percent(best[n]['value'], nan if best[n]['stderr'] is None else best[n]['stderr'])] for n, t in tasks.items()]
@@ -386,8 +386,8 @@ def _upcycle_settings(options):
 # %% ../nbs/cli.ipynb #de8fff4a
 def _upcycled_tables(rows):
     "Sizes and speed; perplexity of each domain, before and after"
-    from libmoe_nb.experiments import _millions, _number
-    from libmoe_nb.metrics import _apart
+    from libmoe_nb.experiments.compare import _millions, _number
+    from libmoe_nb.analysis.metrics import _apart
     domains, times = [k.removesuffix(' after') for k in rows[0] if k.endswith(' after')], ('before', 'after')
     sizes = [['model', 'parameters', 'active', 'tokens/s'], *[[r['model'], _millions(r['parameters']), _millions(r['active']), _number(r['tokens_per_second'], 0)] for r in rows]]
     cells = lambda pre: [_number(r[pre + t], 2) for r in rows for t in times]
@@ -436,12 +436,12 @@ def _upcycle(name, out, options):
     _check_model(name), _check_recipe(kw['recipe'])
     if kw['init'] not in _inits: raise ValueError(did_you_mean('init', kw['init'], _inits))
     _check_early(out, kw.get('data'), kw.get('device'), kw['data_options'])
-    from libmoe_nb.upcycle_run import upcycle_and_train
-    from libmoe_nb.config import _plain
+    from libmoe_nb.experiments.upcycle import upcycle_and_train
+    from libmoe_nb.moe.config import _plain
     with _UpcyclingProgress() as progress: table = upcycle_and_train(name, out=out, progress=progress, **kw)
     rows = _plain(table.reset_index().to_dict('records'))
     if options['as_json']: print(json.dumps(dict(results=rows, out=str(out), model=str(out/'model')), indent=1))
-    else: _print(*_upcycled_tables(rows), f"model: {out/'model'}", f"load it: AutoModelForCausalLM.from_pretrained({str(out/'model')!r}) after import libmoe_nb.models")
+    else: _print(*_upcycled_tables(rows), f"model: {out/'model'}", f"load it: AutoModelForCausalLM.from_pretrained({str(out/'model')!r}) after import libmoe_nb.models.causal")
 
 # %% ../nbs/cli.ipynb #45011cbc
 _next = dict(model='loading the model ...', text='reading the text with its tokenizer ...', trace='running the probe set ...', metrics='reading the trace ...',
@@ -479,7 +479,7 @@ def analyze(
     out = out or Path('analysis')/(path.resolve().parent.name if path.name == 'model' else path.name or path.resolve().name)
     read_settings(dict(num_tokens=tokens, batch_size=batch_size, threads=threads) | ({} if sequence_length is None else dict(sequence_length=sequence_length)))
     _check_early(out, data, device, dict(max_bytes=max_bytes, text_field=text_field, domain_field=domain_field))
-    from libmoe_nb import analysis, experiments
+    from libmoe_nb.experiments import inspect as analysis, compare as experiments
     experiments.use_threads(threads)
     res = analysis.analyze(model, data, num_tokens=tokens, out=out, tokenizer=tokenizer, sequence_length=sequence_length, batch_size=batch_size, perturb=perturb, device=device,
                            progress=lambda what: _say(_next[what]), max_bytes=max_bytes or None, text_field=text_field, domain_field=domain_field)
@@ -518,7 +518,7 @@ def evaluate(
         if not f.is_file(): raise ValueError(f'suite {str(f)!r} cannot be read: there is no such file')
     _check_early(out, data, device, dict(max_bytes=max_bytes, text_field=text_field, domain_field=domain_field))
     import torch
-    from libmoe_nb import evaluation
+    from libmoe_nb.evaluation import harness as evaluation
     if threads: torch.set_num_threads(threads)
     if device is not None: find_device(device)
     res = evaluation.evaluate(model, [*([tasks] if tasks else []), *_suites(suite, data, examples, max_bytes=max_bytes or None, text_field=text_field, domain_field=domain_field)], intervention=intervene, limit=limit, num_fewshot=num_fewshot,
@@ -528,7 +528,7 @@ def evaluate(
 
 def _suites(files, data, examples, **reading):
     if not files and not data: return []
-    from libmoe_nb.suites import Suite, make_suite
+    from libmoe_nb.evaluation.suites import Suite, make_suite
     loaded = [Suite.load(f) for f in files or []]
     if not data: return loaded
     from libmoe_nb.data.text import split_documents
@@ -573,7 +573,7 @@ def _listing():
 # %% ../nbs/cli.ipynb #41144901
 def _list_tables(d, width=None):
     "What `_listing` returns, as tables"
-    from libmoe_nb.reports import _millions
+    from libmoe_nb.plots.page import _millions
     layer = lambda p: f"{p['num_experts']} / {p['top_k']} / {p['num_shared_experts']}"
     size = lambda s: f"{_millions(s['total'])} / {_millions(s['active'])}"
     presets = [['preset', 'layers', 'd', 'N / K / shared', 'expert', 'vocabulary', 'sequence', 'batch', 'steps'],
@@ -599,9 +599,9 @@ def report(
     as_json: Annotated[bool, _option('Print the result as JSON.', '--json')] = False,
 ):
     "Make table and report.html again from the finished runs of a folder."
-    from libmoe_nb.reports import _check_is_folder
+    from libmoe_nb.plots.page import _check_is_folder
     _check_is_folder(out)
-    from libmoe_nb.experiments import read_comparison
+    from libmoe_nb.experiments.compare import read_comparison
     (res := read_comparison(out)).save()
     if as_json: print(json.dumps(res.to_dict(), indent=1))
     else: _show(res)

@@ -52,7 +52,7 @@ def test_train_leaves_a_model(texts, tmp_path):
     assert res.exit_code == 0, res.stderr
     result = json.loads(res.stdout)
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    import libmoe_nb.models  # noqa: F401  (registers the architecture)
+    import libmoe_nb.models.causal  # noqa: F401  (registers the architecture)
     model, tok = AutoModelForCausalLM.from_pretrained(result['model']), AutoTokenizer.from_pretrained(result['model'])
     out = model.generate(**tok('the tales of', return_tensors='pt', return_token_type_ids=False), max_new_tokens=5, do_sample=False)
     assert out.shape[1] > 5 and tok.decode(out[0])

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 from libmoe_nb import cli
-from libmoe_nb.adapters import tiny_moe
-from libmoe_nb.analysis import load_subject
+from libmoe_nb.analysis.adapters import tiny_moe
+from libmoe_nb.experiments.inspect import load_subject
 from libmoe_nb.data.text import text_data
-from libmoe_nb.models import MoECausalLMOutput, from_scratch
+from libmoe_nb.models.causal import MoECausalLMOutput, from_scratch
 
 # one cache, two names: `past_key_values` until transformers 5.23, `cache` from 5.24 on
 
@@ -147,8 +147,8 @@ def test_our_own_warnings_do_reach_a_user(capsys):
              "logging.getLogger(__name__).warning('logged')\n", dict(__name__=where))
     with warnings.catch_warnings(record=True) as others:
         warnings.simplefilter('always')
-        with cli._only_ours(): run('libmoe_nb.training'); run('pandas.io')
-        assert capsys.readouterr().err.splitlines() == ['warning: libmoe_nb.training 1', 'warning: libmoe_nb.training 2'] and not others
+        with cli._only_ours(): run('libmoe_nb.training.learner'); run('pandas.io')
+        assert capsys.readouterr().err.splitlines() == ['warning: libmoe_nb.training.learner 1', 'warning: libmoe_nb.training.learner 2'] and not others
         warnings.warn('after it, all is as before')
     assert len(others) == 1 and logging.getLogger('pandas.io').isEnabledFor(logging.WARNING)
 

@@ -24,14 +24,21 @@ QUARTO = yaml.safe_load(read('_quarto.yml'))
 PYPROJECT = tomllib.loads(read('pyproject.toml'))
 EXPORT = re.compile(r'^#\s*\|\s*(export|exports|exporti)\b', re.M)
 
-def sidebar(contents, section=None):
-    "(section, title, notebook) of every page in the sidebar, in reading order"
+def sidebar(contents, sections=()):
+    "(sections, title, notebook) of every page in the sidebar, in reading order"
     for entry in contents:
-        if 'section' in entry: yield from sidebar(entry['contents'], entry['section'])
-        else: yield section, entry['text'], entry['href']
+        if 'section' in entry: yield from sidebar(entry['contents'], (*sections, entry['section']))
+        else: yield sections, entry['text'], entry['href']
 
 PAGES = list(sidebar(QUARTO['website']['sidebar']['contents']))
-MODULES = [title for section, title, _ in PAGES if section == 'Library']
+DEFAULT_EXP = re.compile(r'^#\| *default_exp +(\S+)', re.M)
+
+def module_of(notebook):
+    "The module that a notebook exports to; None for a page without one"
+    found = [m[1] for c in cells(NBS/notebook) if c['cell_type'] == 'code' and (m := DEFAULT_EXP.search(source(c)))]
+    return found[0] if found else None
+
+MODULES = [module_of(href) for sections, _, href in PAGES if sections[:1] == ('Library',) and module_of(href)]
 
 def module_path(name): return ROOT/'libmoe_nb'/(name.replace('.', '/') + '.py')
 
@@ -54,28 +61,42 @@ def python(code): return subprocess.run([sys.executable, '-W', 'ignore', '-c', c
 
 HEAVY = ['torch', 'transformers', 'fastai', 'datasets', 'lm_eval', 'matplotlib', 'pandas', 'tokenizers', 'accelerate', 'rich']
 
-@pytest.mark.parametrize('module, allowed', [('libmoe_nb', []), ('libmoe_nb.config', []), ('libmoe_nb.cli', ['rich']),
-                                             ('libmoe_nb.tracing, libmoe_nb.layers', ['torch'])])
+@pytest.mark.parametrize('module, allowed', [('libmoe_nb', []), ('libmoe_nb.moe.config', []), ('libmoe_nb.cli', ['rich']),
+                                             ('libmoe_nb.analysis.tracing, libmoe_nb.moe.layers', ['torch'])])
 def test_light_imports(module, allowed):
     loaded = set(python(f'import sys, {module}; print(*sys.modules)').split())
     assert not loaded & set(HEAVY) - set(allowed)
 
 @pytest.mark.parametrize('name', MODULES)
 def test_imports_go_one_way(name):
+    "At the top of a file and inside functions alike, in the order of the sidebar"
     later = MODULES[MODULES.index(name)+1:]
-    assert not [m for m in later if f'libmoe_nb.{m}' in imported(name, top=True)], f'{name} imports a module that comes after it'
+    assert not [m for m in later if f'libmoe_nb.{m}' in imported(name)], f'{name} imports a module that comes after it'
 
-ONLY_IN = dict(fastai={'training', 'experiments'}, lm_eval={'evaluation'}, matplotlib={'plots'},
-               transformers={'adapters', *MODULES[MODULES.index('upcycling'):]}, datasets={'data.text', 'evaluation'}, typer={'cli'})
+@pytest.mark.parametrize('name', MODULES)
+def test_private_names_stay_at_home(name):
+    tree = ast.parse(module_path(name).read_text(encoding='utf-8'))
+    ours = {a.asname or a.name.split('.')[-1] for n in ast.walk(tree) if is_import(n) for a in n.names
+            if isinstance(n, ast.Import) and a.name.startswith('libmoe_nb') or isinstance(n, ast.ImportFrom) and (n.level or n.module.startswith('libmoe_nb'))}
+    taken = {i for i in imported(name) if i.startswith('libmoe_nb.') and re.match('_[^_]', i.rsplit('.', 1)[1])}
+    reached = {f'{n.value.id}.{n.attr}' for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in ours and re.match('_[^_]', n.attr)}
+    assert not taken | reached
+
+def test_modules_lie_where_their_notebooks_lie():
+    for href in (href for sections, _, href in PAGES if sections[:1] == ('Library',)):
+        if module_of(href): assert module_of(href).replace('.', '/') + '.ipynb' == href
+
+ONLY_IN = dict(fastai={'training', 'experiments'}, lm_eval={'evaluation.harness'}, matplotlib={'plots'}, typer={'cli'}, datasets={'data', 'evaluation'},
+               transformers={'models', 'analysis', 'training', 'evaluation', 'experiments', 'cli'})
 
 @pytest.mark.parametrize('library', ONLY_IN)
 def test_libraries_stay_in_their_place(library):
     users = {m for m in MODULES if any(i.split('.')[0] == library for i in imported(m))}
-    assert users <= ONLY_IN[library]
+    assert {m for m in users if m not in ONLY_IN[library] and m.split('.')[0] not in ONLY_IN[library]} == set()
 
 def test_every_module_is_in_the_sidebar():
     there = {str(p.relative_to(ROOT/'libmoe_nb').with_suffix('')).replace(os.sep, '.') for p in (ROOT/'libmoe_nb').rglob('*.py') if p.name[0] != '_'}
-    assert there == set(MODULES)
+    assert there == set(MODULES) and len(MODULES) == len(there)
 
 # metadata
 

@@ -7,15 +7,16 @@ from hypothesis import given, settings as how, strategies as st
 from typer.testing import CliRunner
 
 from conftest import write_texts
-from libmoe_nb import cli, config
+from libmoe_nb.moe import config
+from libmoe_nb import cli
 from libmoe_nb.cli import app
-from libmoe_nb.config import MoESpec, Preset, get_preset, presets, read_setting, recipes, settings
+from libmoe_nb.moe.config import MoESpec, Preset, get_preset, presets, read_setting, recipes, settings
 from libmoe_nb.data.text import text_data
-from libmoe_nb.experiments import compare, use_threads
-from libmoe_nb.layers import build_layer, recipe_options
-from libmoe_nb.models import MoEConfig, count_parameters, from_scratch
-from libmoe_nb.training import moe_learner
-from libmoe_nb.upcycling import initialisations, upcycle
+from libmoe_nb.experiments.compare import compare, use_threads
+from libmoe_nb.moe.layers import build_layer, recipe_options
+from libmoe_nb.models.causal import MoEConfig, count_parameters, from_scratch
+from libmoe_nb.training.learner import moe_learner
+from libmoe_nb.models.upcycling import initialisations, upcycle
 
 LAYER = [f.name for f in dataclasses.fields(MoESpec)]
 MODEL = [f.name for f in dataclasses.fields(Preset)]
@@ -122,9 +123,9 @@ def test_what_was_saved(tmp_path):
 # what is known before torch is
 
 def test_lists_that_are_written_twice():
-    from libmoe_nb.experts import _activations
-    from libmoe_nb.evaluation import _makers
-    from libmoe_nb.loggers import trackers
+    from libmoe_nb.moe.experts import _activations
+    from libmoe_nb.evaluation.harness import _makers
+    from libmoe_nb.training.trackers import trackers
     assert {n: r.title for n, r in recipes.items() if n in config.own_recipes} == config.own_recipes
     for n in _activations: assert read_setting('hidden_act', n) == n
     for n in ('copy', 'drop', 'split', 'virtual_group', 'random', 'shared_only'): assert n in initialisations and n in cli._inits

@@ -8,17 +8,17 @@ from typer.testing import CliRunner
 from test_suites import PROSE
 
 from libmoe_nb import cli
-from libmoe_nb.analysis import analyze
+from libmoe_nb.experiments.inspect import analyze
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
-from libmoe_nb.evaluation import evaluate
-from libmoe_nb.experiments import compare, read_comparison, train, verdict
-from libmoe_nb.interventions import next_ranked
-from libmoe_nb.metrics import *
-from libmoe_nb.plots import *
-from libmoe_nb.plots import plt
-from libmoe_nb.suites import make_suite
-from libmoe_nb.traces import make_trace
+from libmoe_nb.evaluation.harness import evaluate
+from libmoe_nb.experiments.compare import compare, read_comparison, train, verdict
+from libmoe_nb.analysis.interventions import next_ranked
+from libmoe_nb.analysis.metrics import *
+from libmoe_nb.plots.figures import *
+from libmoe_nb.plots.figures import plt
+from libmoe_nb.evaluation.suites import make_suite
+from libmoe_nb.analysis.traces import make_trace
 
 NAMES = ['all', 'std', 'mean', 'perplexity', 'perplexity_std', 'recipe', 'seed', 'rank', 'unknown', 'nan', '1', '_hidden', 'with space', 'a/b', 'größe', '日本', '$x$ & <b>']
 SMALL = dict(steps=6, hidden_size=32, batch_size=4, warmup_steps=1, progress=None)
@@ -129,8 +129,8 @@ def test_one_diverged_recipe_among_others(named, tmp_path):
     assert '1 of 2 diverged' in render(cli._result_tables(res, 100))
 
 def test_next_ranked_of_scores_that_are_no_numbers():
-    from libmoe_nb.config import MoESpec
-    from libmoe_nb.layers import build_layer
+    from libmoe_nb.moe.config import MoESpec
+    from libmoe_nb.moe.layers import build_layer
     r = build_layer(MoESpec(hidden_size=16, num_experts=6, top_k=3, moe_intermediate_size=8)).router(torch.randn(2, 5, 16))
     new = next_ranked(r.replace(scores=torch.full_like(r.scores, math.nan)), 3)
     assert all(len({*a, *b}) == 6 for a, b in zip(new.tolist(), r.top_k_index.tolist()))
