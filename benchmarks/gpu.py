@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from libmoe_nb.moe.config import MoESpec, get_preset, recipes, write_json
+from libmoe_nb.core.files import write_json
+from libmoe_nb.moe.config import MoESpec, get_preset, recipes
 from libmoe_nb.moe.experts import Experts, FeedForward, kernels
 from libmoe_nb.moe.layers import build_layer
 

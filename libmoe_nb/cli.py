@@ -13,8 +13,14 @@ import typer, typer.core
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
-from .moe.config import did_you_mean, find_device, presets, own_recipes, read_setting, read_settings, settings
-from .moe.config import _budget, _check_device, _check_model, _check_recipe, _named_recipes, _of_layer, _own, _read_intervention, _seed_list
+from .core.errors import did_you_mean
+from .core.machine import find_device
+from .core.settings import read_setting, read_settings, settings
+from .moe.config import presets, own_recipes
+from .core.machine import check_device
+from .core.settings import seed_list
+from .moe.config import (apply_overrides, check_model_name, check_recipe, named_recipes, spec_fields,
+                                  preset_fields, read_intervention)
 
 # %% ../nbs/cli.ipynb #43b6252a
 @contextmanager
@@ -141,7 +147,7 @@ def _settings(options, more=()):
     "Options of the command line as keywords of `compare` and `train`; `more` can be set, too"
     res = {k: v for k, v in options.items() if k not in ('set', 'as_json', 'preset', 'max_bytes')}
     res = {k: v if v is None or k == 'valid_tokens' or k not in settings else read_setting(k, v) for k, v in res.items()}
-    known = [*_own, *_of_layer, *more, *res]
+    known = [*preset_fields, *spec_fields, *more, *res]
     for s in options.get('set') or []:
         name, eq, value = s.partition('=')
         if not eq: raise ValueError(f'--set must be NAME=VALUE, got {s!r}')
@@ -155,20 +161,20 @@ def _check_early(out=None, data=None, device=None, reading=None):
     "Refuse folders, texts and devices that cannot be, before anything heavy is imported"
     reading = reading or {}
     if (most := reading.get('max_bytes') or 0) < 0: raise ValueError(f'--max-bytes must be at least 0, got {most}')
-    if device is not None: _check_device(device)
+    if device is not None: check_device(device)
     if out is not None:
-        from libmoe_nb.plots.page import _check_writable
-        _check_writable(Path(out))
+        from libmoe_nb.core.files import check_writable
+        check_writable(Path(out))
     if data is not None:
-        from libmoe_nb.data.text import _find_sources
-        _find_sources(data, **{k: v for k, v in reading.items() if k in ('text_field', 'domain_field')})
+        from libmoe_nb.data.text import find_sources
+        find_sources(data, **{k: v for k, v in reading.items() if k in ('text_field', 'domain_field')})
 
 _logs = 'tensorboard', 'trackio', 'wandb'
 
 def _check_training(recipes, preset, seeds, out, log, kw, options):
     "`_check_early` for what trains recipes"
     if log is not None and log not in _logs: raise ValueError(did_you_mean('tracker', log, _logs))
-    _named_recipes(recipes, *_budget(preset, {k: v for k, v in kw.items() if k in _own + _of_layer}), options)
+    named_recipes(recipes, *apply_overrides(preset, {k: v for k, v in kw.items() if k in preset_fields + spec_fields}), options)
     _check_early(out, kw.get('data'), kw.get('device'), kw)
 
 def _examples(examples, evaluate): return read_setting('examples', examples) if examples is not None else evaluate or None
@@ -289,12 +295,13 @@ _least = 'experts/token,busiest/mean,tokens/s,time,parameters,mean rank,active,a
 
 def _result_tables(res, width=None):
     "The tables of a `Comparison`: results, and perplexity by domain where it does not fit beside them; strings for what is left out"
-    from libmoe_nb.experiments.compare import _by_domain, _duration, _millions, _number, _perplexity, _score_cells
+    from libmoe_nb.core.words import format_duration, format_millions, format_number
+    from libmoe_nb.experiments.compare import _by_domain, _perplexity, _score_cells
     df, names, width = res.results, res.domain_names, width or _width()
     head = ['', 'recipe', 'parameters', 'active', 'perplexity', *(['accuracy %', 'mean rank'] if res.evaluations else []), 'busiest/mean', 'experts/token', 'tokens/s', 'time']
-    rows = [head] + [[str(r['rank']).replace('<NA>', ''), r.title, _millions(r.parameters), _millions(r.active_parameters), _perplexity(r), *_score_cells(r),
-                      _number(r.load_max_mean, 2), _number(r.experts_per_token, 2), _number(r.tokens_per_second, 0), _duration(r.seconds)] for _, r in df.iterrows()]
-    domains = [names, *[list(map(_number, v)) for v in _by_domain(res).values.tolist()]]
+    rows = [head] + [[str(r['rank']).replace('<NA>', ''), r.title, format_millions(r.parameters), format_millions(r.active_parameters), _perplexity(r), *_score_cells(r),
+                      format_number(r.load_max_mean, 2), format_number(r.experts_per_token, 2), format_number(r.tokens_per_second, 0), format_duration(r.seconds)] for _, r in df.iterrows()]
+    domains = [names, *[list(map(format_number, v)) for v in _by_domain(res).values.tolist()]]
     whole = [[*r[:5], *d, *r[5:]] for r, d in zip(rows, domains)]
     if len(names) <= 6 and _fits(t := _table(whole, 2), width): return [t]
     rows, gone = _narrowed(rows, _least, width)
@@ -316,14 +323,16 @@ def compare(
 ):
     "Train recipes side by side under one budget; print a table and write report.html."
     kw = _settings(dict(options, evaluate=_examples(examples, evaluate)), ('valid_tokens', 'options', 'cache_dir', 'keep_models'))
-    _check_training(recipes, options['preset'], _seed_list(seeds), out, log, kw, kw.get('options') or {})
+    _check_training(recipes, options['preset'], seed_list(seeds), out, log, kw, kw.get('options') or {})
     from libmoe_nb.experiments import compare as experiments
     with _Progress() as progress: res = experiments.compare(recipes, preset=options['preset'], seeds=seeds, out=out, progress=progress, log=log, **kw)
     if options['as_json']: print(json.dumps(res.to_dict(), indent=1))
     else: _show(res)
 
 def _show(res):
-    from libmoe_nb.experiments.compare import ranking_verdict, recipe_title, verdict
+    from libmoe_nb.evaluation.ranking import ranking_verdict
+    from libmoe_nb.experiments.compare import verdict
+    from libmoe_nb.plots.figures import recipe_title
     scores = [ranking_verdict(res.score_tests, names=recipe_title)] if len(res.score_tests) else []
     _print(*_result_tables(res), verdict(res.runs), *scores, '', f"report: {res.out/'report.html'}")
 
@@ -343,7 +352,7 @@ def train(
 ):
     "Train one recipe and keep the model."
     kw, out = _settings(dict(options, evaluate=_examples(examples, evaluate)), ('valid_tokens', 'options', 'cache_dir')), out or Path('trained')/recipe
-    _check_training([recipe], options['preset'], _seed_list([seed]), out, log, kw, {recipe: kw.get('options') or {}})
+    _check_training([recipe], options['preset'], seed_list([seed]), out, log, kw, {recipe: kw.get('options') or {}})
     from libmoe_nb.experiments import compare as experiments
     from libmoe_nb.analysis.metrics import _apart
     with _Progress() as progress: res = experiments.train(recipe, preset=options['preset'], out=out, seed=seed, resume=resume, progress=progress, log=log, **kw)
@@ -356,10 +365,10 @@ def train(
 
 def _task_rows(evaluation):
     "Accuracy on each task of a suite, beside that of guessing and of a unigram model"
-    from libmoe_nb.experiments.compare import _percent
+    from libmoe_nb.core.words import format_percent
     tasks, best = evaluation['suite']['tasks'], {r['task']: r for r in reversed(evaluation['results'])}      # the first metric of a task stands for it
     nan = float('nan')
-    return [[n, _percent(t['chance']), _percent(t.get('unigram', nan)), _percent(best[n]['value'], nan if best[n]['stderr'] is None else best[n]['stderr'])] for n, t in tasks.items()]
+    return [[n, format_percent(t['chance']), format_percent(t.get('unigram', nan)), format_percent(best[n]['value'], nan if best[n]['stderr'] is None else best[n]['stderr'])] for n, t in tasks.items()]
 
 # %% ../nbs/cli.ipynb #b76ea40f
 class _UpcyclingProgress(_Progress):
@@ -386,11 +395,11 @@ def _upcycle_settings(options):
 # %% ../nbs/cli.ipynb #de8fff4a
 def _upcycled_tables(rows):
     "Sizes and speed; perplexity of each domain, before and after"
-    from libmoe_nb.experiments.compare import _millions, _number
+    from libmoe_nb.core.words import format_millions, format_number
     from libmoe_nb.analysis.metrics import _apart
     domains, times = [k.removesuffix(' after') for k in rows[0] if k.endswith(' after')], ('before', 'after')
-    sizes = [['model', 'parameters', 'active', 'tokens/s'], *[[r['model'], _millions(r['parameters']), _millions(r['active']), _number(r['tokens_per_second'], 0)] for r in rows]]
-    cells = lambda pre: [_number(r[pre + t], 2) for r in rows for t in times]
+    sizes = [['model', 'parameters', 'active', 'tokens/s'], *[[r['model'], format_millions(r['parameters']), format_millions(r['active']), format_number(r['tokens_per_second'], 0)] for r in rows]]
+    cells = lambda pre: [format_number(r[pre + t], 2) for r in rows for t in times]
     perplexity = [['perplexity', *[f"{r['model']} {t}" for r in rows for t in times]], *[[d, *cells(f'{d} ')] for d in domains], [_apart('all', domains), *cells('')]]
     return *_tables(sizes), *_tables(perplexity)
 
@@ -433,13 +442,13 @@ def upcycle(
 # %% ../nbs/cli.ipynb #a05d56df
 def _upcycle(name, out, options):
     kw, out = _upcycle_settings(options), out or Path('upcycled')/f"{Path(name).name}-{options['recipe']}"
-    _check_model(name), _check_recipe(kw['recipe'])
+    check_model_name(name), check_recipe(kw['recipe'])
     if kw['init'] not in _inits: raise ValueError(did_you_mean('init', kw['init'], _inits))
     _check_early(out, kw.get('data'), kw.get('device'), kw['data_options'])
     from libmoe_nb.experiments.upcycle import upcycle_and_train
-    from libmoe_nb.moe.config import _plain
+    from libmoe_nb.core.files import jsonable
     with _UpcyclingProgress() as progress: table = upcycle_and_train(name, out=out, progress=progress, **kw)
-    rows = _plain(table.reset_index().to_dict('records'))
+    rows = jsonable(table.reset_index().to_dict('records'))
     if options['as_json']: print(json.dumps(dict(results=rows, out=str(out), model=str(out/'model')), indent=1))
     else: _print(*_upcycled_tables(rows), f"model: {out/'model'}", f"load it: AutoModelForCausalLM.from_pretrained({str(out/'model')!r}) after import libmoe_nb.models.causal")
 
@@ -474,7 +483,7 @@ def analyze(
     as_json: Annotated[bool, _option('Print the result as JSON.', '--json')] = False,
 ):
     "Look inside a mixture of experts: every metric beside what chance gives; writes a report."
-    _check_model(model)
+    check_model_name(model)
     path = Path(model)
     out = out or Path('analysis')/(path.resolve().parent.name if path.name == 'model' else path.name or path.resolve().name)
     read_settings(dict(num_tokens=tokens, batch_size=batch_size, threads=threads) | ({} if sequence_length is None else dict(sequence_length=sequence_length)))
@@ -511,9 +520,9 @@ def evaluate(
     "Zero-shot scores of a model, as it is and under interventions on its routers."
     if not (tasks or suite or data): raise ValueError('give --tasks, --suite or --data, or several of them')
     if batch_size != 'auto' and not (batch_size.isascii() and batch_size.isdigit()): raise ValueError(f"--batch-size must be 'auto' or a number, got '{batch_size}'")
-    _check_model(model)
+    check_model_name(model)
     read_settings(dict(examples=examples, limit=limit, num_fewshot=num_fewshot, seed=seed, threads=threads) | ({} if batch_size == 'auto' else dict(batch_size=batch_size)))
-    for s in intervene or []: _read_intervention(s)
+    for s in intervene or []: read_intervention(s)
     for f in suite or []:
         if not f.is_file(): raise ValueError(f'suite {str(f)!r} cannot be read: there is no such file')
     _check_early(out, data, device, dict(max_bytes=max_bytes, text_field=text_field, domain_field=domain_field))
@@ -573,9 +582,9 @@ def _listing():
 # %% ../nbs/cli.ipynb #41144901
 def _list_tables(d, width=None):
     "What `_listing` returns, as tables"
-    from libmoe_nb.plots.page import _millions
+    from libmoe_nb.core.words import format_millions
     layer = lambda p: f"{p['num_experts']} / {p['top_k']} / {p['num_shared_experts']}"
-    size = lambda s: f"{_millions(s['total'])} / {_millions(s['active'])}"
+    size = lambda s: f"{format_millions(s['total'])} / {format_millions(s['active'])}"
     presets = [['preset', 'layers', 'd', 'N / K / shared', 'expert', 'vocabulary', 'sequence', 'batch', 'steps'],
                *[[p['name'], p['layers'], p['hidden_size'], layer(p), p['moe_intermediate_size'], p['vocab_size'], p['sequence_length'], p['batch_size'], f"{p['steps']:,}"] for p in d['presets']]]
     rows = [['recipe', '', *[p['name'] for p in d['presets']]], *[[r['name'], r['title'], *[size(p['parameters'][r['name']]) for p in d['presets']]] for r in d['recipes']]]
@@ -599,8 +608,8 @@ def report(
     as_json: Annotated[bool, _option('Print the result as JSON.', '--json')] = False,
 ):
     "Make table and report.html again from the finished runs of a folder."
-    from libmoe_nb.plots.page import _check_is_folder
-    _check_is_folder(out)
+    from libmoe_nb.core.files import check_is_folder
+    check_is_folder(out)
     from libmoe_nb.experiments.compare import read_comparison
     (res := read_comparison(out)).save()
     if as_json: print(json.dumps(res.to_dict(), indent=1))

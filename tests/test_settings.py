@@ -10,9 +10,11 @@ from conftest import write_texts
 from libmoe_nb.moe import config
 from libmoe_nb import cli
 from libmoe_nb.cli import app
-from libmoe_nb.moe.config import MoESpec, Preset, get_preset, presets, read_setting, recipes, settings
+from libmoe_nb.core.settings import read_setting, settings
+from libmoe_nb.moe.config import MoESpec, Preset, get_preset, presets, recipes
 from libmoe_nb.data.text import text_data
-from libmoe_nb.experiments.compare import compare, use_threads
+from libmoe_nb.core.machine import use_threads
+from libmoe_nb.experiments.compare import compare
 from libmoe_nb.moe.layers import build_layer, recipe_options
 from libmoe_nb.models.causal import MoEConfig, count_parameters, from_scratch
 from libmoe_nb.training.learner import moe_learner

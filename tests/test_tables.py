@@ -15,8 +15,8 @@ from libmoe_nb.evaluation.harness import evaluate
 from libmoe_nb.experiments.compare import compare, read_comparison, train, verdict
 from libmoe_nb.analysis.interventions import next_ranked
 from libmoe_nb.analysis.metrics import *
+import matplotlib.pyplot as plt
 from libmoe_nb.plots.figures import *
-from libmoe_nb.plots.figures import plt
 from libmoe_nb.evaluation.suites import make_suite
 from libmoe_nb.analysis.traces import make_trace
 

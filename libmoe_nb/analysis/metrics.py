@@ -15,7 +15,8 @@ import math
 from contextlib import ExitStack
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from ..moe.losses import load_balancing_loss
-from .traces import Trace, make_trace, _evaluating, _run
+from .traces import Trace, make_trace, _run
+from ..core.modes import evaluating
 from .tracing import adapter_of, intervene, moe_layers, record_routing
 
 # %% ../../nbs/analysis/metrics.ipynb #eb987abc
@@ -313,7 +314,7 @@ def expert_output_similarity(
     "Mean cosine of the outputs of a token's experts."
     layers, sums = moe_layers(model), {}
     if not layers: raise ValueError(f'model must have mixture-of-experts layers, got {type(model).__name__} with none')
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             for n, (x, r, keep) in _inputs(model, layers, batch, run).items():
                 sums[n] = sums.get(n, 0) + _pair_cosines(adapter_of(layers[n]), layers[n], x[keep], _rows(r, keep))
@@ -355,7 +356,7 @@ def balance_loss(
 )->pd.DataFrame:      # one row for each layer
     "`load_balancing_loss` of each layer, mean over batches."
     losses = {}
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             with record_routing(model) as records: (run or _run)(model, batch)
             for n, (r, *_) in records.items(): losses.setdefault(n, []).append(load_balancing_loss(r, batch.get('attention_mask'), group, over_experts=r.expert_of is not None and r.sign_of is not None).item())
@@ -381,7 +382,7 @@ def routing_perturbation(
 )->pd.DataFrame:     # one row for each intervention, 'none' first
     "Next-token loss, perplexity and accuracy under interventions, and their changes."
     batches, rows = list(batches), []
-    with _evaluating(model):
+    with evaluating(model):
         for name, f in {'none': lambda r: r, **interventions}.items():
             with intervene(model, f, layers): loss, right, n = sum(_next_token(model, b, run) for b in batches)
             rows.append(dict(intervention=name, loss=loss / n, perplexity=math.exp(min(loss / n, 700)), accuracy=right / n, tokens=int(n)))

@@ -8,14 +8,14 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/analysis/traces.html.md"""
 __all__ = ['LayerTrace', 'Trace', 'make_trace', 'probe_batches', 'write_trace', 'read_trace']
 
 # %% ../../nbs/analysis/traces.ipynb #e3ac38a6
-import json, os, struct, tempfile
-import numpy as np, torch
-from contextlib import ExitStack, contextmanager
+import json, os, struct, tempfile, numpy as np, torch
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
-from .tracing import moe_layers, record_routing
 from .interventions import next_ranked
+from .tracing import moe_layers, record_routing
+from ..core.modes import evaluating
 
 # %% ../../nbs/analysis/traces.ipynb #5a838daa
 _FORMAT, _VERSION = 'libmoe-trace', '1'
@@ -164,16 +164,6 @@ def _save(f, spool, arrays, meta):
                 while data := part.read(1 << 20): f.write(data)
 
 # %% ../../nbs/analysis/traces.ipynb #5ea8d51b
-@contextmanager
-def _evaluating(model):
-    "Evaluation mode, and every module's own mode back at the end"
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for m, t in modes: m.training = t
-
 def _run(model, batch):
     "One forward pass"
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
@@ -241,7 +231,7 @@ def write_trace(
     with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as tmp, ExitStack() as stack:
         spool = _Spool(tmp)
         stack.callback(spool.close)
-        with _evaluating(model): facts, T = _collect(model, batches, spool, extra, run or _run)
+        with evaluating(model): facts, T = _collect(model, batches, spool, extra, run or _run)
         if not T: raise ValueError('batches must hold at least one token, got none')
         header, arrays = _describe(facts, T, extra, spool, domains, model_id or type(model).__name__, recipe, info)
         spool.close()

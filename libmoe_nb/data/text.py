@@ -10,9 +10,8 @@ __all__ = ['corpora', 'END_OF_TEXT', 'Document', 'Corpus', 'default_data', 'load
            'unigram_loss']
 
 # %% ../../nbs/data/text.ipynb #18dc4771
-import ast, difflib, gzip, importlib.metadata, importlib.util, json, math, os, re, shutil, socket, sysconfig
-import tempfile, zlib
-import numpy as np
+import ast, difflib, gzip, importlib.metadata, importlib.util, json, math, os, re, shutil, sysconfig, tempfile, zlib
+import numpy as np, bz2, io, lzma, warnings
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,14 +19,10 @@ from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Callable, NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 from fastcore.basics import patch
-
-# %% ../../nbs/data/text.ipynb #e1389eb7
-import bz2, io, lzma, warnings
 from collections import deque
 from types import SimpleNamespace
+from ..core.machine import no_network
 
 # %% ../../nbs/data/text.ipynb #b9a0e21d
 class Document(NamedTuple):
@@ -426,16 +421,10 @@ def _near(name): return ''.join(f'did you mean {n!r}? ' for n in difflib.get_clo
 def _offline_help():
     return f"available without a network: {', '.join(n for n,c in corpora.items() if c.available)}, local files and folders"
 
-def _no_network():
-    "Can the Hub's address not even be looked up? (`datasets` would retry for half a minute)"
-    if getproxies() or os.environ.get('HF_HUB_OFFLINE'): return False
-    try: socket.getaddrinfo(urlsplit(os.environ.get('HF_ENDPOINT', 'https://huggingface.co')).hostname, 443)
-    except OSError: return True
-
 def _hf_rows(spec):
     name, config, split = _parse_hf(spec)
     name, local = (str(_home(name)), True) if _home(name).is_dir() else (name, False)
-    if not local and _no_network():
+    if not local and no_network():
         raise ValueError(f'data={spec!r} is no file, folder or packaged corpus here, and there is no network to fetch it from '
                          f'the Hugging Face Hub (HF_HUB_OFFLINE=1 uses a downloaded copy); {_near(name)}{_offline_help()}')
     import datasets
@@ -472,7 +461,7 @@ def _names(data):
     if isinstance(data, (list, tuple)): return [n for d in data for n in _names(d)]
     raise ValueError(f'data={data!r} is a {type(data).__name__}: expected a name, a path, or a list of them')
 
-def _find_sources(data, **kw):
+def find_sources(data, **kw):
     for n,none in dict(text_field=False, domain_field=True).items():
         if not (isinstance(kw.get(n, ''), str) or none and kw[n] is None):
             raise ValueError(f'{n}={kw[n]!r} is a {type(kw[n]).__name__}: expected the name of a field')
@@ -492,7 +481,7 @@ def load_documents(
     domain_field=None,         # field that holds the domain; None: one domain a source
 ) -> Iterator[Document]:
     "All documents of `data`, read as they are asked for."
-    sources = _find_sources(data, text_field=text_field, domain_field=domain_field)
+    sources = find_sources(data, text_field=text_field, domain_field=domain_field)
     return (d for s in sources for d in s.documents())
 
 # %% ../../nbs/data/text.ipynb #b61bd5f4
@@ -929,7 +918,7 @@ def text_data(
     for name,value,least in [('vocab_size', vocab_size, 1 if tokenizer else 257), ('sequence_length', sequence_length, 1), ('seed', seed, 0)]:
         _check_int(name, value, least)
     _check_split(max_bytes, valid_fraction)
-    sources = _find_sources(data, text_field=text_field, domain_field=domain_field)
+    sources = find_sources(data, text_field=text_field, domain_field=domain_field)
     options = dict(vocab_size=int(vocab_size), seed=int(seed), valid_fraction=float(valid_fraction), max_bytes=max_bytes)
     own = _plain(tokenizer).to_str() if tokenizer else ''
     sampled = ['even'] if max_bytes and any(s.part in ('even', 'files') for s in sources) else []    # earlier versions took the beginning
@@ -954,7 +943,7 @@ def split_documents(
 ):  # lists of `Document`: train, valid
     "The documents of both sides of the split that `text_data` makes, in its order."
     _check_int('seed', seed, 0); _check_split(max_bytes, valid_fraction)
-    sources, told = _find_sources(data, text_field=text_field, domain_field=domain_field), []
+    sources, told = find_sources(data, text_field=text_field, domain_field=domain_field), []
     with tempfile.TemporaryDirectory() as d:
         ends, owners, digests, domains = _spool(sources, max_bytes, path := Path(d)/'spool', told.append)
         text = path.read_bytes()

@@ -8,23 +8,21 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/evaluation/harness.html.md"""
 __all__ = ['tasks_folder', 'cbt_docs', 'Evaluation', 'parse_intervention', 'evaluate', 'lm_eval_command']
 
 # %% ../../nbs/evaluation/harness.ipynb #efb8087f
-import contextlib, copy, functools, io, json, logging, math, os, random, sys
-import numpy as np, pandas as pd, torch
+import contextlib, copy, functools, io, json, logging, math, os, sys, numpy as np, pandas as pd, torch, libmoe_nb
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 from fastcore.basics import patch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-import libmoe_nb
 from ..analysis import interventions
-from ..models import causal as models
-from ..moe.config import did_you_mean, find_device, read_json, read_settings, write_json, write_whole, _plain, _read_intervention
-from ..analysis.traces import _evaluating
 from ..analysis.tracing import intervene, moe_layers
-from ..models.upcycling import _first_line
-
-# %% ../../nbs/evaluation/harness.ipynb #752bbfef
+from ..core.errors import did_you_mean, first_line
+from ..core.files import read_json, write_json, write_atomic, jsonable
+from ..core.machine import find_device
+from ..core.modes import evaluating, seeded
+from ..core.settings import read_settings
 from ..data.text import check_ids
+from ..moe.config import read_intervention
 
 # %% ../../nbs/evaluation/harness.ipynb #5a8a1950
 def _tokens_per_batch(device, vocab_size):
@@ -157,7 +155,7 @@ _formats = 'json csv parquet text arrow'.split()
 
 def _missing(task, path, name, error):
     "One sentence about data that could not be loaded"
-    if path in _formats: return f"task '{task}' reads local files that could not be loaded: {_first_line(error)[:200]}"
+    if path in _formats: return f"task '{task}' reads local files that could not be loaded: {first_line(error)[:200]}"
     of = f"'{path}'" + (f' (configuration {name})' if name else '')
     return (f"task '{task}' needs the data set {of} from the Hugging Face hub, https://huggingface.co/datasets/{path}, which is neither in the local cache nor within reach: "
             f'run the command once with network, or set HF_HOME to a cache that has it')
@@ -368,7 +366,7 @@ def to_dict(self:Evaluation)->dict: # ready for JSON
     "Results, scores, changes and how they were made."
     res = dict(info=self.info, results=self.results.to_dict('records'), scores=self.scores().to_dict('records'))
     if self.results.intervention.nunique() > 1 and len(self.samples): res['score_change'] = self.score_change().to_dict('index')
-    return _plain(res)
+    return jsonable(res)
 
 @patch
 def save(self:Evaluation,
@@ -376,8 +374,8 @@ def save(self:Evaluation,
 )->Path:
     "Write results.json, samples.csv and documents.jsonl."
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    write_whole(folder/'samples.csv', self.samples.to_csv(index=False))
-    write_whole(folder/'documents.jsonl', ''.join(json.dumps(_plain(d), ensure_ascii=False, default=str) + '\n' for d in self.documents))
+    write_atomic(folder/'samples.csv', self.samples.to_csv(index=False))
+    write_atomic(folder/'documents.jsonl', ''.join(json.dumps(jsonable(d), ensure_ascii=False, default=str) + '\n' for d in self.documents))
     write_json(folder/'results.json', self.to_dict())
     return folder
 
@@ -407,7 +405,7 @@ def parse_intervention(
     s:str, # drop_top1, drop_top12, drop_top=N, temperature=TAU, top_k=K, random or random=SEED, ban=EXPERT+EXPERT, force=EXPERT
 ):         # function of `Routing` to `Routing`
     "The intervention that a name stands for."
-    name, value = _read_intervention(s)
+    name, value = read_intervention(s)
     return _makers[name](value)
 
 # %% ../../nbs/evaluation/harness.ipynb #c2e1d69a
@@ -425,16 +423,6 @@ def _named_interventions(wanted):
         if len(set(names)) < len(names): raise ValueError(f'interventions need different names, got {", ".join(names)}: give a dict of name -> function')
         wanted = dict(zip(names, wanted))
     return {'none': None} | {n: parse_intervention(f) if isinstance(f, str) else f for n, f in wanted.items() if n != 'none'}
-
-# %% ../../nbs/evaluation/harness.ipynb #9eb72951
-@contextlib.contextmanager
-def _seeded(seed):
-    "Python's, NumPy's and torch's generators from `seed`, and back"
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
-        try: yield
-        finally: random.setstate(states[0]); np.random.set_state(states[1])
 
 # %% ../../nbs/evaluation/harness.ipynb #cb4ec696
 @contextlib.contextmanager
@@ -479,7 +467,7 @@ def _gather(lm, t, ways, run, seed):
     "The tables of an `Evaluation`: `run(f)` answers all tasks under intervention `f`"
     results, rows, docs = [], [], []
     for way, f in ways.items():
-        with _seeded(seed): answers = run(way, f)
+        with seeded(seed, everything=True): answers = run(way, f)
         for name, task in t.tasks.items():
             for out, new in zip((results, rows, docs), _task_tables(name, task, answers[name], lm, t, seed)): out += [d | dict(intervention=way) for d in new]
     columns = 'task doc metric value group intervention'.split()
@@ -510,7 +498,7 @@ def evaluate(
     limit, num_fewshot, seed = _check(limit, batch_size, num_fewshot, seed)
     if device is not None: device = find_device(device)
     name = _find_model(model) if isinstance(model, (str, Path)) else getattr(model, 'name_or_path', '') or type(model).__name__
-    with _quietly() as err, _seeded(seed):
+    with _quietly() as err, seeded(seed, everything=True):
         t = _load_tasks(_listed(tasks), err if progress else None)
         if isinstance(model, (str, Path)): model, tokenizer = _load_model(name, tokenizer, device)
         _check_experts(model, ways)
@@ -527,7 +515,7 @@ def _evaluate(model, t, ways, tokenizer, batch_size, device, bars, limit, num_fe
             tokenizer = _tokenizer_of(model, tokenizer)
             check_ids(tokenizer, model)
             stack.enter_context(_placed(model, device))
-            stack.enter_context(_evaluating(model))
+            stack.enter_context(evaluating(model))
             lm = _make_lm(model, tokenizer, batch_size, bars)
         def run(way, f):
             if bars and len(ways) > 1: print(f'intervention: {way}', file=bars)

@@ -8,16 +8,16 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/evaluation/suites.html.md"""
 __all__ = ['suite_kinds', 'HeldOut', 'Kind', 'suite_kind', 'SuiteTask', 'Suite', 'make_suite']
 
 # %% ../../nbs/evaluation/suites.ipynb #e10ad0e6
-import bisect, io, json, keyword, math, re, tokenize, unicodedata
-import numpy as np, pandas as pd
-from collections.abc import Callable, Iterator
+import bisect, io, json, keyword, math, re, tokenize, unicodedata, numpy as np, pandas as pd
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from fastcore.basics import patch
-from ..moe.config import did_you_mean, write_whole
+from ..core.errors import did_you_mean
+from ..core.files import write_atomic
 
 # %% ../../nbs/evaluation/suites.ipynb #80a6c32e
 def _rank(*parts)->int:
@@ -659,7 +659,7 @@ def save(self:Suite, path)->Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     tasks = [{k: v for k,v in asdict(t).items() if k != 'docs'} for t in self.tasks.values()]
     lines = [dict(format=_FORMAT, fingerprint=self.fingerprint, options=self.options, missing=self.missing, tasks=tasks), *(dict(task=n) | d for n,t in self.tasks.items() for d in t.docs)]
-    write_whole(path, ''.join(json.dumps(l) + '\n' for l in lines))
+    write_atomic(path, ''.join(json.dumps(l) + '\n' for l in lines))
     return path
 
 @patch(cls_method=True)

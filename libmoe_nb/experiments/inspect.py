@@ -9,24 +9,28 @@ __all__ = ['random_like', 'Subject', 'load_subject', 'measure_trace', 'measure_m
 
 # %% ../../nbs/experiments/inspect.ipynb #0af113d4
 import fastcore.xml as ft, numpy as np, os, pandas as pd, platform, shlex, shutil, tempfile, time, torch
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from fastcore.xml import Safe
 from pathlib import Path
 from .. import __version__
-from ..moe.config import find_device, read_json, read_setting, read_settings, write_json, write_whole, _becoming, _plain
-from ..data.text import TextData, default_data, text_data, _find_sources, _no_network
 from ..analysis.interventions import drop_top1, drop_top12, random_routing, temperature
-from ..analysis.metrics import *
-from ..plots.figures import plot_allocation, plot_by_layer, plot_co_activation, plot_loads, plot_perturbation, plot_similarity, plot_specialisation, token_html
-from ..plots.page import report_facts, report_figure, report_page, report_table
-from ..plots.page import _and, _check_writable, _make_folder, _millions, _number, _plural
-from ..analysis.traces import Trace, make_trace, probe_batches, read_trace, write_trace
+from ..analysis.metrics import (co_activation, dead_experts, domain_specialisation, expert_allocation_entropy,
+                                        expert_output_similarity, expert_parameter_similarity, expert_weight_entropy,
+                                        load_imbalance, router_margin, routing_perturbation, selection_ratio,
+                                        vocabulary_specialisation)
+from ..analysis.traces import Trace, probe_batches, write_trace
 from ..analysis.tracing import adapter_of, intervene, moe_layers, record_routing
-
-# %% ../../nbs/experiments/inspect.ipynb #8240726b
-from ..data.text import check_ids
+from ..core.errors import first_line
+from ..core.files import read_json, write_json, write_atomic, atomic_path, jsonable, check_writable, make_folder
+from ..core.machine import find_device, no_network
+from ..core.modes import quiet_bars
+from ..core.settings import read_setting, read_settings
+from ..core.words import join_words, format_millions, format_number, plural, join_some
+from ..data.text import TextData, default_data, text_data, find_sources, check_ids
+from ..plots.figures import (plot_allocation, plot_by_layer, plot_co_activation, plot_loads, plot_perturbation,
+                                     plot_similarity, plot_specialisation, token_html)
+from ..plots.page import report_facts, report_figure, report_page, report_table
 
 # %% ../../nbs/experiments/inspect.ipynb #ad7f629a
 def random_like(
@@ -59,33 +63,20 @@ def _folder_of(name):
     if (f/'model'/'config.json').is_file(): return f/'model', own
     if 'run' in own: raise ValueError(f'model={str(name)!r} is a run without a model: it is not finished, or was told not to keep its model')
     if runs := sorted(p.parent.parent.name for p in f.glob('*/model/config.json')):
-        raise ValueError(f'model={str(name)!r} holds {_plural(len(runs), "model")}: name one, for instance {f/runs[0]}')
+        raise ValueError(f'model={str(name)!r} holds {plural(len(runs), "model")}: name one, for instance {f/runs[0]}')
     raise ValueError(f'model={str(name)!r} is a folder without a config.json: expected the folder of a model or of a run')
 
-# %% ../../nbs/experiments/inspect.ipynb #4bdca02f
-@contextmanager
-def _quietly():
-    "Without the progress bars of transformers"
-    from transformers.utils import logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try: yield
-    finally:
-        if shown: logging.enable_progress_bar()
-
 # %% ../../nbs/experiments/inspect.ipynb #0c1c92c4
-def _first(e): return ' '.join(str(e).split())[:200] or type(e).__name__
-
 def _is_path(name): return name.startswith(('/', '.', '~')) or name.count('/') > 1
 
 def _pretrained(cls, folder, name, what, **kw):
     "`from_pretrained`, whose errors are one sentence about `name`"
     local, info = Path(folder).is_dir(), dict(output_loading_info=True) if hasattr(cls, '_model_mapping') or hasattr(cls, 'forward') else {}
     try:
-        with _quietly(): made = cls.from_pretrained(folder, local_files_only=local or bool(_no_network()), **info, **kw)
+        with quiet_bars(): made = cls.from_pretrained(folder, local_files_only=local or bool(no_network()), **info, **kw)
     except Exception as e:
-        if local: raise ValueError(f'model={name!r} has no {what} that can be loaded: {_first(e)}') from None
-        raise ValueError(f'model={name!r} is no folder here, and the Hugging Face hub gave no {what} of that name: {_first(e)}') from None
+        if local: raise ValueError(f'model={name!r} has no {what} that can be loaded: {first_line(e, 200)}') from None
+        raise ValueError(f'model={name!r} is no folder here, and the Hugging Face hub gave no {what} of that name: {first_line(e, 200)}') from None
     if not info: return made
     if lost := sorted(made[1]['missing_keys']): raise ValueError(f'model={name!r} lacks {len(lost)} weights that a {type(made[0]).__name__} has, and would be random there: {", ".join(lost[:3])}')
     return made[0]
@@ -177,7 +168,7 @@ def _batches(blocks, batch_size):
 
 def _read_text(data, tokenizer, num_tokens, sequence_length, batch_size, **reading):
     "Batches and names of domains, of any text"
-    sources, streams = _find_sources(data, **reading), {}
+    sources, streams = find_sources(data, **reading), {}
     for s in sources:
         for domain, ids in _stream(s.documents(), tokenizer, -(-num_tokens // len(sources))): streams.setdefault(domain, []).append(ids)
     front, sep = _special(tokenizer)
@@ -367,7 +358,7 @@ def summary(self:Analysis)->pd.DataFrame: # columns metric, value, random, low, 
                  high_layer=d[c].idxmax() if d[c].notna().any() else None, meaning=_meaning[c]) for c in _titles if c in d]
     if (p := self.metrics.get('perturbation')) is not None:
         rows += [dict(metric='perplexity', value=p.perplexity[0], meaning='of the next token, on the probe set')]
-        rows += [dict(metric=f'loss change: {r.intervention}', value=r.loss_change, meaning=f'nats a token; perplexity {_number(r.perplexity)}') for r in p.iloc[1:].itertuples()]
+        rows += [dict(metric=f'loss change: {r.intervention}', value=r.loss_change, meaning=f'nats a token; perplexity {format_number(r.perplexity)}') for r in p.iloc[1:].itertuples()]
     ints = dict.fromkeys(['low_layer', 'high_layer'], 'Int64')
     return pd.DataFrame(rows, columns='metric value random low low_layer high high_layer meaning'.split()).astype(ints)
 
@@ -419,16 +410,16 @@ def analyze(
     _check_sizes(**sizes)
     perturb, reading = read_setting('perturb', perturb), read_settings(reading)
     if device is not None: find_device(device)
-    if data is not None and not isinstance(data, TextData): _find_sources(data, **{k: v for k, v in reading.items() if k in ('text_field', 'domain_field')})
+    if data is not None and not isinstance(data, TextData): find_sources(data, **{k: v for k, v in reading.items() if k in ('text_field', 'domain_field')})
     asked = _asked(model=model, data=data, tokenizer=tokenizer, perturb=perturb, device=device, dtype=dtype, **sizes, **reading)
-    if out is not None: _check_writable(out := Path(out))
+    if out is not None: check_writable(out := Path(out))
     tell('model')
     s = load_subject(model, tokenizer or (data.tokenizer if isinstance(data, TextData) else None), device, dtype)
     if s.tokenizer is None: raise ValueError('tokenizer must be given for a model that is no folder, got None')
     tell('text')
     probe = _make_probe(s, data, num_tokens, sequence_length, batch_size, **reading)
     box = None if out else tempfile.TemporaryDirectory()
-    if out: _make_folder(out)
+    if out: make_folder(out)
     tell('trace')
     trace = write_trace(s.model, probe.batches, (out or Path(box.name))/'trace.safetensors', domains=probe.domains, model_id=s.name, run=_runner(s.model))
     tell('metrics')
@@ -441,8 +432,6 @@ def analyze(
     return res
 
 # %% ../../nbs/experiments/inspect.ipynb #e245dc02
-def _names_of(numbers, most=4): return _and([str(n) for n in numbers[:most]]) + (f' and {len(numbers) - most} more' if len(numbers) > most else '')
-
 @patch
 def findings(self:Analysis)->list: # sentences
     "What stands out."
@@ -450,24 +439,24 @@ def findings(self:Analysis)->list: # sentences
     if d.allocation_entropy.notna().any():
         worst = d.allocation_entropy.idxmin()
         res.append(f'Tokens spread least evenly in layer {worst}: allocation entropy {d.allocation_entropy[worst]:.3f} (random routing {d.allocation_entropy_random[worst]:.3f}), the busiest expert has {d.max_over_mean[worst]:.1f} times the mean load.')
-    if dead.dead.sum(): res.append(f'{dead.dead.sum()} of {_plural(dead.N.sum(), "expert")} got no token of this probe set, in {_layer_list(dead[dead.dead > 0].layer.tolist())}.')
+    if dead.dead.sum(): res.append(f'{dead.dead.sum()} of {plural(dead.N.sum(), "expert")} got no token of this probe set, in {_layer_list(dead[dead.dead > 0].layer.tolist())}.')
     else: res.append('Every expert got tokens.')
     if 'domain_lift' in d:
         sp = self.metrics['domain_specialisation']
         sp = sp[sp.share * sp.tokens >= 20]
         if len(sp): r = sp.loc[sp.lift.idxmax()]; res.append(f'The strongest specialist is expert {r.expert} of layer {r.layer}: chosen {r.lift:.1f} times as often in {r.domain} as overall.')
     p = self.metrics.get('perturbation')
-    if p is not None and len(p) > 1: res.append('Perplexity is ' + _number(p.perplexity[0], 2) + '; ' + ', '.join(f'{r.intervention}: {_number(r.perplexity, 2)}' for r in p.iloc[1:].itertuples()) + '.')
+    if p is not None and len(p) > 1: res.append('Perplexity is ' + format_number(p.perplexity[0], 2) + '; ' + ', '.join(f'{r.intervention}: {format_number(r.perplexity, 2)}' for r in p.iloc[1:].itertuples()) + '.')
     return res
 
-def _layer_list(layers): return f"layer{'s' * (len(layers) != 1)} {_names_of(layers)}"
+def _layer_list(layers): return f"layer{'s' * (len(layers) != 1)} {join_some(layers)}"
 
 # %% ../../nbs/experiments/inspect.ipynb #0ef32c88
 @patch
 def _summary_html(self:Analysis):
     df = self.summary()
     place = lambda v, layer: '' if pd.isna(v) else f'{v:.3f} (layer {layer})'
-    rows = [[r.metric, _number(r.value, 3), _number(r.random, 3), place(r.low, r.low_layer), place(r.high, r.high_layer), ft.Td(r.meaning, cls='l w')] for r in df.itertuples() if not pd.isna(r.low)]
+    rows = [[r.metric, format_number(r.value, 3), format_number(r.random, 3), place(r.low, r.low_layer), place(r.high, r.high_layer), ft.Td(r.meaning, cls='l w')] for r in df.itertuples() if not pd.isna(r.low)]
     table = report_table(['', 'mean over layers', 'random routing', 'lowest', 'highest', ft.Th('what it is', cls='l', style='min-width: 14rem')], rows, cls='wide')
     return ft.Section(ft.H2('In numbers'), ft.Div(*[ft.P(f) for f in self.findings()], cls='verdict'), table)
 
@@ -476,7 +465,7 @@ def _perturbation_html(self:Analysis):
     p = self.metrics.get('perturbation')
     if p is None: return ''
     sign = lambda v: '–' if v != v else f'{v:+.3f}'
-    rows = [[r.intervention, _number(r.loss, 3), sign(r.loss_change), _number(r.perplexity, 2), _number(r.accuracy, 3), sign(r.accuracy_change)] for r in p.itertuples()]
+    rows = [[r.intervention, format_number(r.loss, 3), sign(r.loss_change), format_number(r.perplexity, 2), format_number(r.accuracy, 3), sign(r.accuracy_change)] for r in p.itertuples()]
     note = 'When the routers of all layers decide otherwise: their best one or two experts are replaced by the next in line, scores are sharper (temperature 0.1) or flatter (10), experts are drawn at random.'
     figs = [report_figure(plot_perturbation(p), 'what interventions cost', 'Change of the loss, in nats a token.')] if len(p) > 1 else []
     return ft.Section(ft.H2('Routing otherwise'), ft.P(note, cls='soft'), report_table(['', 'loss', 'change', 'perplexity', 'accuracy', 'change'], rows), *figs)
@@ -500,7 +489,7 @@ def command(self:Analysis)->str: # None if there is none: objects in memory, and
 def _facts_html(self:Analysis):
     i = self.info
     N, K, M = (', '.join(map(str, i[k])) for k in ('num_experts', 'top_k', 'num_choices'))
-    facts = {'model': f"{i['model']} ({i['kind']}, {i['dtype']})", 'parameters': f"{_millions(i['parameters'])}, of which one token uses {_millions(i['active_parameters'])}",
+    facts = {'model': f"{i['model']} ({i['kind']}, {i['dtype']})", 'parameters': f"{format_millions(i['parameters'])}, of which one token uses {format_millions(i['active_parameters'])}",
         'layers': f"{i['layers']} with N = {N} experts" + (f' behind {M} choices' if M != N else '') + f', K = {K} for each token',
         'text': f"{i['data']}: " + '; '.join(f'{d} {n:,} tokens' for d, n in i['domains'].items() if n) + f"; {i['sequence_length']} tokens run together",
         'held out': 'validation documents, which this model was not trained on' if i['held_out'] else 'not known: perplexity is not a score if the model was trained on this text',
@@ -597,7 +586,7 @@ def _text_html(self:Analysis, num_tokens=160):
 def report(self:Analysis)->str: # HTML
     "The analysis as one self-contained page."
     i = self.info
-    lead = f"{_plural(i['layers'], 'layer')} of {_and([str(n) for n in i['num_experts']])} expert{'s' * (i['num_experts'] != [1])}, {_and([str(n) for n in i['top_k']])} for each token, on {_plural(i['tokens'], 'token')} of {_and(self.domain_names[:6])}{' and more' if len(self.domain_names) > 6 else ''}"
+    lead = f"{plural(i['layers'], 'layer')} of {join_words([str(n) for n in i['num_experts']])} expert{'s' * (i['num_experts'] != [1])}, {join_words([str(n) for n in i['top_k']])} for each token, on {plural(i['tokens'], 'token')} of {join_words(self.domain_names[:6])}{' and more' if len(self.domain_names) > 6 else ''}"
     return report_page(f'What the routers of {self.title} do', lead, self._summary_html(), self._facts_html(), self._perturbation_html(), self._depth_html(), self._experts_html(), self._pairs_html(), self._text_html(),
                        footer='Trace and tables lie beside this page; libmoe_nb.analysis.traces.read_trace reads the trace.')
 
@@ -607,18 +596,18 @@ def save(self:Analysis,
     out, # folder
 ):
     "Write the trace, a CSV of each table, summary.csv, by_layer.csv, analysis.json and report.html."
-    _make_folder(out := Path(out))
+    make_folder(out := Path(out))
     if self.trace.path and self.trace.path.resolve() != (out/'trace.safetensors').resolve():
-        with _becoming(out/'trace.safetensors') as tmp: shutil.copy(self.trace.path, tmp)
+        with atomic_path(out/'trace.safetensors') as tmp: shutil.copy(self.trace.path, tmp)
     self.info['out'] = str(out)
-    for n in self.metrics: write_whole(out/f'{n}.csv', self.table(n).to_csv(index=False))
-    write_whole(out/'summary.csv', self.summary().to_csv(index=False))
-    write_whole(out/'by_layer.csv', self.by_layer().to_csv(index=False))
+    for n in self.metrics: write_atomic(out/f'{n}.csv', self.table(n).to_csv(index=False))
+    write_atomic(out/'summary.csv', self.summary().to_csv(index=False))
+    write_atomic(out/'by_layer.csv', self.by_layer().to_csv(index=False))
     write_json(out/'analysis.json', self.to_dict())
-    write_whole(out/'report.html', self.report())
+    write_atomic(out/'report.html', self.report())
 
 @patch
 def to_dict(self:Analysis)->dict: # ready for JSON
     "Summary, findings and what was analysed."
     rows = lambda df: [{k: None if pd.isna(v) else v for k, v in r.items()} for r in df.astype(object).to_dict('records')]
-    return _plain(dict(self.info, command=self.command(), findings=self.findings(), summary=rows(self.summary()), by_layer=rows(self.by_layer())))
+    return jsonable(dict(self.info, command=self.command(), findings=self.findings(), summary=rows(self.summary()), by_layer=rows(self.by_layer())))

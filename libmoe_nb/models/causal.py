@@ -9,23 +9,27 @@ __all__ = ['MoEConfig', 'MoEForCausalLM', 'MoECausalLMOutput', 'from_scratch', '
 
 # %% ../../nbs/models/causal.ipynb #6b56d180
 import copy, dataclasses, inspect, math, os, re, tempfile, torch
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from functools import cache, partial
 from pathlib import Path
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (AutoConfig, AutoModelForCausalLM, GenerationMixin, LlamaConfig, PreTrainedConfig,
+                          PreTrainedModel)
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
-from ..moe.config import MoESpec, Preset, get_preset, get_recipe, did_you_mean, write_whole, _from_saved
+from ..core.errors import did_you_mean
+from ..core.files import write_atomic
+from ..core.modes import seeded
+from .upcycling import find_ffns, moeify, _as_built, _indices, _is_linear, _replaced, _weight
+from ..moe.config import MoESpec, Preset, get_preset, get_recipe, from_saved
 from ..moe.experts import FeedForward
 from ..moe.layers import MoELayer, aux_loss, build_layer, noted, recipe_options, settled
-from .upcycling import find_ffns, moeify, _as_built, _indices, _is_linear, _replaced, _weight
 
 # %% ../../nbs/models/causal.ipynb #701739ee
 class MoEConfig(PreTrainedConfig):
@@ -55,7 +59,7 @@ class MoEConfig(PreTrainedConfig):
 # %% ../../nbs/models/causal.ipynb #700aa02f
 def _plain(spec):
     "A `MoESpec` or its dict as JSON has it"
-    d = (spec if isinstance(spec, MoESpec) else _from_saved(MoESpec, spec, 'MoESpec')).to_dict()
+    d = (spec if isinstance(spec, MoESpec) else from_saved(MoESpec, spec, 'MoESpec')).to_dict()
     return {k: list(v) if isinstance(v, tuple) else v for k, v in d.items()}
 
 # %% ../../nbs/models/causal.ipynb #82eb2338
@@ -426,7 +430,7 @@ def from_scratch(
     base = _llama(p) if base is None else copy.deepcopy(base)
     if vocab_size is not None: base.get_text_config().vocab_size = vocab_size
     config = MoEConfig(base, spec, layers=layers, aux_loss_reduction=p.aux_loss_reduction, depth_scaled_init=p.depth_scaled_init)
-    with _seeded(seed): return MoEForCausalLM(config)
+    with seeded(seed): return MoEForCausalLM(config)
 
 # %% ../../nbs/models/causal.ipynb #e5188c09
 _preset_fields, _spec_fields = ({f.name for f in dataclasses.fields(c)} - {'name', 'recipe', 'options'} for c in (Preset, MoESpec))
@@ -440,16 +444,6 @@ def _budget(recipe, p, base, overrides):
     sizes = {} if base is None else {k: getattr(base.get_text_config(), k) for k in ('hidden_size', 'num_hidden_layers')}
     p = dataclasses.replace(p, **sizes | {k: v for k, v in overrides.items() if k in _preset_fields})
     return p, p.spec(recipe, options=options, **{k: v for k, v in overrides.items() if k in _spec_fields})
-
-# %% ../../nbs/models/causal.ipynb #ddb6edbb
-@contextmanager
-def _seeded(seed):
-    "Draw from a seed, and leave torch's generators as they were"
-    if seed is None: yield; return
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(seed)
-        yield
 
 # %% ../../nbs/models/causal.ipynb #70f0eb10
 def count_parameters(
@@ -570,7 +564,7 @@ def _ours(text): return _card_mark in text
 
 def _write_card(model, folder, **kw):
     path = Path(folder)/'README.md'
-    if not path.exists() or _ours(path.read_text(encoding='utf-8')): write_whole(path, str(model_card(model, **kw)))
+    if not path.exists() or _ours(path.read_text(encoding='utf-8')): write_atomic(path, str(model_card(model, **kw)))
 
 # %% ../../nbs/models/causal.ipynb #e3a2a37e
 _hub_args = 'repo_id private revision create_pr commit_message commit_description'.split()

@@ -13,16 +13,17 @@ import copy, dataclasses, torch
 from dataclasses import dataclass, field
 from torch import nn
 from fastcore.basics import patch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from ..moe.config import MoESpec, recipes, did_you_mean
+from ..analysis.tracing import record_routing
+from ..core.errors import did_you_mean
+from .causal import MoEConfig, MoEForCausalLM
+from .upcycling import find_ffns
+from ..moe.config import MoESpec
 from ..moe.experts import FeedForward
 from ..moe.layers import MoELayer
-from .causal import MoEConfig, MoEForCausalLM
 from ..moe.routers import Router, SigmoidRouter, SoftmaxRouter, tokens_per_expert
-from ..analysis.tracing import record_routing
-from .upcycling import find_ffns
 
 # %% ../../nbs/models/export.ipynb #224f40e9
 @dataclass(frozen=True)

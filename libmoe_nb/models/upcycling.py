@@ -17,8 +17,12 @@ from pathlib import Path
 from types import MethodType
 from torch import nn, Tensor
 from fastcore.basics import patch
-from ..moe.config import MoESpec, did_you_mean, read_setting, read_settings, write_whole
-from ..moe.experts import Experts, FeedForward, activation, ffn, _activations
+from ..core.errors import did_you_mean, first_line
+from ..core.files import write_atomic
+from ..core.modes import seeded
+from ..core.settings import read_setting, read_settings
+from ..moe.config import MoESpec
+from ..moe.experts import FeedForward, activation, ffn, _activations
 from ..moe.layers import MoELayer, build_layer, link_layers, recipe_options, settled
 
 # %% ../../nbs/models/upcycling.ipynb #c7600412
@@ -217,13 +221,11 @@ def _fits(module, family, f=None):
 def _near(a, b, scale, tolerance): return (a - b).abs().max() <= tolerance * scale.abs().max() + 1e-6 * a.abs().max()
 
 # %% ../../nbs/models/upcycling.ipynb #6c4be848
-def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)
-
 def _check_use(name, module, family, f=None):
     "Raise if `module` does not use its parts as `family` says; `f` is what they compute, read off the parts where they stay in place"
     if not family.stays(module): _check_swappable(module, name)
     try: fits = _fits(module, family, f)
-    except Exception as e: raise ValueError(f'layer {name} ({type(module).__name__}) could not be tried out on hidden states [1, 4, d]: {_first_line(e)}') from e
+    except Exception as e: raise ValueError(f'layer {name} ({type(module).__name__}) could not be tried out on hidden states [1, 4, d]: {first_line(e)}') from e
     if fits: return
     also = ', '.join(f'{n} ({c})' for n, c in family.beside(module).items())
     raise ValueError(f"layer {name} ({type(module).__name__}) has the parts of family '{family.name}', but computes something else with them"
@@ -632,7 +634,7 @@ def upcycle(
     ffns = list(find_ffns(model, where).items())
     chosen, decoder = [ffns[i] for i in _indices(layers, len(ffns))], list(find_ffns(model)) if _is_causal_lm(model) else []
     plans, specs = {}, []
-    with _seeded(seed):
+    with seeded(seed):
         for name, module in chosen:
             w = ffn_weights(module, name)
             specs.append(settled(_spec_for(w, name, recipe, num_experts, top_k, init, given)))
@@ -652,10 +654,6 @@ def _swapped_model(model, plan, inplace):
         if isinstance(m, MoELayer): stacks.setdefault(re.split(r'\.\d+\.', path)[0], []).append(m)
     for layers in stacks.values(): link_layers(layers)
     return model
-
-def _seeded(seed):
-    from libmoe_nb.models import causal as models
-    return models._seeded(seed)
 
 # %% ../../nbs/models/upcycling.ipynb #82463258
 def _is_causal_lm(model):
@@ -693,7 +691,7 @@ def _save_upcycled(self, save_directory, is_main_process=True, *args, push_to_hu
     type(self).save_pretrained(self, save_directory, is_main_process, *args, **kwargs | dict(variant='libmoe'))
     if not is_main_process: return
     path = Path(save_directory)/'config.json'
-    write_whole(path, json.dumps(json.loads(path.read_text()) | dict(model_type=f'libmoe_{self.config.model_type}'), indent=2))
+    write_atomic(path, json.dumps(json.loads(path.read_text()) | dict(model_type=f'libmoe_{self.config.model_type}'), indent=2))
 _save_upcycled.__name__ = 'save_pretrained' # by which pickle finds it
 
 # %% ../../nbs/models/upcycling.ipynb #a33d4b63
@@ -752,7 +750,7 @@ def _config_of(folder, name=None):
     "The configuration of a model, which errors call `name`"
     import transformers, libmoe_nb.models.causal
     try: return transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as e: raise ValueError(f'model must be the name or folder of a model of transformers, got {str(name or folder)!r}: {_first_line(e)}') from e
+    except (OSError, ValueError) as e: raise ValueError(f'model must be the name or folder of a model of transformers, got {str(name or folder)!r}: {first_line(e)}') from e
 
 # %% ../../nbs/models/upcycling.ipynb #28169957
 def load_dense(

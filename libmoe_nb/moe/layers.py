@@ -16,7 +16,8 @@ from functools import partial
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import nn, Tensor
-from .config import MoESpec, recipe, get_recipe, did_you_mean
+from ..core.errors import did_you_mean
+from .config import MoESpec, recipe, get_recipe
 from .routers import Router, SoftmaxRouter, SigmoidRouter, CosineRouter, TernaryRouter, ResidualRouter
 from .experts import Experts, FeedForward, ZeroComputationExperts
 from .losses import load_balancing_loss, router_z_loss, null_reward

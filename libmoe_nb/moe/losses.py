@@ -10,6 +10,7 @@ __all__ = ['load_balancing_loss', 'router_z_loss', 'null_reward']
 # %% ../../nbs/moe/losses.ipynb #eeadd7e7
 import torch
 from torch import Tensor
+from ..core.ranks import mean_over_ranks, sum_over_ranks, world_size
 from .routers import Routing
 
 # %% ../../nbs/moe/losses.ipynb #f74236d0
@@ -47,22 +48,15 @@ def _units(routing:Routing, over_experts:bool):
     return s.new_zeros(s.shape[0], N + 1).index_add(1, of, s)[:, :N], of[i], N
 
 # %% ../../nbs/moe/losses.ipynb #ccec63a7
-def _distributed(): return torch.distributed.is_available() and torch.distributed.is_initialized()
-
 def _over_ranks(counts, n):
     "Counts summed over all ranks, real tokens averaged"
-    if not _distributed(): return counts, n
-    both = torch.cat([counts, n], -1)
-    torch.distributed.all_reduce(both)
-    return both[:, :-1], both[:, -1:] / torch.distributed.get_world_size()
+    both = sum_over_ranks(torch.cat([counts, n], -1))
+    return both[:, :-1], both[:, -1:] / world_size()
 
 def _share(shares, group='micro_batch'):
     "Share of a micro-batch in its step; of the micro-batches of all ranks, each rank's part, for the global batch"
     share = shares[1].sum()
-    if group == 'global_batch' and _distributed():
-        torch.distributed.all_reduce(share := share.clone())
-        share = share / torch.distributed.get_world_size()
-    return share
+    return mean_over_ranks(share) if group == 'global_batch' else share
 
 # %% ../../nbs/moe/losses.ipynb #c25af223
 def load_balancing_loss(

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from html import escape
 from io import BytesIO
 from textwrap import fill
-from matplotlib.colors import ListedColormap, Normalize, to_rgb
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from ..moe.config import recipes
 

@@ -8,33 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/plots/page.html.md"""
 __all__ = ['report_figure', 'report_cells', 'report_table', 'report_facts', 'report_page']
 
 # %% ../../nbs/plots/page.ipynb #a92a2669
-import fastcore.xml as ft, math, numbers, os, re
-from pathlib import Path
-
-# %% ../../nbs/plots/page.ipynb #7ebe7731
-def _check_writable(out):
-    "Raise if `out` is no folder and cannot become one"
-    there = next(p for p in [out, *out.absolute().parents] if p.exists())
-    why = 'it is a file' if there == out and not out.is_dir() else f'{there} is a file' if not there.is_dir() else 'permission denied' if not os.access(there, os.W_OK | os.X_OK) else None
-    if why: raise ValueError(f'out={str(out)!r} cannot be written ({why}): name a folder that can')
-
-def _check_is_folder(out):
-    if not Path(out).is_dir(): raise ValueError(f'out={str(out)!r} is not a folder: name one that `compare` wrote')
-
-def _make_folder(folder):
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ValueError(f'out={str(folder)!r} cannot be written ({e.strerror or e}): name a folder that can') from None
-
-# %% ../../nbs/plots/page.ipynb #915f58cd
-def _number(v, digits=1): return '–' if v is None or not abs(v) < math.inf else f'{v:,.{digits}f}' if abs(v) < 1e7 else f'{v:.1e}'
-
-def _plural(n, word): return f'{n:,} {word}' + ('' if n == 1 else 's')
-
-def _millions(n): return '–' if not isinstance(n, numbers.Real) or n != n else f'{n/1e6:,.2f} M' if n < 1e8 else f'{n/1e6:,.0f} M'
-
-def _duration(s): return '–' if s is None or s != s else f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
-
-def _and(words): return words[0] if len(words) == 1 else ', '.join(words[:-1]) + ' and ' + words[-1]
+import fastcore.xml as ft, re
 
 # %% ../../nbs/plots/page.ipynb #4431d0cb
 _css = '''

@@ -11,22 +11,26 @@ __all__ = ['next_token_loss', 'TrainBatches', 'ValidBatches', 'MoELearner', 'eva
            'Checkpoint', 'resume']
 
 # %% ../../nbs/training/learner.ipynb #419668d2
-import contextlib, json, math, os, random, shutil, time, warnings
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
+import contextlib, json, math, os, random, shutil, time, warnings, numpy as np, pandas as pd, torch
+import torch.nn.functional as F
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from torch import nn, Tensor
+from torch import Tensor
 from safetensors.torch import load_file, load_model, save_file, save_model
 from fastcore.all import AttrDict, patch, delegates, store_attr
-from ..moe.config import Preset, find_device, get_preset, read_settings
+from ..analysis.tracing import moe_layers, record_routing
+from ..core.errors import check, differences, tell_differences
+from ..core.files import file_digest, flush_to_disk
+from ..core.machine import find_device
+from ..core.modes import autocast, evaluating, unwrap
+from ..core.ranks import is_main, mean_over_ranks, sum_over_ranks
+from ..core.settings import read_settings
+from ..data.text import check_ids
+from ..moe.config import Preset, get_preset
 from ..moe.layers import MoELayer
 from ..moe.routers import Routing, tokens_per_expert, update_expert_bias
-from ..analysis.tracing import moe_layers, record_routing
-
-# %% ../../nbs/training/learner.ipynb #1a78508e
-from ..data.text import check_ids
 
 # %% ../../nbs/training/learner.ipynb #217f9a90
 with warnings.catch_warnings():
@@ -108,11 +112,7 @@ class MoELearner(Learner):
         self.recorder.loss = TokenLoss()
 
 # %% ../../nbs/training/learner.ipynb #5b85a9f5
-def _unwrap(model): return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-def _recorder(model, wanted=True): return record_routing(_unwrap(model)) if wanted else contextlib.nullcontext({})
-
-def _autocast(device, bf16): return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+def _recorder(model, wanted=True): return record_routing(unwrap(model)) if wanted else contextlib.nullcontext({})
 
 # %% ../../nbs/training/learner.ipynb #2e12c6bb
 @patch
@@ -120,7 +120,7 @@ def _predict(self:MoELearner):
     "Run the model on `xb`, and keep what routers decided if a callback wants it"
     wanted = self.training and any(getattr(cb, 'uses_routing', False) for cb in self.cbs)
     shares = {} if self.shares is None else dict(aux_shares=self.shares)
-    with _autocast(self.yb[0].device, self.bf16), _recorder(self.model, wanted) as records: self.output = self.model(**self.xb[0], **shares, use_cache=False)
+    with autocast(self.yb[0].device, self.bf16), _recorder(self.model, wanted) as records: self.output = self.model(**self.xb[0], **shares, use_cache=False)
     self.pred = self.output.logits
     mask = self.xb[0].get('attention_mask')
     for n, rs in records.items(): self.routings.setdefault(n, []).extend((_detached(r), None if mask is None else mask.bool()) for r in rs)
@@ -143,9 +143,7 @@ def _world(learn): return getattr(learn.dls.train, 'world', 1)
 
 def _mean_over_ranks(learn, x):
     "The mean of `x` over the processes that share a batch"
-    if _world(learn) == 1: return x
-    torch.distributed.all_reduce(x := x.clone())
-    return x / _world(learn)
+    return mean_over_ranks(x) if _world(learn) > 1 else x
 
 def _real_tokens(x, labels):
     "Of each sequence [B]"
@@ -159,8 +157,7 @@ def _sizes(self:MoELearner):
     "Tokens whose loss counts, real tokens, and sequences that hold one: of the step, over the number of processes"
     labels, real, world = self.yb[0], _real_tokens(self.xb[0], self.yb[0]), _world(self) if self.training else 1
     sizes = torch.stack([(labels != -100).sum(), real.sum(), (real > 0).sum()])
-    if world > 1: torch.distributed.all_reduce(sizes)
-    sizes = sizes.clamp(min=1)
+    sizes = (sum_over_ranks(sizes) if world > 1 else sizes).clamp(min=1)
     return sizes / world if world > 1 else sizes
 
 @patch
@@ -238,20 +235,12 @@ def _go_on(self:MoELearner):
     return epoch
 
 # %% ../../nbs/training/learner.ipynb #587e59fd
-@contextlib.contextmanager
-def _evaluating(model):
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(): yield next(model.parameters()).device
-    finally: model.train(training)
-
 def _validate(model, data, batch_size, steps, bf16, routing):
     "Batches on the model's device, each with its losses [B, S] and its records"
-    with _evaluating(model) as device:
+    with evaluating(model) as device:
         for x, labels, domain in ValidBatches(data.valid, batch_size, steps):
             x, labels, domain = {k: v.to(device) for k, v in x.items()}, labels.to(device), domain.to(device)
-            with _autocast(device, bf16), _recorder(model, routing) as records: logits = model(**x, use_cache=False).logits
+            with autocast(device, bf16), _recorder(model, routing) as records: logits = model(**x, use_cache=False).logits
             yield labels, domain, next_token_loss(logits, labels, reduction='none'), records
 
 # %% ../../nbs/training/learner.ipynb #0701f086
@@ -269,7 +258,7 @@ def evaluate_perplexity(
     routing:bool=False,   # also what `routing_loads` returns, under 'routing'
 )->dict:                  # loss, perplexity, tokens, and the same for each of `domains`
     "Validation loss and perplexity, overall and by domain."
-    D, layers = len(data.domains), list(moe_layers(_unwrap(model)))
+    D, layers = len(data.domains), list(moe_layers(unwrap(model)))
     sums, loads = torch.zeros(2, D, dtype=torch.float64), {}
     for labels, domain, loss, records in _validate(model, data, batch_size, steps, bf16, routing):
         keep = labels != -100
@@ -359,7 +348,7 @@ class ExpertBiasUpdate(Callback):
     def __init__(self, rate:float=1e-3): self.rate = rate
     def settings(self): return dict(expert_bias_rate=self.rate)
     def after_step(self):
-        layers = moe_layers(_unwrap(self.learn.model))
+        layers = moe_layers(unwrap(self.learn.model))
         for name, records in self.learn.routings.items():
             if not _has_bias(layers[name]): continue
             update_expert_bias(layers[name].router, _summed(tokens_per_expert(r, m, choices=True) for r, m in records), self.rate)
@@ -368,9 +357,7 @@ def _has_bias(layer): return isinstance(layer, MoELayer) and layer.router.expert
 
 def _summed(loads):
     "Sum over parts and processes"
-    load = sum(loads)
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(load)
-    return load
+    return sum_over_ranks(sum(loads))
 
 # %% ../../nbs/training/learner.ipynb #dd5d1203
 class Throughput(Callback):
@@ -423,14 +410,11 @@ def fit_cosine(self:MoELearner,
     self.fit(n_epoch, lr, wd=wd, cbs=[sched, *L(cbs)])
 
 # %% ../../nbs/training/learner.ipynb #aa8ad808
-def _check(ok, name, value, expected):
-    if not ok: raise ValueError(f'{name} must be {expected}, got {value}')
-
 def _check_model(model, data):
     config = model.config.get_text_config() if hasattr(model, 'config') else None
     S = getattr(config, 'max_position_embeddings', None)
     check_ids(data, model)
-    _check(S is None or S >= data.sequence_length, 'max_position_embeddings of the model', S, f'at least the sequence_length of the data, {data.sequence_length}')
+    check(S is None or S >= data.sequence_length, 'max_position_embeddings of the model', S, f'at least the sequence_length of the data, {data.sequence_length}')
 
 # %% ../../nbs/training/learner.ipynb #e3bf98c5
 def moe_learner(
@@ -461,7 +445,7 @@ def moe_learner(
     of_preset = dict(batch_size=batch_size, steps=steps, lr=lr, weight_decay=weight_decay, betas=betas, grad_clip=grad_clip, warmup_steps=warmup_steps, final_lr_fraction=final_lr_fraction)
     s = {n: getattr(p, 'learning_rate' if n == 'lr' else n) if v is None else v for n, v in of_preset.items()}
     s = AttrDict(read_settings(s | dict(grad_accum=grad_accum, bf16=bf16, expert_bias_rate=expert_bias_rate, seed=seed, valid_batch_size=valid_batch_size, valid_steps=valid_steps, domains=domains)))
-    _check(s.grad_accum <= s.batch_size, 'grad_accum', s.grad_accum, f'at most batch_size={s.batch_size}')
+    check(s.grad_accum <= s.batch_size, 'grad_accum', s.grad_accum, f'at most batch_size={s.batch_size}')
     _check_model(model, data)
     dls = DataLoaders(TrainBatches(data.train, s.batch_size, s.steps, s.seed), ValidBatches(data.valid, s.valid_batch_size or s.batch_size, s.valid_steps), device=device)
     opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=s.betas, fused=dls.device.type in ('cpu', 'cuda')))
@@ -499,7 +483,7 @@ _of_no_run = 'transformers_version _name_or_path architectures dtype torch_dtype
 
 def _config_settings(model):
     "The configuration of a model, without what says nothing about its training"
-    config = _unwrap(model).config.to_dict() if hasattr(_unwrap(model), 'config') else {}
+    config = unwrap(model).config.to_dict() if hasattr(unwrap(model), 'config') else {}
     drop = lambda d: {k: drop(v) if isinstance(v, dict) else v for k, v in d.items() if k not in _of_no_run}
     return drop(config)
 
@@ -581,7 +565,7 @@ class RoutingTelemetry(Callback):
         if self.uses_routing: self.rows += [self._row(i, *x) for i, x in enumerate(self.learn.routings.items())]
     @torch.no_grad()
     def _row(self, i, name, records):
-        (r, mask), layer = _joined(records), moe_layers(_unwrap(self.learn.model))[name]
+        (r, mask), layer = _joined(records), moe_layers(unwrap(self.learn.model))[name]
         losses = {n: v.item() for n, v in layer.aux_losses(r, mask).items()} if isinstance(layer, MoELayer) else {}
         return dict(step=self.learn.step, tokens=self.learn.step * self.learn.yb[0].numel(), layer=i, **routing_stats(r, mask), **losses)
     def table(self): return pd.DataFrame(self.rows)
@@ -720,7 +704,7 @@ def _load_recorder(learn, s):
 # %% ../../nbs/training/learner.ipynb #43a505a5
 def _identity(learn):
     "What a checkpoint and a learner must have in common"
-    shapes = [f'{n} {tuple(t.shape)} {t.dtype}' for n, t in _unwrap(learn.model).state_dict().items()]
+    shapes = [f'{n} {tuple(t.shape)} {t.dtype}' for n, t in unwrap(learn.model).state_dict().items()]
     b = learn.dls.train
     return dict(model=blake2b('\n'.join(shapes).encode(), digest_size=8).hexdigest(), data=getattr(learn, 'fingerprint', None), seed=b.seed, batch_size=b.batch_size,
                 steps=b.steps, sequence_length=getattr(b.dataset, 'sequence_length', None), optimizer=_opt_name(learn))
@@ -730,18 +714,6 @@ def _opt_name(learn):
     return type(opt).__name__
 
 # %% ../../nbs/training/learner.ipynb #4be90011
-def _digest(path):
-    h = blake2b(digest_size=16)
-    with open(path, 'rb') as f:
-        while data := f.read(1 << 22): h.update(data)
-    return h.hexdigest()
-
-def _fsync(path):
-    with contextlib.suppress(PermissionError):      # folders cannot be opened everywhere
-        fd = os.open(path, os.O_RDONLY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
-
 _FORMAT = 'libmoe checkpoint 1'
 def _seal(info): return blake2b(json.dumps(info, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -751,9 +723,9 @@ def _write_folder(folder, model, info, tensors):
     save_model(model, folder/'model.safetensors', metadata=dict(format='pt'))
     save_file(tensors, folder/'training.safetensors')
     if hasattr(model, 'config'): model.config.save_pretrained(folder)
-    info = dict(format=_FORMAT, **info, files={p.name: _digest(p) for p in sorted(folder.iterdir())})
+    info = dict(format=_FORMAT, **info, files={p.name: file_digest(p) for p in sorted(folder.iterdir())})
     (folder/'checkpoint.json').write_text(json.dumps(dict(info, seal=_seal(info))))
-    for p in [*folder.iterdir(), folder]: _fsync(p)
+    for p in [*folder.iterdir(), folder]: flush_to_disk(p)
 
 # %% ../../nbs/training/learner.ipynb #b6169dbf
 def _clear(folder):
@@ -783,11 +755,11 @@ def save_checkpoint(
     _clear(folder)
     new, path = folder/f'.tmp-{os.getpid()}', folder/f'step-{learn.step:08d}'
     new.mkdir()
-    _write_folder(new, _unwrap(learn.model), info, tensors)
+    _write_folder(new, unwrap(learn.model), info, tensors)
     old = path.with_name(f'{path.name}-old')
     if path.exists(): _remove(old); path.rename(old)
     new.rename(path)
-    _fsync(folder); _remove(old)
+    flush_to_disk(folder); _remove(old)
     return path
 
 # %% ../../nbs/training/learner.ipynb #95b9c169
@@ -818,7 +790,7 @@ class Checkpoint(Callback):
     def after_fit(self):
         if self.trained: self.save()
     def save(self):
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank(): return
+        if not is_main(): return
         if self.learn.diverged: return
         if not all(p.isfinite().all() for p in self.learn.model.parameters()):
             warnings.warn(f'no checkpoint was saved at step {self.learn.step}: there are weights that are not finite, and earlier checkpoints are kept')
@@ -828,20 +800,6 @@ class Checkpoint(Callback):
         if hasattr(self.learn, 'throughput'): self.learn.throughput.pause()
 
 # %% ../../nbs/training/learner.ipynb #a016cb41
-def _differences(saved, asked, name='', strict=True):
-    "name -> (saved, asked) of what differs in two nested dicts; with strict=False only of what both have"
-    res = {}
-    for k in [*saved, *(k for k in asked if k not in saved)] if strict else [k for k in saved if k in asked]:
-        a, b, n = saved.get(k), asked.get(k), f'{name}{k}'
-        if isinstance(a, dict) and isinstance(b, dict): res |= _differences(a, b, f'{n}.', strict or k == 'options')
-        elif a != b: res[n] = a, b
-    return res
-
-def _told(differences, form="{} is {!r}, not {!r}", most=6):
-    "Differences as a clause"
-    res = [form.format(n, a, b) for n, (a, b) in differences.items()]
-    return ', '.join(res[:most]) + (f' and {len(res) - most} more' if len(res) > most else '')
-
 def _read_checkpoint(path, identity):
     "A checkpoint's JSON, or a `ValueError` that says why it is refused"
     refuse = lambda why: ValueError(f'checkpoint {path} is {why}')
@@ -850,7 +808,7 @@ def _read_checkpoint(path, identity):
     if not isinstance(info, dict) or info.get('format') != _FORMAT: raise refuse(f'no {_FORMAT}')
     if info.pop('seal', None) != _seal(info): raise refuse('damaged: checkpoint.json is not what was written')
     for n, d in info['files'].items():
-        if not (path/n).is_file() or _digest(path/n) != d: raise refuse(f'damaged: {n} is not what was written')
+        if not (path/n).is_file() or file_digest(path/n) != d: raise refuse(f'damaged: {n} is not what was written')
     for k, v in identity.items():
         if info['identity'].get(k) != v: raise refuse(f'of another run: its {k} is {info["identity"].get(k)}, not {v}')
     return info
@@ -862,10 +820,10 @@ def _allowed(name, change): return name in _free or any(name == c or name.starts
 
 def _check_settings(resumed, asked):
     "Refuse what a fit asks for that its checkpoint was not trained with, or say that it is applied"
-    new, path, change = _differences(resumed['settings'], asked, strict=False), resumed['path'], resumed['change']
+    new, path, change = differences(resumed['settings'], asked, strict=False), resumed['path'], resumed['change']
     if refused := {n: v for n, v in new.items() if not _allowed(n, change)}:
-        raise ValueError(f'checkpoint {path} was trained with other settings: its {_told(refused)}. Ask for what it had, or allow a change by name: resume(..., change={list(refused)})')
-    if new: warnings.warn(f'going on from {path.name} with other settings: {_told(new, "{0} is {2!r}, was {1!r}")}')
+        raise ValueError(f'checkpoint {path} was trained with other settings: its {tell_differences(refused)}. Ask for what it had, or allow a change by name: resume(..., change={list(refused)})')
+    if new: warnings.warn(f'going on from {path.name} with other settings: {tell_differences(new, "{0} is {2!r}, was {1!r}")}')
 
 # %% ../../nbs/training/learner.ipynb #66f3f43e
 def resume(
@@ -887,7 +845,7 @@ def resume(
 # %% ../../nbs/training/learner.ipynb #c311b698
 def _load_checkpoint(learn, path, info, change=()):
     learn.model.to(learn.dls.device)
-    load_model(_unwrap(learn.model), path/'model.safetensors', device=str(learn.dls.device))
+    load_model(unwrap(learn.model), path/'model.safetensors', device=str(learn.dls.device))
     s = _unpack(dict(dict=info['dict']), load_file(path/'training.safetensors'))
     asked = {k: v for k, v in learn.opt.state_dict().items() if k in ('param_groups', 'hypers')}   # the moments are the checkpoint's, the settings this learner's
     learn.opt.load_state_dict({**s['opt'], **asked})
@@ -902,7 +860,7 @@ class _Distributed(Callback):
     order = 11
     def __init__(self, accelerator): self.accelerator = accelerator
     def before_fit(self): self.learn.model = self.accelerator.prepare_model(self.learn.model.to(self.accelerator.device))
-    def after_fit(self): self.learn.model = _unwrap(self.learn.model)
+    def after_fit(self): self.learn.model = unwrap(self.learn.model)
 
 # %% ../../nbs/training/learner.ipynb #abb83a9b
 @patch
@@ -912,7 +870,7 @@ def distribute(self:MoELearner,
     "Train on the processes that `accelerate launch` started; where there is one, change nothing."
     from accelerate import Accelerator
     a, train = Accelerator(**kwargs), self.dls.train
-    _check(train.batch_size % a.num_processes == 0, 'batch_size', train.batch_size, f'a multiple of the number of processes, {a.num_processes}')
+    check(train.batch_size % a.num_processes == 0, 'batch_size', train.batch_size, f'a multiple of the number of processes, {a.num_processes}')
     train.rank, train.world, self.dls.device = a.process_index, a.num_processes, a.device
     if not a.is_main_process:
         self.logger = noop

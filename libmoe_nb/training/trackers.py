@@ -8,14 +8,15 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/training/trackers.html.md"""
 __all__ = ['trackers', 'check_tracker', 'TelemetryLogger', 'LivePlot']
 
 # %% ../../nbs/training/trackers.ipynb #f008f762
-import contextlib, importlib.util, io, json, warnings
-import pandas as pd
+import contextlib, importlib.util, io, json, warnings, pandas as pd
 from fastcore.basics import patch
 from pathlib import Path
 from uuid import uuid4
-from ..moe.config import did_you_mean, read_json, write_json
 from ..analysis.tracing import moe_layers
-from .learner import Callback, MetricsWriter, read_metrics, _unwrap
+from ..core.errors import did_you_mean
+from ..core.files import read_json, write_json
+from ..core.modes import unwrap
+from .learner import Callback, read_metrics
 
 # %% ../../nbs/training/trackers.ipynb #04bf23ab
 class _Listener(Callback):
@@ -111,7 +112,7 @@ _open = {}  # file of notes -> tracker; one that an interrupted fit left open is
 def begin(self:TelemetryLogger, writer, step):
     "Open the tracker, where it is to go on from `step`"
     self.folder.mkdir(parents=True, exist_ok=True)
-    self.notes, self.rows, self.layers = (self.folder/f'.sent-{self.to}.json').absolute(), [], len(moe_layers(_unwrap(self.learn.model)))
+    self.notes, self.rows, self.layers = (self.folder/f'.sent-{self.to}.json').absolute(), [], len(moe_layers(unwrap(self.learn.model)))
     known = read_json(self.notes) if step and self.notes.exists() else dict(id=uuid4().hex[:8], last={})
     self.id, self.last = known['id'], known['last']
     self.done = {} if trackers[self.to].replaces else dict(self.last)
@@ -171,7 +172,8 @@ def table(self:LivePlot)->pd.DataFrame: # columns recipe, seed, step and each of
 @patch
 def draw(self:LivePlot):
     "Redraw the figure"
-    from libmoe_nb.plots.figures import plot_balance, plt
+    import matplotlib.pyplot as plt
+    from libmoe_nb.plots.figures import plot_balance
     self.figure, self.drawn = plot_balance(self.table(), self.ys, x='step'), self.learn.step
     plt.close(self.figure)
     if self.handle: self.handle.update(self.figure)

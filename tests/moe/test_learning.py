@@ -118,7 +118,7 @@ def test_nothing_is_said_where_there_is_nothing_to_learn():
     assert layer.router.norm_topk_prob   # a mixture of one expert is a dense network
 
 def test_an_upcycling_that_began_with_the_constant_weight_goes_on_with_it(tmp_path):
-    from libmoe_nb.moe.config import read_json, write_json
+    from libmoe_nb.core.files import read_json, write_json
     from libmoe_nb.data.text import text_data
     from libmoe_nb.experiments.upcycle import upcycle_and_train
     pages = tmp_path/'pages'; pages.mkdir()
