@@ -16,8 +16,10 @@ from types import MethodType
 
 # name: d, N experts, h, K, activation, gated, bias, T tokens
 shapes = dict(A=(512, 66, 128, 8, 'relu', False, False, 4096), B=(512, 8, 1024, 2, 'silu', True, False, 4096),
-              C=(128, 16, 64, 4, 'relu', False, False, 2048), D=(1152, 6, 4304, 3, 'gelu_pytorch_tanh', False, True, 1024))
-# time over the dense FFN's that the sorted kernel should not exceed: float32 forward, forward+backward, bfloat16 the same
+              C=(128, 16, 64, 4, 'relu', False, False, 2048),
+              D=(1152, 6, 4304, 3, 'gelu_pytorch_tanh', False, True, 1024))
+# time over the dense FFN's that the sorted kernel should not exceed: float32 forward, forward+backward, bfloat16 the
+# same
 targets = {('A', 'balanced'): (1.6, 1.7, 2.4, 2.7), ('B', 'balanced'): (1., 1., 1.2, 1.05),
            ('C', 'balanced'): (1.8, 1.8, 2.1, 1.9), ('D', 'balanced'): (1.07, 1.1, 1.15, 1.3),
            ('A', 'zipf'): (1.84, 1.96, 3., 3.), ('B', 'zipf'): (1.15, 1.15, 1.3, 1.2),
@@ -72,7 +74,8 @@ def saved_mb(f, x, index, w, params):
         s = t.untyped_storage()
         if s.data_ptr() not in known: kept[s.data_ptr()] = s.nbytes()
         return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): y = f(x.requires_grad_(), index, w.requires_grad_())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = f(x.requires_grad_(), index, w.requires_grad_())
     return sum(kept.values()) / 1e6
 
 def inputs(shape, routing, dtype, seed, tokens=1.):
@@ -108,12 +111,14 @@ def measure(shape, routing, dtype, repeats, tokens, memory):
         base = dict(times['dense'])
         for name,ts in times.items():
             row = dict(shape=shape, routing=routing, dtype=dtype, mode=mode, implementation=name,
-                       ratio=round(statistics.median(t/base[r] for r,t in ts), 3), milliseconds=round(statistics.median(t for _,t in ts), 3))
+                       ratio=round(statistics.median(t/base[r] for r,t in ts), 3),
+                       milliseconds=round(statistics.median(t for _,t in ts), 3))
             if name == 'sorted' and tokens == 1: row['target'] = target(shape, routing, dtype, mode)
             if mode == modes[1] and memory:
                 *args,_ = inputs(shape, routing, dtype, 0, tokens)
                 row['saved_mb'] = round(saved_mb(runs[name][1], *args, runs[name][0].parameters()), 1)
-                call = [sys.executable, __file__, '--peak', shape, routing, dtype, name, '--threads', os.environ['OMP_NUM_THREADS']]
+                call = [sys.executable, __file__, '--peak', shape, routing, dtype, name, '--threads',
+                        os.environ['OMP_NUM_THREADS']]
                 out = subprocess.run(call, capture_output=True, text=True)
                 row['peak_mb'] = round(float(out.stdout), 1) if out.returncode == 0 else None
             rows.append(row)
@@ -121,7 +126,8 @@ def measure(shape, routing, dtype, repeats, tokens, memory):
 
 def table(rows):
     key = lambda r: (r['shape'], r['routing'], r['dtype'])
-    lines = [f"{'':26}{'forward':>22}{'forward+backward':>28}   {'saved':>8} {'peak':>8}", f"{'':26}{'ratio':>8}{'ms':>10}{'':12}{'ratio':>8}{'ms':>10}{'':12}{'MB':>6}{'MB':>9}"]
+    lines = [f"{'':26}{'forward':>22}{'forward+backward':>28}   {'saved':>8} {'peak':>8}",
+             f"{'':26}{'ratio':>8}{'ms':>10}{'':12}{'ratio':>8}{'ms':>10}{'':12}{'MB':>6}{'MB':>9}"]
     for k in dict.fromkeys(map(key, rows)):
         lines.append(' '.join(k))
         here = [r for r in rows if key(r) == k]
@@ -139,7 +145,8 @@ def table(rows):
     ours = [r for r in rows if 'target' in r]
     missed = [r for r in ours if r['ratio'] > r['target']]
     lines.append(f"targets: {len(ours)-len(missed)} of {len(ours)} met" + ''.join(
-        f"\n    missed: {r['shape']} {r['routing']} {r['dtype']} {r['mode']}: {r['ratio']:.2f} for {r['target']}" for r in missed))
+        f"\n    missed: {r['shape']} {r['routing']} {r['dtype']} {r['mode']}: {r['ratio']:.2f} for {r['target']}"
+        for r in missed))
     return '\n'.join(lines)
 
 def main():
@@ -150,8 +157,10 @@ def main():
     p.add_argument('--repeats', type=int, default=11, help='rounds (median)')
     p.add_argument('--threads', type=int, default=2)
     p.add_argument('--quick', action='store_true', help='an eighth of the tokens, three rounds, no peak memory')
-    p.add_argument('--no-memory', action='store_true', help='times only; peak memory takes a process for each implementation')
-    p.add_argument('--json', type=Path, metavar='FILE', help='write the rows there, beside those of other configurations')
+    p.add_argument('--no-memory', action='store_true',
+                   help='times only; peak memory takes a process for each implementation')
+    p.add_argument('--json', type=Path, metavar='FILE',
+                   help='write the rows there, beside those of other configurations')
     p.add_argument('--peak', nargs=4, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.repeats < 1: p.error(f'--repeats {args.repeats}: expected at least 1')
@@ -165,14 +174,16 @@ def main():
     for shape in args.shapes:
         for routing in args.routings:
             for dtype in args.dtypes:
-                new = measure(shape, routing, dtype, 3 if args.quick else args.repeats, .125 if args.quick else 1., not (args.quick or args.no_memory))
+                new = measure(shape, routing, dtype, 3 if args.quick else args.repeats, .125 if args.quick else 1.,
+                              not (args.quick or args.no_memory))
                 rows += new
                 print(table(new).rsplit('\ntargets', 1)[0], file=sys.stderr, flush=True)
     if args.json:
         key = lambda r: (r['shape'], r['routing'], r['dtype'])
         mine = {key(r) for r in rows}
         old = json.loads(args.json.read_text()) if args.json.exists() else []
-        memory = {(*key(r), r['implementation']): {n: r[n] for n in ('saved_mb', 'peak_mb') if n in r} for r in old if r['mode'] == modes[1]}
+        memory = {(*key(r), r['implementation']): {n: r[n] for n in ('saved_mb', 'peak_mb') if n in r}
+                  for r in old if r['mode'] == modes[1]}
         rows = [memory.get((*key(r), r['implementation']), {}) | r if r['mode'] == modes[1] else r for r in rows]
         rows = sorted([r for r in old if key(r) not in mine] + rows, key=key)
         args.json.write_text('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')

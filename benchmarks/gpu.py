@@ -22,8 +22,10 @@ from libmoe_nb.moe.experts import Experts, FeedForward, kernels
 from libmoe_nb.moe.layers import build_layer
 
 # name: d, N experts, h, K, activation, gated, bias, T tokens
-shapes = {'paper-0.15b': (512, 66, 128, 8, 'relu', False, False, 65536), 'paper-0.68b': (1024, 66, 256, 8, 'relu', False, False, 32768),
-          'paper-vlm': (1152, 6, 4304, 3, 'gelu_pytorch_tanh', False, True, 16384), 'gated 64x1024': (2048, 64, 1024, 8, 'silu', True, False, 8192),
+shapes = {'paper-0.15b': (512, 66, 128, 8, 'relu', False, False, 65536),
+          'paper-0.68b': (1024, 66, 256, 8, 'relu', False, False, 32768),
+          'paper-vlm': (1152, 6, 4304, 3, 'gelu_pytorch_tanh', False, True, 16384),
+          'gated 64x1024': (2048, 64, 1024, 8, 'silu', True, False, 8192),
           'gated 8x4096': (2048, 8, 4096, 2, 'silu', True, False, 16384)}
 tiny_shapes = {'paper-0.15b': (32, 6, 16, 2, 'relu', False, False, 64), 'gated': (32, 4, 16, 2, 'silu', True, True, 64)}
 datasheet = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16 FLOP/s
@@ -48,7 +50,8 @@ def check_layer(recipe, kernel, dtype, device, seed=0):
     "Largest errors of a layer's output and gradients against float64 and the loop on the CPU, and tokens that choose others"
     torch.manual_seed(seed)
     shared = recipe.startswith('sharede')
-    spec = MoESpec(recipe=recipe, hidden_size=64, num_experts=9 if shared else 8, top_k=3, num_shared_experts=int(shared), moe_intermediate_size=32,
+    spec = MoESpec(recipe=recipe, hidden_size=64, num_experts=9 if shared else 8, top_k=3,
+                   num_shared_experts=int(shared), moe_intermediate_size=32,
                    router_init_std=.3, expert_init_std=(.12, .18))
     ours = build_layer(spec).to(dtype)
     reference = build_layer(spec)
@@ -60,12 +63,14 @@ def check_layer(recipe, kernel, dtype, device, seed=0):
     ours, a, b = ours.to(device), x.clone().to(device).requires_grad_(), x.double().requires_grad_()
     seen = {}
     for m in (ours, reference):
-        if hasattr(m, 'router'): m.router.register_forward_hook(lambda mod, args, out, m=m: seen.__setitem__(m, out.expert_index.cpu()))
+        if hasattr(m, 'router'):
+            m.router.register_forward_hook(lambda mod, args, out, m=m: seen.__setitem__(m, out.expert_index.cpu()))
     ya, yb = ours(a), reference(b)
     same = torch.ones(len(x.flatten(0, 1)), dtype=torch.bool) if not seen else (seen[ours] == seen[reference]).all(-1)
     keep = same.view(4, 96, 1)
     ya.backward((dy * keep).to(device)); yb.backward(dy.double() * keep)
-    grads = {n: (p.grad, q.grad) for (n, p), q in zip(ours.named_parameters(), reference.parameters()) if q.grad is not None and q.grad.norm() > 1e-9}
+    grads = {n: (p.grad, q.grad) for (n, p), q in zip(ours.named_parameters(), reference.parameters())
+             if q.grad is not None and q.grad.norm() > 1e-9}
     return dict(output=error(ya.cpu() * keep, yb * keep), inputs=error(a.grad, b.grad), changed=int((~same).sum()),
                 **{f'gradient of {n}': error(p, q) for n, (p, q) in grads.items()})
 
@@ -77,10 +82,12 @@ def checks(device, args):
                 if not usable(kernel, device): continue
                 row = dict(part='checks', recipe=recipe, kernel=kernel, dtype=str(dtype)[6:])
                 try: found = check_layer(recipe, kernel, dtype, device)
-                except Exception as e: rows.append(row | dict(ok=False, message=f'{type(e).__name__}: {e}'[:300])); continue
+                except Exception as e:
+                    rows.append(row | dict(ok=False, message=f'{type(e).__name__}: {e}'[:300])); continue
                 changed = found.pop('changed')
                 worst = max(found, key=found.get)
-                rows.append(row | dict(ok=found[worst] <= tolerance[dtype] and changed <= 4, worst=worst, error=found[worst], changed=changed))
+                rows.append(row | dict(ok=found[worst] <= tolerance[dtype] and changed <= 4, worst=worst,
+                                       error=found[worst], changed=changed))
     rows.append(command(device, args))
     return rows
 
@@ -88,11 +95,14 @@ def command(device, args):
     "`libmoe compare` in a process of its own"
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
-        call = ['compare', '--preset', 'tiny', '--steps', '10', '--data', 'python', '--device', device.type, '--out', out, '--recipes', 'dense,smoe,tcmoe,moe_plus_plus']
-        run = subprocess.run([sys.executable, '-c', 'import sys; from libmoe_nb.cli import main; sys.exit(main())', *call], capture_output=True, text=True,
+        call = ['compare', '--preset', 'tiny', '--steps', '10', '--data', 'python', '--device', device.type, '--out',
+                out, '--recipes', 'dense,smoe,tcmoe,moe_plus_plus']
+        run = subprocess.run([sys.executable, '-c', 'import sys; from libmoe_nb.cli import main; sys.exit(main())',
+                              *call], capture_output=True, text=True,
                              env=dict(os.environ, XDG_CACHE_HOME=args.cache))
         done = (Path(out)/'report.html').exists()
-    return dict(part='checks', recipe='libmoe compare', ok=run.returncode == 0 and done, seconds=round(time.perf_counter() - start, 1),
+    return dict(part='checks', recipe='libmoe compare', ok=run.returncode == 0 and done,
+                seconds=round(time.perf_counter() - start, 1),
                 message='' if run.returncode == 0 else (run.stdout + run.stderr)[-600:])
 
 # kernels
@@ -113,7 +123,8 @@ def implementations(shape, dtype, device):
     from types import MethodType
     from transformers.integrations import moe as hf
     d, N, h, K, act, gated, bias, T = shape
-    dense, experts = FeedForward(d, K*h, act, gated, bias).to(device, dtype), Experts(N, d, h, act, gated, bias).to(device, dtype)
+    dense, experts = (FeedForward(d, K*h, act, gated, bias).to(device, dtype),
+                      Experts(N, d, h, act, gated, bias).to(device, dtype))
     experts.act_fn, experts.has_gate, experts.has_bias, experts.is_transposed = experts.act, gated, bias, False
     experts.has_post_expert_norm = experts._is_expert_parallel = False
     experts._apply_gate = MethodType(hf._default_apply_gate, experts)
@@ -124,16 +135,20 @@ def implementations(shape, dtype, device):
     return dense, experts, run
 
 def choices(T, N, K, routing, generator):
-    popularity = -1.5 * torch.arange(1, N + 1, device=generator.device).log() if routing == 'zipf' else torch.zeros(N, device=generator.device)
+    popularity = (-1.5 * torch.arange(1, N + 1, device=generator.device).log() if routing == 'zipf'
+                  else torch.zeros(N, device=generator.device))
     noise = -torch.empty(T, N, device=generator.device).exponential_(generator=generator).log()
-    return (popularity + noise).topk(K).indices, torch.rand(T, K, generator=generator, device=generator.device).softmax(-1)
+    return ((popularity + noise).topk(K).indices,
+            torch.rand(T, K, generator=generator, device=generator.device).softmax(-1))
 
 def kernel_rows(name, shape, dtype, routing, device, rounds):
     d, N, h, K, act, gated, bias, T = shape
     g = torch.Generator(device).manual_seed(0)
-    inputs = [(torch.randn(T, d, generator=g, device=device).to(dtype), *choices(T, N, K, routing, g), torch.randn(T, d, generator=g, device=device).to(dtype)) for _ in range(3)]
+    inputs = [(torch.randn(T, d, generator=g, device=device).to(dtype), *choices(T, N, K, routing, g),
+               torch.randn(T, d, generator=g, device=device).to(dtype)) for _ in range(3)]
     dense, experts, run = implementations(shape, dtype, device)
-    with torch.no_grad(): reference = kernels['loop'](experts.float(), inputs[0][0].float(), *inputs[0][1:3]); experts.to(dtype)
+    with torch.no_grad():
+        reference = kernels['loop'](experts.float(), inputs[0][0].float(), *inputs[0][1:3]); experts.to(dtype)
     flops, rows = 2 * T * K * (2 + gated) * d * h, []
     for impl, f in run.items():
         row = dict(part='kernels', shape=name, dtype=str(dtype)[6:], routing=routing, implementation=impl)
@@ -150,11 +165,15 @@ def kernel_rows(name, shape, dtype, routing, device, rounds):
             times = timed(device, forward, rounds), timed(device, both, rounds)
             memory = round((torch.cuda.max_memory_allocated() - base) / 1e9, 3) if device.type == 'cuda' else None
         except Exception as e: rows.append(row | dict(ok=False, message=f'{type(e).__name__}: {e}'[:300])); continue
-        rows.append(row | dict(ok=wrong is None or wrong < tolerance[dtype], error=wrong, forward_ms=round(times[0], 3), both_ms=round(times[1], 3),
-                               forward_tflops=round(flops / times[0] / 1e9, 1), both_tflops=round(3 * flops / times[1] / 1e9, 1), peak_gb=memory))
+        rows.append(row | dict(ok=wrong is None or wrong < tolerance[dtype], error=wrong, forward_ms=round(times[0], 3),
+                               both_ms=round(times[1], 3),
+                               forward_tflops=round(flops / times[0] / 1e9, 1),
+                               both_tflops=round(3 * flops / times[1] / 1e9, 1), peak_gb=memory))
     base = next(r for r in rows if r['implementation'] == 'dense')
     for r in rows:
-        if 'forward_ms' in r: r.update(forward_ratio=round(r['forward_ms'] / base['forward_ms'], 2), both_ratio=round(r['both_ms'] / base['both_ms'], 2))
+        if 'forward_ms' in r:
+            r.update(forward_ratio=round(r['forward_ms'] / base['forward_ms'], 2),
+                     both_ratio=round(r['both_ms'] / base['both_ms'], 2))
     return rows
 
 def kernels_part(device, args):
@@ -170,7 +189,8 @@ def kernels_part(device, args):
 
 def text(args, preset):
     from libmoe_nb.data.text import text_data
-    return text_data('python', vocab_size=preset.vocab_size, sequence_length=preset.sequence_length, cache_dir=args.cache, max_bytes=300_000 if args.tiny else 24_000_000)
+    return text_data('python', vocab_size=preset.vocab_size, sequence_length=preset.sequence_length,
+                     cache_dir=args.cache, max_bytes=300_000 if args.tiny else 24_000_000)
 
 def matmul_rate(device, n):
     "FLOP/s of one large product of bfloat16 matrices"
@@ -188,20 +208,25 @@ def train_row(recipe, preset, data, seconds, device, parts):
             if self.learn.step == 3: synchronize(device); self.start = time.perf_counter()
             elif self.learn.step > 3 and time.perf_counter() - self.start > seconds:
                 synchronize(device)
-                self.time, self.steps, self.loss = time.perf_counter() - self.start, self.learn.step - 3, float(self.learn.loss)
+                self.time, self.steps, self.loss = (time.perf_counter() - self.start, self.learn.step - 3,
+                                                    float(self.learn.loss))
                 raise CancelFitException()
     reset_peak(device)
     model, until = from_scratch(recipe, preset, seed=0).to(device), Until()
-    learn = moe_learner(model, data, preset=preset, bf16=device.type == 'cuda', grad_accum=parts, warmup_steps=20, lr=1e-3, steps=10**6, device=device, cbs=[until])
+    learn = moe_learner(model, data, preset=preset, bf16=device.type == 'cuda', grad_accum=parts, warmup_steps=20,
+                        lr=1e-3, steps=10**6, device=device, cbs=[until])
     with learn.no_bar(), learn.no_logging(): learn.fit_cosine()
     speed = until.steps * preset.batch_size * preset.sequence_length / until.time
     flops = count_flops(model, preset.sequence_length)
     memory = peak_gb(device)
     valid = evaluate_perplexity(model, data, 8, steps=16, bf16=device.type == 'cuda')
     sizes = count_parameters(model)
-    return dict(part='train', recipe=recipe, preset=preset.name, ok=True, total=sizes['total'], active=sizes['active'], steps=until.steps + 3, grad_accum=parts, seconds=round(until.time, 1),
-                tokens=(until.steps + 3) * preset.batch_size * preset.sequence_length, tokens_per_second=round(speed), tflops=round(3 * flops * speed / 1e12, 2), peak_gb=memory,
-                train_loss=round(until.loss, 4), perplexity=round(valid['perplexity'], 2), unigram_perplexity=round(data.unigram_perplexity(), 1))
+    return dict(part='train', recipe=recipe, preset=preset.name, ok=True, total=sizes['total'], active=sizes['active'],
+                steps=until.steps + 3, grad_accum=parts, seconds=round(until.time, 1),
+                tokens=(until.steps + 3) * preset.batch_size * preset.sequence_length, tokens_per_second=round(speed),
+                tflops=round(3 * flops * speed / 1e12, 2), peak_gb=memory,
+                train_loss=round(until.loss, 4), perplexity=round(valid['perplexity'], 2),
+                unigram_perplexity=round(data.unigram_perplexity(), 1))
 
 def train(device, args):
     import warnings
@@ -215,7 +240,8 @@ def train(device, args):
             except torch.OutOfMemoryError if hasattr(torch, 'OutOfMemoryError') else torch.cuda.OutOfMemoryError:
                 if parts < preset.batch_size: parts *= 2; torch.cuda.empty_cache(); continue
                 rows.append(dict(part='train', recipe=recipe, ok=False, message='out of memory'))
-            except Exception: rows.append(dict(part='train', recipe=recipe, ok=False, message=traceback.format_exc()[-600:]))
+            except Exception:
+                rows.append(dict(part='train', recipe=recipe, ok=False, message=traceback.format_exc()[-600:]))
             break
         say(rows[-1])
     return rows
@@ -233,7 +259,8 @@ def plain_row(recipe, preset, data, compiled, seconds, device, batch):
     warm = 5
     while True:
         ids = next(batches)['input_ids'].to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'): loss = run(input_ids=ids, labels=ids).loss
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
+            loss = run(input_ids=ids, labels=ids).loss
         loss.backward(); opt.step(); opt.zero_grad()
         losses.append(loss.detach())
         step += 1
@@ -243,8 +270,10 @@ def plain_row(recipe, preset, data, compiled, seconds, device, batch):
             if time.perf_counter() - start > seconds: break
     spent = time.perf_counter() - start
     speed = (step - warm) * batch * preset.sequence_length / spent
-    return dict(part='compile', recipe=recipe, preset=preset.name, compiled=compiled, ok=bool(torch.isfinite(losses[-1])), steps=step, first_steps_seconds=round(ready, 1), batch=batch,
-                tokens_per_second=round(speed), tflops=round(3 * count_flops(model, preset.sequence_length) * speed / 1e12, 2), peak_gb=peak_gb(device),
+    return dict(part='compile', recipe=recipe, preset=preset.name, compiled=compiled,
+                ok=bool(torch.isfinite(losses[-1])), steps=step, first_steps_seconds=round(ready, 1), batch=batch,
+                tokens_per_second=round(speed),
+                tflops=round(3 * count_flops(model, preset.sequence_length) * speed / 1e12, 2), peak_gb=peak_gb(device),
                 first_loss=round(losses[0].item(), 4), last_loss=round(losses[-1].item(), 4))
 
 def compile_part(device, args):
@@ -252,8 +281,12 @@ def compile_part(device, args):
     data = text(args, preset)
     for recipe in args.compile:
         for compiled in (False, True):
-            try: rows.append(plain_row(recipe, preset, data, compiled, min(args.seconds, 8), device, preset.batch_size if args.tiny else 16))
-            except Exception: rows.append(dict(part='compile', recipe=recipe, compiled=compiled, ok=False, message=traceback.format_exc()[-600:]))
+            try:
+                rows.append(plain_row(recipe, preset, data, compiled, min(args.seconds, 8), device,
+                                      preset.batch_size if args.tiny else 16))
+            except Exception:
+                rows.append(dict(part='compile', recipe=recipe, compiled=compiled, ok=False,
+                                 message=traceback.format_exc()[-600:]))
             say(rows[-1])
     return rows
 
@@ -261,15 +294,19 @@ def compile_part(device, args):
 
 parts = dict(checks=checks, kernels=kernels_part, train=train, compile=compile_part)
 
-def say(row): print(' '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k, v in row.items() if k != 'part' and v is not None), flush=True)
+def say(row):
+    print(' '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}'
+                   for k, v in row.items() if k != 'part' and v is not None), flush=True)
 
 def machine(device):
     import platform, transformers
-    d = dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version(), device=device.type)
+    d = dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version(),
+             device=device.type)
     if device.type != 'cuda': return d
     rate = matmul_rate(device, 8192)
     name = torch.cuda.get_device_name()
-    return d | dict(device=name, cuda=torch.version.cuda, bf16_matmul_tflops=round(rate / 1e12), datasheet_tflops=next((v / 1e12 for k, v in datasheet.items() if k in name), None))
+    return d | dict(device=name, cuda=torch.version.cuda, bf16_matmul_tflops=round(rate / 1e12),
+                    datasheet_tflops=next((v / 1e12 for k, v in datasheet.items() if k in name), None))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -299,7 +336,8 @@ def main():
         info[f'{name}_seconds'] = round(time.perf_counter() - start, 1)
         if args.json: write_json(args.json, dict(machine=info, rows=rows))
     bad = [r for r in rows if not r['ok']]
-    print(f'{len(rows) - len(bad)} of {len(rows)} rows are as they should be; seconds: ' + ', '.join(f"{n} {info[n + '_seconds']}" for n in args.only))
+    print(f'{len(rows) - len(bad)} of {len(rows)} rows are as they should be; seconds: '
+          + ', '.join(f"{n} {info[n + '_seconds']}" for n in args.only))
     for r in bad: print('NOT OK:', json.dumps(r)[:400])
     return int(bool(bad))
 

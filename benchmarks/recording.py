@@ -38,7 +38,8 @@ def measure(model, ids, repeats, folder, clock):
 def main():
     a = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     a.add_argument('--preset', default='mini'); a.add_argument('--recipes', default='smoe,tcmoe,moe_plus_plus')
-    a.add_argument('--batch', type=int, default=8); a.add_argument('--repeats', type=int, default=30); a.add_argument('--json')
+    a.add_argument('--batch', type=int, default=8)
+    a.add_argument('--repeats', type=int, default=30); a.add_argument('--json')
     a.add_argument('--threads', type=int, default=1); a.add_argument('--wall', action='store_true')
     a = a.parse_args()
     rows, clock = [], time.perf_counter if a.wall else time.process_time
@@ -46,13 +47,17 @@ def main():
     print(f"{'recipe':16}{'forward ms':>12}{'record':>10}{'drop_top1':>12}{'trace':>10}")
     for recipe in a.recipes.split(','):
         model = from_scratch(recipe, a.preset, seed=0).eval()
-        ids = torch.randint(model.config.base_config.vocab_size, (a.batch, model.config.base_config.max_position_embeddings))
+        ids = torch.randint(model.config.base_config.vocab_size,
+                            (a.batch, model.config.base_config.max_position_embeddings))
         with tempfile.TemporaryDirectory() as folder: base, ratios = measure(model, ids, a.repeats, folder, clock)
-        print(f"{recipe:16}{base * 1e3:12.1f}{ratios['record_routing']:10.3f}{ratios['drop_top1']:12.3f}{ratios['write_trace']:10.3f}")
-        rows += [dict(recipe=recipe, preset=a.preset, batch=a.batch, repeats=a.repeats, threads=a.threads, clock='wall' if a.wall else 'processor', torch=torch.__version__,
+        print(f"{recipe:16}{base * 1e3:12.1f}{ratios['record_routing']:10.3f}{ratios['drop_top1']:12.3f}"
+              f"{ratios['write_trace']:10.3f}")
+        rows += [dict(recipe=recipe, preset=a.preset, batch=a.batch, repeats=a.repeats, threads=a.threads,
+                      clock='wall' if a.wall else 'processor', torch=torch.__version__,
                       what=n, ratio=round(r, 4), milliseconds=round(base * 1e3 * r, 2)) for n, r in ratios.items()]
     if a.json:
-        with open(a.json, 'w', encoding='utf-8') as f: f.write('[\n' + ',\n'.join(json.dumps(r) for r in rows) + '\n]\n')
+        with open(a.json, 'w', encoding='utf-8') as f:
+            f.write('[\n' + ',\n'.join(json.dumps(r) for r in rows) + '\n]\n')
 
 
 if __name__ == '__main__': main()

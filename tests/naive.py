@@ -136,7 +136,8 @@ def token(recipe, p, x, k, o, previous=None):
         r = _, _, chosen, w = route_ternary(p, x, k, o)
         n = len(p['experts'])
         return experts_sum(p, x, [(i % n, v if i < n else -v) for i, v in zip(chosen, w) if i < 2 * n], o), r
-    route = dict(smoe=route_softmax, smoe_sigmoid=route_sigmoid, xmoe=route_cosine, sharede_v2=route_softmax, sharede_v3=route_sigmoid)[recipe]
+    route = dict(smoe=route_softmax, smoe_sigmoid=route_sigmoid, xmoe=route_cosine, sharede_v2=route_softmax,
+                 sharede_v3=route_sigmoid)[recipe]
     r = _, _, chosen, w = route(p, x, k, o)
     y = experts_sum(p, x, zip(chosen, w), o)
     if 'shared' in p:

@@ -29,21 +29,27 @@ def refused(says, *args):
 
 def process(*args, **kwargs):
     code = 'from libmoe_nb.cli import main; main()'
-    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **kwargs)
 
 # results
 
 def test_compare_on_a_users_folder(texts, tmp_path):
-    res = libmoe('compare', '--data', texts, '--recipes', 'dense,smoe,moe_plus_plus', *SMALL, '--out', tmp_path/'runs', '--json')
+    res = libmoe('compare', '--data', texts, '--recipes', 'dense,smoe,moe_plus_plus', *SMALL, '--out',
+                 tmp_path/'runs', '--json')
     assert res.exit_code == 0, res.stderr
     result = json.loads(res.stdout)                       # stdout is the JSON and nothing else
     rows = {r['recipe']: r for r in result['results']}
-    assert {'dense', 'smoe', 'moe_plus_plus'} <= set(rows) and {(r['recipe'], r['domain']) for r in result['domains'] if r['perplexity'] > 1} >= {('smoe', 'notes'), ('smoe', 'tales'), ('unigram', 'tales')}
+    assert ({'dense', 'smoe', 'moe_plus_plus'} <= set(rows)
+            and {(r['recipe'], r['domain']) for r in result['domains'] if r['perplexity'] > 1}
+            >= {('smoe', 'notes'), ('smoe', 'tales'), ('unigram', 'tales')})
     page = (tmp_path/'runs'/'report.html').read_text()
     assert 'tales' in page and page.count('data:image/') >= 3 and 'src="http' not in page and '<script src' not in page
-    again = libmoe('compare', '--data', texts, '--recipes', 'dense,smoe,moe_plus_plus', *SMALL, '--out', tmp_path/'runs', '--json')
+    again = libmoe('compare', '--data', texts, '--recipes', 'dense,smoe,moe_plus_plus', *SMALL, '--out',
+                   tmp_path/'runs', '--json')
     assert 'finished already' in again.stderr
-    assert [r.get('perplexity') for r in json.loads(again.stdout)['results']] == [r.get('perplexity') for r in result['results']]
+    assert [r.get('perplexity')
+            for r in json.loads(again.stdout)['results']] == [r.get('perplexity') for r in result['results']]
     table = libmoe('report', tmp_path/'runs')
     assert table.exit_code == 0 and 'MoE++' in table.stdout and 'Unigram' in table.stdout
 
@@ -54,7 +60,8 @@ def test_train_leaves_a_model(texts, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     import libmoe_nb.models.causal  # noqa: F401  (registers the architecture)
     model, tok = AutoModelForCausalLM.from_pretrained(result['model']), AutoTokenizer.from_pretrained(result['model'])
-    out = model.generate(**tok('the tales of', return_tensors='pt', return_token_type_ids=False), max_new_tokens=5, do_sample=False)
+    out = model.generate(**tok('the tales of', return_tensors='pt', return_token_type_ids=False), max_new_tokens=5,
+                         do_sample=False)
     assert out.shape[1] > 5 and tok.decode(out[0])
     refused('another configuration', 'train', 'smoe', '--data', texts, *SMALL, '--out', tmp_path/'run')
 
@@ -62,7 +69,8 @@ def test_list():
     d = json.loads(libmoe('list', '--json').stdout)
     assert [r['name'] for r in d['recipes']][:2] == ['dense', 'smoe'] and len(d['recipes']) >= 8
     sizes = {p['name']: p['parameters'] for p in d['presets']}
-    assert round(sizes['paper-0.15b']['smoe']['total'] / 1e6) == 158 and round(sizes['paper-0.15b']['dense']['active'] / 1e6) == 36
+    assert (round(sizes['paper-0.15b']['smoe']['total'] / 1e6) == 158
+            and round(sizes['paper-0.15b']['dense']['active'] / 1e6) == 36)
     text = libmoe('list').stdout
     assert 'moe_plus_plus' in text and 'paper-0.68b' in text and 'sotu' in text
 
@@ -78,9 +86,12 @@ def test_help_and_version():
 @pytest.mark.parametrize('args, says', [
     (['--recipes', 'smoe_sigmiod'], "did you mean 'smoe_sigmoid'"), (['--preset', 'minni'], "did you mean 'mini'"),
     (['--num-experts', '4', '--top-k', '5'], 'top_k must be at most num_experts=4, got 5'),
-    (['--num-experts', '4', '--top-k', '4', '--num-shared-experts', '4'], 'num_shared_experts must be at least 0 and below num_experts=4, got 4'),
-    (['--steps', '0'], 'steps'), (['--steps', '-3'], 'steps'), (['--batch-size', '0'], 'batch_size'), (['--learning-rate', '-1'], 'learning_rate'),
-    (['--seeds', '0'], 'seeds'), (['--threads', '0'], 'threads'), (['--set', 'router_aux_los_coef=1'], "did you mean 'router_aux_loss_coef'"), (['--set', 'x'], 'NAME=VALUE')])
+    (['--num-experts', '4', '--top-k', '4', '--num-shared-experts', '4'],
+     'num_shared_experts must be at least 0 and below num_experts=4, got 4'),
+    (['--steps', '0'], 'steps'), (['--steps', '-3'], 'steps'), (['--batch-size', '0'], 'batch_size'),
+    (['--learning-rate', '-1'], 'learning_rate'),
+    (['--seeds', '0'], 'seeds'), (['--threads', '0'], 'threads'),
+    (['--set', 'router_aux_los_coef=1'], "did you mean 'router_aux_loss_coef'"), (['--set', 'x'], 'NAME=VALUE')])
 def test_bad_budget(args, says, tmp_path):
     refused(says, 'compare', *args, '--out', tmp_path/'runs')
     assert not (tmp_path/'runs').exists()                 # refused before any work
@@ -96,18 +107,23 @@ def write(path, data):
     return path
 
 @pytest.mark.parametrize('name, data, says', [
-    ('empty.txt', '', 'empty'), ('picture.txt', b'\x89PNG\0\0\0' * 50, 'binary'), ('latin.txt', 'façade '.encode('latin-1') * 50, 'not UTF-8'),
-    ('rows.jsonl', '{"content": "a text"}\n' * 5, 'content'), ('odd.xyz', 'text ' * 50, '.xyz'), ('short.txt', 'one two three four\n' * 3, 'vocab')])
+    ('empty.txt', '', 'empty'), ('picture.txt', b'\x89PNG\0\0\0' * 50, 'binary'),
+    ('latin.txt', 'façade '.encode('latin-1') * 50, 'not UTF-8'),
+    ('rows.jsonl', '{"content": "a text"}\n' * 5, 'content'), ('odd.xyz', 'text ' * 50, '.xyz'),
+    ('short.txt', 'one two three four\n' * 3, 'vocab')])
 def test_bad_text(name, data, says, tmp_path):
     refused(says, 'compare', '--data', write(tmp_path/name, data), '--preset', 'tiny', '--out', tmp_path/'runs')
 
-def test_missing_path(tmp_path): refused('does not exist', 'compare', '--data', tmp_path/'nowhere.txt', '--out', tmp_path/'runs')
+def test_missing_path(tmp_path):
+    refused('does not exist', 'compare', '--data', tmp_path/'nowhere.txt', '--out', tmp_path/'runs')
 
 def test_vocabulary_larger_than_the_corpus_supports(texts, tmp_path):
-    refused('vocab_size=5000', 'compare', '--data', texts, '--preset', 'tiny', '--vocab-size', '5000', '--out', tmp_path/'runs')
+    refused('vocab_size=5000', 'compare', '--data', texts, '--preset', 'tiny', '--vocab-size', '5000', '--out',
+            tmp_path/'runs')
 
 def test_sequence_longer_than_the_corpus(texts, tmp_path):
-    refused('sequence_length=1000000', 'compare', '--data', texts, '--preset', 'tiny', '--vocab-size', '300', '--sequence-length', '1000000', '--out', tmp_path/'runs')
+    refused('sequence_length=1000000', 'compare', '--data', texts, '--preset', 'tiny', '--vocab-size', '300',
+            '--sequence-length', '1000000', '--out', tmp_path/'runs')
 
 # bad input: folders
 
@@ -150,7 +166,8 @@ def test_killed_in_the_middle_and_finished_by_the_next_call(texts, tmp_path):
     whole = libmoe(*args, tmp_path/'whole')
     assert whole.exit_code == 0, whole.stderr
     p = process(*args, tmp_path/'killed')
-    wait_for(lambda: any('smoe' in f.parent.name and f.stat().st_size for f in (tmp_path/'killed').glob('*/metrics.jsonl')), p)
+    wait_for(lambda: any('smoe' in f.parent.name and f.stat().st_size
+                         for f in (tmp_path/'killed').glob('*/metrics.jsonl')), p)
     os.kill(p.pid, signal.SIGKILL)
     p.communicate()
     done = {f.parent.name: f.stat().st_mtime_ns for f in (tmp_path/'killed').glob('*/result.json')}
@@ -174,7 +191,8 @@ def test_an_interrupted_run_goes_on_or_starts_over(texts, tmp_path):
     wait_for(lambda: any(f.read_text().count('\n') > 2 for f in (tmp_path/'run').glob('metrics.jsonl')), p)
     p.send_signal(signal.SIGINT)
     p.communicate(timeout=120)
-    assert p.returncode == 130 and list((tmp_path/'run').glob('checkpoints/step-*')) and not (tmp_path/'run'/'result.json').exists()
+    assert (p.returncode == 130 and list((tmp_path/'run').glob('checkpoints/step-*'))
+            and not (tmp_path/'run'/'result.json').exists())
     first = lambda name: (tmp_path/name/'metrics.jsonl').read_text().splitlines()[1]
     before = first('run')                                  # with the seconds it took, which are never the same
     shutil.copytree(tmp_path/'run', tmp_path/'over')
@@ -191,4 +209,6 @@ def test_an_interrupted_run_goes_on_or_starts_over(texts, tmp_path):
     again = libmoe(*args, tmp_path/'over', '--no-resume', '--json')
     assert 'finished already' in again.stderr and json.loads(again.stdout)['finished'] == results['over']['finished']
     card = (tmp_path/'run'/'model'/'README.md').read_text()
-    for fact in ('| recipe | smoe |', '| steps | 150 |', '| optimizer | AdamW |', '## Evaluation', '| perplexity |', '| perplexity by domain / tales |'): assert fact in card, fact
+    for fact in ('| recipe | smoe |', '| steps | 150 |', '| optimizer | AdamW |', '## Evaluation', '| perplexity |',
+                 '| perplexity by domain / tales |'):
+        assert fact in card, fact

@@ -21,7 +21,8 @@ NAMES = 'cache', 'past_key_values'
 
 @pytest.fixture(scope='module')
 def model():
-    return from_scratch('smoe', 'tiny', seed=0, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16, num_experts=4, top_k=2, moe_intermediate_size=16, vocab_size=96).eval()
+    return from_scratch('smoe', 'tiny', seed=0, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+                        num_experts=4, top_k=2, moe_intermediate_size=16, vocab_size=96).eval()
 
 @pytest.fixture
 def quiet(monkeypatch):
@@ -39,9 +40,12 @@ def ids(S=9): return torch.randint(1, 96, (2, S), generator=torch.Generator().ma
 def test_both_names_go_in_and_come_out(name, model, quiet):
     x, out = ids(), model(ids()[:, :5], use_cache=True)
     kept = getattr(out, name)
-    assert kept is not None and all(kept is c for c in (out.cache, out.past_key_values, out['cache'], out['past_key_values'], out.get('cache'), out.get('past_key_values')))
+    assert kept is not None and all(kept is c
+                                    for c in (out.cache, out.past_key_values, out['cache'], out['past_key_values'],
+                                              out.get('cache'), out.get('past_key_values')))
     assert all(n in out for n in NAMES) and kept in out.to_tuple() and len(set(NAMES) & set(out.keys())) == 1
-    torch.testing.assert_close(model(x[:, 5:], **{name: copy.deepcopy(kept)}).logits, model(x).logits[:, 5:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(x[:, 5:], **{name: copy.deepcopy(kept)}).logits, model(x).logits[:, 5:],
+                               atol=1e-5, rtol=1e-4)
     assert model(x, return_dict=False, use_cache=True)[1].get_seq_length() == 9
 
 @pytest.mark.parametrize('name', NAMES)
@@ -59,7 +63,8 @@ def test_no_cache_and_two_caches(model, quiet):
     assert out.cache is None and out.past_key_values is None and not any(n in out or out.get(n) for n in NAMES)
     assert model(ids(), cache=None, past_key_values=None).logits.shape == (2, 9, 96)
     a, b = (model(ids()[:, :5], use_cache=True).cache for _ in range(2))
-    with pytest.raises(ValueError, match='cache and past_key_values name the same thing: give one of them'): model(ids()[:, 5:], cache=a, past_key_values=b)
+    with pytest.raises(ValueError, match='cache and past_key_values name the same thing: give one of them'):
+        model(ids()[:, 5:], cache=a, past_key_values=b)
     with pytest.raises(ValueError, match='give one of them'): model.generate(ids(), cache=a, past_key_values=b)
     model(ids()[:, 5:], cache=a, past_key_values=a)         # the same one twice is one
 
@@ -69,15 +74,19 @@ def test_an_output_can_be_written_copied_and_pickled(model, quiet):
         setattr(out, n, i)
         assert out.cache == out.past_key_values == i
     assert pickle.loads(pickle.dumps(out)).past_key_values == copy.copy(out).cache == 1
-    assert {f.name for f in dataclasses.fields(MoECausalLMOutput)} == {f.name for f in dataclasses.fields(MoeCausalLMOutputWithPast)}
+    assert {f.name for f in dataclasses.fields(MoECausalLMOutput)} == {
+        f.name for f in dataclasses.fields(MoeCausalLMOutputWithPast)}
 
 @pytest.mark.parametrize('name', NAMES)
 @torch.no_grad()
 def test_a_base_model_gets_the_name_that_it_takes(name, model, quiet):
     m, base = copy.deepcopy(model), {}
-    def old(self, input_ids=None, past_key_values=None, **kwargs): return base.update(old=past_key_values) or CausalLMOutputWithPast(logits=torch.ones(2, 4, 96))
-    def new(self, input_ids=None, cache=None, **kwargs): return base.update(new=cache) or CausalLMOutputWithPast(logits=torch.ones(2, 4, 96))
-    def none(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None, use_cache=None, logits_to_keep=0, return_dict=True):
+    def old(self, input_ids=None, past_key_values=None, **kwargs):
+        return base.update(old=past_key_values) or CausalLMOutputWithPast(logits=torch.ones(2, 4, 96))
+    def new(self, input_ids=None, cache=None, **kwargs):
+        return base.update(new=cache) or CausalLMOutputWithPast(logits=torch.ones(2, 4, 96))
+    def none(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None,
+             use_cache=None, logits_to_keep=0, return_dict=True):
         return base.update(none=1) or CausalLMOutputWithPast(logits=torch.ones(2, 4, 96))
     for f in (old, new, none):
         m.base.forward = f.__get__(m.base)
@@ -86,31 +95,40 @@ def test_a_base_model_gets_the_name_that_it_takes(name, model, quiet):
 
 @torch.no_grad()
 def test_compiled(quiet):
-    m = from_scratch('dense', 'tiny', seed=0, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16, num_experts=4, top_k=2, moe_intermediate_size=16, vocab_size=96).eval()
+    m = from_scratch('dense', 'tiny', seed=0, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
+                     num_experts=4, top_k=2, moe_intermediate_size=16, vocab_size=96).eval()
     x, c = ids(), torch.compile(m, backend='eager')
     first = c(x[:, :5], use_cache=True)
-    for n in NAMES: torch.testing.assert_close(c(x[:, 5:], **{n: copy.deepcopy(first.cache)}).logits, m(x).logits[:, 5:], atol=1e-5, rtol=1e-4)
+    for n in NAMES:
+        torch.testing.assert_close(c(x[:, 5:], **{n: copy.deepcopy(first.cache)}).logits, m(x).logits[:, 5:],
+                                   atol=1e-5, rtol=1e-4)
 
 # tensors that stay in float32
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_a_base_keeps_no_tensor_of_our_layers_in_float32(dtype, tmp_path):
-    base = AutoConfig.for_model('deepseek_v3', vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, q_lora_rank=8,
-                                kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2)
-    m = from_scratch('sharede_v3', 'tiny', base=base, seed=0, num_experts=4, top_k=2, shared_gate=True, expert_bias=True, moe_intermediate_size=16).eval().to(dtype)
+    base = AutoConfig.for_model('deepseek_v3', vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                num_attention_heads=2, num_key_value_heads=2, q_lora_rank=8,
+                                kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+                                first_k_dense_replace=2)
+    m = from_scratch('sharede_v3', 'tiny', base=base, seed=0, num_experts=4, top_k=2, shared_gate=True,
+                     expert_bias=True, moe_intermediate_size=16).eval().to(dtype)
     m.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path)
     kinds = lambda m: {n: t.dtype for n, t in m.state_dict().items()}
-    assert kinds(back) == kinds(m) and {n.rpartition('.')[2] for n, t in kinds(m).items() if t != dtype} == {'expert_bias'}
+    assert kinds(back) == kinds(m) and {n.rpartition('.')[2] for n, t in kinds(m).items()
+                                        if t != dtype} == {'expert_bias'}
     assert torch.equal(back(ids()).logits, m(ids()).logits)
     smoe = from_scratch('smoe', 'tiny', base=base, seed=0, num_experts=4, top_k=2, moe_intermediate_size=16)
     assert not smoe._keep_in_fp32_modules_strict          # nothing of that name there
 
 # what a user sees of dependencies: nothing
 
-OURS = re.compile(r'(.*\.\.\.|\[\d+\/\d+\] .*|(libmoe|warning|intervention): .*|Running \w+ requests: .*|)')   # the bars are lm-eval's, asked for by evaluate
-SMALL = '--data python --max-bytes 250000 --preset tiny --steps 4 --batch-size 4 --sequence-length 64 --vocab-size 512 --threads 1'.split()
+# the bars are lm-eval's, asked for by evaluate
+OURS = re.compile(r'(.*\.\.\.|\[\d+\/\d+\] .*|(libmoe|warning|intervention): .*|Running \w+ requests: .*|)')
+SMALL = ('--data python --max-bytes 250000 --preset tiny --steps 4 --batch-size 4 --sequence-length 64 --vocab-size '
+         '512 --threads 1'.split())
 
 def commands(box):
     "Each command on something small, in an order in which one can use what another left"
@@ -119,7 +137,8 @@ def commands(box):
     yield 'train', 'sharede_v3', *SMALL, '--out', box/'run'
     yield 'upcycle', box/'llama', *short, '--steps', '2', '--out', box/'up'
     for m in 'run', 'lara_mini': yield 'analyze', box/m, *short, '--tokens', '400', '--out', box/f'analysis-{m}'
-    yield 'evaluate', box/'run', '--suite', next((box/'runs').glob('suite-*')), '--limit', '3', '--intervene', 'drop_top1', '--threads', '1', '--out', box/'scores'
+    yield ('evaluate', box/'run', '--suite', next((box/'runs').glob('suite-*')), '--limit', '3', '--intervene',
+           'drop_top1', '--threads', '1', '--out', box/'scores')
     yield 'list',
     yield 'report', box/'runs'
 
@@ -127,14 +146,18 @@ def commands(box):
 def test_no_message_of_a_dependency_reaches_a_user(tmp_path, monkeypatch):
     monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
     tokenizer = text_data('python', vocab_size=512, sequence_length=64, max_bytes=250_000).tokenizer
-    llama = AutoConfig.for_model('llama', vocab_size=512, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=2, bos_token_id=0, eos_token_id=0)
+    llama = AutoConfig.for_model('llama', vocab_size=512, hidden_size=32, intermediate_size=48, num_attention_heads=2,
+                                 num_hidden_layers=2, bos_token_id=0, eos_token_id=0)
     models = dict(llama=AutoModelForCausalLM.from_config(llama))
     models |= {f: tiny_moe(f, vocab_size=512) for f in ('lara_mini',) if f in CONFIG_MAPPING}
     for f, m in models.items(): m.save_pretrained(tmp_path/f); tokenizer.save_pretrained(tmp_path/f)
-    code, env = 'from libmoe_nb.cli import main; main()', {k: v for k, v in os.environ.items() if k not in ('PYTHONWARNINGS', 'TRANSFORMERS_VERBOSITY', 'LIBMOE_DEBUG')}
+    code, env = ('from libmoe_nb.cli import main; main()',
+                 {k: v for k, v in os.environ.items()
+                  if k not in ('PYTHONWARNINGS', 'TRANSFORMERS_VERBOSITY', 'LIBMOE_DEBUG')})
     for args in commands(tmp_path):
         if args[0] == 'analyze' and not args[1].exists(): continue
-        done = subprocess.run([sys.executable, '-W', 'default', '-c', code, *map(str, args)], capture_output=True, text=True, env=env)
+        done = subprocess.run([sys.executable, '-W', 'default', '-c', code, *map(str, args)], capture_output=True,
+                              text=True, env=env)
         strange = [line for line in done.stderr.splitlines() if not OURS.fullmatch(line)]
         assert done.returncode == 0 and not strange, (args, done.stderr)
 
@@ -148,7 +171,8 @@ def test_our_own_warnings_do_reach_a_user(capsys):
     with warnings.catch_warnings(record=True) as others:
         warnings.simplefilter('always')
         with cli._only_ours(): run('libmoe_nb.training.learner'); run('pandas.io')
-        assert capsys.readouterr().err.splitlines() == ['warning: libmoe_nb.training.learner 1', 'warning: libmoe_nb.training.learner 2'] and not others
+        assert capsys.readouterr().err.splitlines() == ['warning: libmoe_nb.training.learner 1',
+                                                        'warning: libmoe_nb.training.learner 2'] and not others
         warnings.warn('after it, all is as before')
     assert len(others) == 1 and logging.getLogger('pandas.io').isEnabledFor(logging.WARNING)
 
@@ -158,14 +182,17 @@ def test_a_checkpoint_that_lacks_weights_is_not_filled_with_random_ones(tmp_path
     w = load_file(tmp_path/'model.safetensors')
     lost = next(n for n in w if n.endswith('q_proj.weight'))
     save_file({n: t for n, t in w.items() if n != lost}, tmp_path/'model.safetensors', metadata=dict(format='pt'))
-    with pytest.raises(ValueError, match=f'lacks 1 weights that a MixtralForCausalLM has, and would be random there: {lost}'): load_subject(tmp_path, tokenizer=object())
+    with pytest.raises(ValueError,
+                       match=f'lacks 1 weights that a MixtralForCausalLM has, and would be random there: {lost}'):
+        load_subject(tmp_path, tokenizer=object())
 
 # requirements
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ConfigParser(delimiters=['='])
 CONFIG.read(ROOT/'settings.ini', encoding='utf-8')
-REQUIREMENTS = sorted({line.strip() for k, v in CONFIG['DEFAULT'].items() if k.endswith('requirements') for line in v.splitlines() if line.strip()})
+REQUIREMENTS = sorted({line.strip() for k, v in CONFIG['DEFAULT'].items() if k.endswith('requirements')
+                       for line in v.splitlines() if line.strip()})
 
 @pytest.mark.parametrize('line', REQUIREMENTS)
 def test_a_requirement_has_bounds(line):
@@ -179,12 +206,15 @@ def test_a_requirement_has_bounds(line):
     assert f'{here.major + 1}.0' not in r.specifier, 'the next major version may break anything'
 
 def test_the_weekly_workflow_takes_the_newest_versions():
-    res = subprocess.run([sys.executable, ROOT/'tools'/'newest.py'], capture_output=True, text=True, check=True).stdout.splitlines()
+    res = subprocess.run([sys.executable, ROOT/'tools'/'newest.py'], capture_output=True, text=True,
+                         check=True).stdout.splitlines()
     free = {r.name: r for r in map(Requirement, res)}
-    bound = {r.name for k in ('', 'dev_', 'demo_') for r in map(Requirement, CONFIG['DEFAULT'][f'{k}requirements'].strip().splitlines())}
+    bound = {r.name for k in ('', 'dev_', 'demo_')
+             for r in map(Requirement, CONFIG['DEFAULT'][f'{k}requirements'].strip().splitlines())}
     assert set(free) == bound and all({s.operator for s in r.specifier} == {'>='} for r in free.values())
     assert str(free['smalldocs'].marker) == 'python_version >= "3.11"'
     text = (ROOT/'.github'/'workflows'/'newest.yml').read_text(encoding='utf-8')
     job, = yaml.safe_load(text)['jobs'].values()
     run = '\n'.join(s.get('run', '') for s in job['steps'])
-    assert 'schedule' in text and all(w in run for w in ('tools/newest.py', '--upgrade', 'pytest', 'nbdev-test', 'gh issue create', 'moe_classes'))
+    assert 'schedule' in text and all(w in run for w in ('tools/newest.py', '--upgrade', 'pytest', 'nbdev-test',
+                                                         'gh issue create', 'moe_classes'))

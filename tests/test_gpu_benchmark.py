@@ -6,13 +6,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_gpu_script_runs_without_one(tmp_path):
     out = tmp_path/'gpu.json'
-    run = subprocess.run(['bash', ROOT/'benchmarks/gpu.sh', '--device', 'cpu', '--tiny', '--seconds', '.5', '--recipes', 'smoe', 'tcmoe', '--compile', '--cache', tmp_path, '--json', out],
+    run = subprocess.run(['bash', ROOT/'benchmarks/gpu.sh', '--device', 'cpu', '--tiny', '--seconds', '.5', '--recipes',
+                          'smoe', 'tcmoe', '--compile', '--cache', tmp_path, '--json', out],
                          capture_output=True, text=True, env=dict(os.environ, PYTHON=sys.executable))
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     found = json.loads(out.read_text())
     rows = found['rows']
     assert found['machine']['device'] == 'cpu' and {r['part'] for r in rows} == {'checks', 'kernels', 'train'}
-    assert {r['recipe'] for r in rows if r['part'] == 'train'} == {'smoe', 'tcmoe'} and all(r['tokens_per_second'] > 0 for r in rows if r['part'] == 'train')
+    assert ({r['recipe'] for r in rows if r['part'] == 'train'} == {'smoe', 'tcmoe'}
+            and all(r['tokens_per_second'] > 0 for r in rows if r['part'] == 'train'))
     errors = [r['error'] for r in rows if r['part'] == 'checks' and 'error' in r]
     assert len(errors) > 50 and max(errors) > 0
     assert any(r['recipe'] == 'libmoe compare' for r in rows if r['part'] == 'checks')

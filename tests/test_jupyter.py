@@ -19,7 +19,8 @@ def figures(cell): return sum('image/png' in o.get('data', {}) for o in cell.get
 def test_every_figure_of_a_session_is_shown(tmp_path):
     cells = ["import pandas as pd\nfrom libmoe_nb.plots.figures import plot_curves, plot_perplexity, panels\n"
              "df = pd.DataFrame(dict(recipe='smoe', seed=0, tokens=[1, 2], valid_perplexity=[3., 2.]))",
-             "plot_curves(df);", "ax = plot_curves(df)", "plot_curves(df, ax=panels(1));", "import matplotlib.pyplot as plt\nplt.plot([1, 2]);"]
+             "plot_curves(df);", "ax = plot_curves(df)", "plot_curves(df, ax=panels(1));",
+             "import matplotlib.pyplot as plt\nplt.plot([1, 2]);"]
     nb = run(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells]), tmp_path)
     assert [figures(c) for c in nb.cells] == [0, 1, 1, 1, 1]
 
@@ -31,4 +32,5 @@ def test_a_page_shows_in_jupyter_the_figures_that_it_stores(name):
     before = stored(path)
     after = run(stored(path), path.parent)
     assert sum(map(figures, before.cells)) > 1
-    assert [(c.id, figures(c)) for c in after.cells if c.cell_type == 'code'] == [(c.id, figures(c)) for c in before.cells if c.cell_type == 'code']
+    assert [(c.id, figures(c)) for c in after.cells
+            if c.cell_type == 'code'] == [(c.id, figures(c)) for c in before.cells if c.cell_type == 'code']

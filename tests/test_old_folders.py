@@ -7,17 +7,17 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from libmoe_nb.analysis import load_subject, measure_trace
+from libmoe_nb.experiments.inspect import load_subject, measure_trace
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
-from libmoe_nb.evaluation import Evaluation, evaluate
-from libmoe_nb.experiments import compare, print_progress, read_comparison, train
-from libmoe_nb.suites import Suite
-from libmoe_nb.traces import read_trace, write_trace
-from libmoe_nb.tracing import moe_layers
-from libmoe_nb.training import evaluate_perplexity, read_metrics
-from libmoe_nb.upcycle_run import upcycle_and_train
-from libmoe_nb.upcycling import load_upcycled
+from libmoe_nb.evaluation.harness import Evaluation, evaluate
+from libmoe_nb.experiments.compare import compare, print_progress, read_comparison, train
+from libmoe_nb.evaluation.suites import Suite
+from libmoe_nb.analysis.traces import read_trace, write_trace
+from libmoe_nb.analysis.tracing import moe_layers
+from libmoe_nb.training.learner import evaluate_perplexity, read_metrics
+from libmoe_nb.experiments.upcycle import upcycle_and_train
+from libmoe_nb.models.upcycling import load_upcycled
 
 FIXTURES = Path(__file__).resolve().parent/'fixtures'
 EXPECTED = json.loads((FIXTURES/'expected.json').read_text(encoding='utf-8'))

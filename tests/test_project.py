@@ -18,7 +18,8 @@ def read(path): return (ROOT/path).read_text(encoding='utf-8')
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
 def source(cell): return ''.join(cell['source'])
 
-NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(NBS).parts))
+NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb')
+                   if not any(part.startswith(('.', '_')) for part in p.relative_to(NBS).parts))
 each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(NBS)))
 QUARTO = yaml.safe_load(read('_quarto.yml'))
 PYPROJECT = tomllib.loads(read('pyproject.toml'))
@@ -55,14 +56,18 @@ def imports(path, package, top=False):
 
 def imported(name, top=False): return set(imports(module_path(name), f'libmoe_nb.{name}'.rsplit('.', 1)[0], top))
 
-def python(code): return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+def python(code):
+    return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT,
+                          check=True).stdout
 
 # imports
 
-HEAVY = ['torch', 'transformers', 'fastai', 'datasets', 'lm_eval', 'matplotlib', 'pandas', 'tokenizers', 'accelerate', 'rich']
+HEAVY = ['torch', 'transformers', 'fastai', 'datasets', 'lm_eval', 'matplotlib', 'pandas', 'tokenizers',
+         'accelerate', 'rich']
 
-@pytest.mark.parametrize('module, allowed', [('libmoe_nb', []), ('libmoe_nb.moe.config', []), ('libmoe_nb.cli', ['rich']),
-                                             ('libmoe_nb.analysis.tracing, libmoe_nb.moe.layers', ['torch'])])
+@pytest.mark.parametrize('module, allowed',
+                         [('libmoe_nb', []), ('libmoe_nb.moe.config', []), ('libmoe_nb.cli', ['rich']),
+                          ('libmoe_nb.analysis.tracing, libmoe_nb.moe.layers', ['torch'])])
 def test_light_imports(module, allowed):
     loaded = set(python(f'import sys, {module}; print(*sys.modules)').split())
     assert not loaded & set(HEAVY) - set(allowed)
@@ -77,16 +82,19 @@ def test_imports_go_one_way(name):
 def test_private_names_stay_at_home(name):
     tree = ast.parse(module_path(name).read_text(encoding='utf-8'))
     ours = {a.asname or a.name.split('.')[-1] for n in ast.walk(tree) if is_import(n) for a in n.names
-            if isinstance(n, ast.Import) and a.name.startswith('libmoe_nb') or isinstance(n, ast.ImportFrom) and (n.level or n.module.startswith('libmoe_nb'))}
+            if isinstance(n, ast.Import) and a.name.startswith('libmoe_nb') or isinstance(n, ast.ImportFrom)
+            and (n.level or n.module.startswith('libmoe_nb'))}
     taken = {i for i in imported(name) if i.startswith('libmoe_nb.') and re.match('_[^_]', i.rsplit('.', 1)[1])}
-    reached = {f'{n.value.id}.{n.attr}' for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in ours and re.match('_[^_]', n.attr)}
+    reached = {f'{n.value.id}.{n.attr}' for n in ast.walk(tree) if isinstance(n, ast.Attribute)
+               and isinstance(n.value, ast.Name) and n.value.id in ours and re.match('_[^_]', n.attr)}
     assert not taken | reached
 
 def test_modules_lie_where_their_notebooks_lie():
     for href in (href for sections, _, href in PAGES if sections[:1] == ('Library',)):
         if module_of(href): assert module_of(href).replace('.', '/') + '.ipynb' == href
 
-ONLY_IN = dict(fastai={'training', 'experiments'}, lm_eval={'evaluation.harness'}, matplotlib={'plots'}, typer={'cli'}, datasets={'data', 'evaluation'},
+ONLY_IN = dict(fastai={'training', 'experiments'}, lm_eval={'evaluation.harness'}, matplotlib={'plots'}, typer={'cli'},
+               datasets={'data', 'evaluation'},
                transformers={'models', 'analysis', 'training', 'evaluation', 'experiments', 'cli'})
 
 @pytest.mark.parametrize('library', ONLY_IN)
@@ -95,7 +103,8 @@ def test_libraries_stay_in_their_place(library):
     assert {m for m in users if m not in ONLY_IN[library] and m.split('.')[0] not in ONLY_IN[library]} == set()
 
 def test_every_module_is_in_the_sidebar():
-    there = {str(p.relative_to(ROOT/'libmoe_nb').with_suffix('')).replace(os.sep, '.') for p in (ROOT/'libmoe_nb').rglob('*.py') if p.name[0] != '_'}
+    there = {str(p.relative_to(ROOT/'libmoe_nb').with_suffix('')).replace(os.sep, '.')
+             for p in (ROOT/'libmoe_nb').rglob('*.py') if p.name[0] != '_'}
     assert there == set(MODULES) and len(MODULES) == len(there)
 
 # metadata
@@ -110,7 +119,8 @@ def test_versions_agree():
     assert PYPROJECT['project'].get('version', version) == version and 'version' in PYPROJECT['project']['dynamic']
     assert re.search(r'^## (\S+)', read('CHANGELOG.md'), re.M)[1] == version
     assert PYPROJECT['project']['requires-python'] == '>=' + settings['DEFAULT']['min_python']
-    assert PYPROJECT['project']['license'] == citation['license'] == 'Apache-2.0' and 'Apache License' in read('LICENSE')
+    assert (PYPROJECT['project']['license'] == citation['license'] == 'Apache-2.0'
+            and 'Apache License' in read('LICENSE'))
 
 def test_addresses_agree():
     urls, site = PYPROJECT['project']['urls'], QUARTO['website']
@@ -137,14 +147,16 @@ def test_no_stored_failures(path):
     for cell in cells(path):
         for output in cell.get('outputs', []):
             assert output['output_type'] != 'error', source(cell)
-            text = ''.join(output.get('text', [])) + ''.join(''.join(v) for k, v in output.get('data', {}).items() if k.startswith('text/'))
+            text = ''.join(output.get('text', [])) + ''.join(''.join(v) for k, v in output.get('data', {}).items()
+                                                             if k.startswith('text/'))
             assert not re.search(r'Traceback \(most recent|\b\w*Warning:', text), source(cell)
             assert not re.search(r'(?<![\w.:/])/(tmp|home|root|Users|work|opt|var)/', text), source(cell)
 
 @each_notebook
 def test_notebook_begins_with_title_and_summary(path):
     title = next(source(c) for c in cells(path) if c['cell_type'] == 'markdown')
-    assert re.fullmatch(r'# \S.*\n+(> \S.*\n?)+', title.strip()), f'{path.name}: other text in the title cell is lost on the site: {title[:200]!r}'
+    assert re.fullmatch(r'# \S.*\n+(> \S.*\n?)+', title.strip()), (f'{path.name}: other text in the title cell is lost '
+                                                                   f'on the site: {title[:200]!r}')
 
 @each_notebook
 def test_exported_cells_are_short(path):
@@ -180,9 +192,11 @@ def extras():
     "Modules of packages that only an extra for users brings"
     settings = configparser.ConfigParser(delimiters=['='])
     settings.read(ROOT/'settings.ini')
-    asked = {k: {re.split(r'[^\w-]', r.strip())[0].replace('-', '_') for r in v.split('\n') if r.strip()} for k, v in settings['DEFAULT'].items()
+    asked = {k: {re.split(r'[^\w-]', r.strip())[0].replace('-', '_') for r in v.split('\n') if r.strip()}
+             for k, v in settings['DEFAULT'].items()
              if k.endswith('requirements')}
-    return set().union(*(v for k, v in asked.items() if k not in ('requirements', 'dev_requirements'))) - asked['requirements']
+    return set().union(*(v for k, v in asked.items()
+                         if k not in ('requirements', 'dev_requirements'))) - asked['requirements']
 
 @each_notebook
 def test_the_site_is_built_without_extras(path):
@@ -192,7 +206,8 @@ def test_the_site_is_built_without_extras(path):
         text = source(cell)
         if cell['cell_type'] != 'code' or text.lstrip().startswith('%'): continue
         nodes = [n for n in ast.parse(re.sub(r'^[%!].*$', '', text, flags=re.M)).body if is_import(n)]
-        roots = {a.name.split('.')[0] for n in nodes for a in n.names if isinstance(n, ast.Import)} | {(n.module or '').split('.')[0] for n in nodes if isinstance(n, ast.ImportFrom)}
+        roots = ({a.name.split('.')[0] for n in nodes for a in n.names if isinstance(n, ast.Import)}
+                 | {(n.module or '').split('.')[0] for n in nodes if isinstance(n, ast.ImportFrom)})
         assert not roots & extras(), text
 
 def test_quarto_configuration_holds_what_nbdev_asks_for():
@@ -201,16 +216,20 @@ def test_quarto_configuration_holds_what_nbdev_asks_for():
     template = yaml.safe_load(_quarto_yml)
     for kind, options in template['format'].items():
         ours = QUARTO['format'][kind]
-        if isinstance(options, dict): assert {k: ours.get(k) for k in options if k != 'theme'} == {k: v for k, v in options.items() if k != 'theme'}
+        if isinstance(options, dict):
+            assert {k: ours.get(k) for k in options if k != 'theme'} == {k: v for k, v in options.items()
+                                                                         if k != 'theme'}
         else: assert ours == options
     assert QUARTO['project']['type'] == template['project']['type']
 
 def test_smalldocs_is_run_by_this_python(tmp_path):
-    said = subprocess.run([*RENDER['smalldocs'][:-2], '--help'], capture_output=True, text=True, env=dict(os.environ, PATH=str(tmp_path)))
+    said = subprocess.run([*RENDER['smalldocs'][:-2], '--help'], capture_output=True, text=True,
+                          env=dict(os.environ, PATH=str(tmp_path)))
     assert said.returncode == 0 and 'render' in said.stdout
 
 def test_formulas_are_found():
-    text = 'a price of $5 and $6, `$HOME`, $x_i$ and\n\n$$\\text{a} \\begin{cases} 1 \\\\ a \\end{cases}$$\n\n```sh\necho $a $b\n```\n'
+    text = ('a price of $5 and $6, `$HOME`, $x_i$ and\n\n$$\\text{a} \\begin{cases} 1 \\\\ a \\end{cases}$$\n\n```sh\n'
+            'echo $a $b\n```\n')
     assert list(formulas(text)) == [('x_i', False), (r'\text{a} \begin{cases} 1 \\ a \end{cases}', True)]
     assert doubled(r'\\text{a} \dots') == r'\\text' and doubled(r'\begin{cases} 1 \\ a \end{cases}') is None
 
@@ -230,7 +249,8 @@ def test_ci_runs_the_commands_of_the_readme():
     ci = read('.ci/run')
     function = re.search(r'^readme\(\).*$', ci, re.M)[0]
     for n, block in enumerate(blocks, 1):
-        said = subprocess.run(['bash', '-c', f'{function}\nreadme {n}'], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+        said = subprocess.run(['bash', '-c', f'{function}\nreadme {n}'], capture_output=True, text=True, cwd=ROOT,
+                              check=True).stdout
         assert said == block
         assert f'$(readme {n}' in ci
     assert ci.count('eval "$run"') == 3
@@ -244,7 +264,8 @@ def test_readme_links_to_files_that_exist():
         if '://' not in target: assert (ROOT/target).exists(), target
 
 def test_no_machine_is_named():
-    hosts = ['py'+'pi.org', 'python'+'hosted.org', 'npm'+'js.org', 'npm'+'js.com', 'ana'+'conda.org', 'download.py'+'torch.org']
+    hosts = ['py'+'pi.org', 'python'+'hosted.org', 'npm'+'js.org', 'npm'+'js.com', 'ana'+'conda.org',
+             'download.py'+'torch.org']
     found = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True)
     if found.returncode: pytest.skip('not a git checkout')
     for name in filter(None, found.stdout.split('\0')):
@@ -270,12 +291,16 @@ def site(tmp_path):
         return check_site(tmp_path/'out', SITE, SOURCE, tmp_path/'repo')
     return make
 
-@pytest.mark.parametrize('good', ['<a href="sub/p.html">', '<a href="sub/p.html#there">', '<a href="#top">', f'<a href="{SITE}/sub/p.html#there">', '<a href="/">',
-                                  '<a href="https://elsewhere.org/x">', '<a href="mailto:x@y.z">', f'<a href="{SOURCE}/blob/main/m.py#L2">', f'<a href="{SOURCE}/issues">'])
+@pytest.mark.parametrize('good', ['<a href="sub/p.html">', '<a href="sub/p.html#there">', '<a href="#top">',
+                                  f'<a href="{SITE}/sub/p.html#there">', '<a href="/">',
+                                  '<a href="https://elsewhere.org/x">', '<a href="mailto:x@y.z">',
+                                  f'<a href="{SOURCE}/blob/main/m.py#L2">', f'<a href="{SOURCE}/issues">'])
 def test_good_links_pass(site, good): assert site(good) == (2, [])
 
-@pytest.mark.parametrize('bad', ['<a href="nowhere.html">', '<a href="sub/p.html#nowhere">', '<a href="#nowhere">', f'<a href="{SITE}/nowhere.html">',
-                                 f'<a href="{SITE}/sub/p.html#no">', '<img src="images/x.png">', '<script src="x.js"></script>', '<a href="../../etc">',
+@pytest.mark.parametrize('bad', ['<a href="nowhere.html">', '<a href="sub/p.html#nowhere">', '<a href="#nowhere">',
+                                 f'<a href="{SITE}/nowhere.html">',
+                                 f'<a href="{SITE}/sub/p.html#no">', '<img src="images/x.png">',
+                                 '<script src="x.js"></script>', '<a href="../../etc">',
                                  f'<a href="{SOURCE}/blob/main/x.py">', f'<a href="{SOURCE}/blob/main/m.py#L3">'])
 def test_broken_links_are_found(site, bad):
     count, broken = site(bad)

@@ -29,14 +29,16 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag): self.in_title = self.in_title and tag != 'title'
 
-RENDER = dict(smalldocs=[sys.executable, '-c', 'import sys; from smalldocs.cli import main; sys.exit(main())', 'render', '_proc'],
+RENDER = dict(smalldocs=[sys.executable, '-c', 'import sys; from smalldocs.cli import main; sys.exit(main())',
+                         'render', '_proc'],
               quarto=['quarto', 'render', '_proc', '--no-execute'])
 
 def check_source(target, anchor, repo):
     "A link into the repository's source must name a file here and a line that it has"
     path = repo/target.split('/', 2)[2]
     if not path.exists(): return 'no such file in the repository'
-    if anchor.startswith('L') and int(anchor[1:]) > len(path.read_text(encoding='utf-8').splitlines()): return 'no such line'
+    if anchor.startswith('L') and int(anchor[1:]) > len(path.read_text(encoding='utf-8').splitlines()):
+        return 'no such line'
 
 def check_site(site, url='', source_url='', repo=ROOT):
     "Every broken internal link, anchor, image, script or source link below `site`, one sentence each"
@@ -59,7 +61,8 @@ def check_site(site, url='', source_url='', repo=ROOT):
             if file.is_dir(): file = file/'index.html'
             if not file.is_relative_to(site): broken.append(where + 'leaves the site')
             elif not file.exists(): broken.append(where + 'no such page or file')
-            elif anchor and file in pages and unquote(anchor) not in pages[file].anchors: broken.append(where + 'no such anchor')
+            elif anchor and file in pages and unquote(anchor) not in pages[file].anchors:
+                broken.append(where + 'no such anchor')
     return len(pages), broken
 
 def unlink_undocumented(site, url):

@@ -45,7 +45,8 @@ def code(cell):
 
 def readme(cfg):
     cells = read_nb(cfg.nbs_path/cfg.readme_nb).cells
-    parts = [prose(c.source, cfg) if c.cell_type == 'markdown' else code(c) if c.cell_type == 'code' else '' for c in cells]
+    parts = [prose(c.source, cfg) if c.cell_type == 'markdown' else code(c) if c.cell_type == 'code' else ''
+             for c in cells]
     note = f'<!-- Made from {cfg.nbs_path.name}/{cfg.readme_nb} by tools/readme.py: edit the notebook. -->'
     return '\n\n'.join(p for p in [note, *parts] if p.strip()) + '\n'
 

@@ -15,10 +15,12 @@ class Sizes:
     causal_lm_class = MoEForCausalLM
     def __init__(self, recipe): self.recipe = recipe
     def get_config(self):
-        base = LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        base = LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
                            pad_token_id=0, bos_token_id=None, eos_token_id=None)
         options = dict(expert_bias=True) if self.recipe == 'sharede_v3' else {}
-        return MoEConfig(base, MoESpec(self.recipe, hidden_size=32, num_experts=6, top_k=3, moe_intermediate_size=16, num_shared_experts=2 * self.recipe.startswith('sharede'), options=options))
+        return MoEConfig(base, MoESpec(self.recipe, hidden_size=32, num_experts=6, top_k=3, moe_intermediate_size=16,
+                                       num_shared_experts=2 * self.recipe.startswith('sharede'), options=options))
     def prepare_config_and_inputs_for_common(self):
         from tests.test_modeling_common import ids_tensor, random_attention_mask
         return self.get_config(), dict(input_ids=ids_tensor([3, 7], 99), attention_mask=random_attention_mask([3, 7]))
@@ -30,33 +32,44 @@ def _common():
         def test_training_gradient_checkpointing_use_reentrant_true(self):
             "Differs by design: reentrant checkpointing would leave routers without a gradient from their auxiliary losses"
             model = MoEForCausalLM(self.model_tester.get_config())
-            with self.assertRaisesRegex(ValueError, 'use_reentrant must be False'): model.activation_checkpointing_enable(dict(use_reentrant=True))
+            with self.assertRaisesRegex(ValueError, 'use_reentrant must be False'):
+                model.activation_checkpointing_enable(dict(use_reentrant=True))
         def test_model_weights_reload_no_missing_tied_weights(self):
             "Differs by design: a checkpoint with missing weights is refused"
-            with self.assertRaisesRegex(ValueError, 'does not fit its configuration: .* is missing'): super().test_model_weights_reload_no_missing_tied_weights()
+            with self.assertRaisesRegex(ValueError, 'does not fit its configuration: .* is missing'):
+                super().test_model_weights_reload_no_missing_tied_weights()
         def test_bc_cache_name_forward(self):
             "Differs by design: both names of the cache are taken, and neither warns"
             config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
             model = MoEForCausalLM(config).eval()
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter('always')
-                outs = [model(**inputs, use_cache=True, **{name: DynamicCache(config=config.get_text_config(decoder=True))}) for name in ('cache', 'past_key_values')]
+                outs = [model(**inputs, use_cache=True,
+                              **{name: DynamicCache(config=config.get_text_config(decoder=True))})
+                        for name in ('cache', 'past_key_values')]
             self.assertEqual([o.cache.get_seq_length() for o in outs], [7, 7])
             self.assertEqual([str(w.message) for w in said if 'past_key_values' in str(w.message)], [])
         def test_retain_grad_hidden_states_attentions(self):
-            if self.model_tester.recipe == 'dense': self.skipTest("By design: the first output of a dense model in training is its auxiliary loss, the constant 0, which has no gradient")
+            if self.model_tester.recipe == 'dense':
+                self.skipTest("By design: the first output of a dense model in training is its auxiliary loss, the "
+                              "constant 0, which has no gradient")
             super().test_retain_grad_hidden_states_attentions()
     return Common
 
 def _distributed():
-    from tests import test_expert_parallel_mixin as ep, test_fsdp_mixin as fsdp, test_tensor_parallel_mixin as tp, test_training_mixin as training
-    ep.EP_DISTRIBUTED_TEST_MODEL_TYPES = fsdp.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = tp.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
-    class Distributed(fsdp.FSDPTesterMixin, tp.TensorParallelTesterMixin, ep.ExpertParallelTesterMixin, training.TrainingTesterMixin):
+    from tests import (test_expert_parallel_mixin as ep, test_fsdp_mixin as fsdp, test_tensor_parallel_mixin as tp,
+                       test_training_mixin as training)
+    ep.EP_DISTRIBUTED_TEST_MODEL_TYPES = fsdp.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = tp.TP_DISTRIBUTED_TEST_MODEL_TYPES = (
+        None)
+    class Distributed(fsdp.FSDPTesterMixin, tp.TensorParallelTesterMixin, ep.ExpertParallelTesterMixin,
+                      training.TrainingTesterMixin):
         model_tester, all_model_classes = None, (MoEForCausalLM,)
         def _get_tiny_config(self): # theirs changes the base's sizes and not the experts'
             config = self.model_tester.get_config()
             return type(config), config.to_diff_dict()
-        def test_fsdp2_plan_vs_ddp_1_tied(self): self.skipTest("Upstream: with tied embeddings, transformers' own Llama and OLMoE fail it as well (5.24 with torch 2.14 on CPU)")
+        def test_fsdp2_plan_vs_ddp_1_tied(self):
+            self.skipTest("Upstream: with tied embeddings, transformers' own Llama and OLMoE fail it as well (5.24 "
+                          "with torch 2.14 on CPU)")
     class DistributedNot(training.TrainingTesterMixin): model_tester, all_model_classes = None, (MoEForCausalLM,)
     return Distributed, DistributedNot
 

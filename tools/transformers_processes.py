@@ -7,7 +7,8 @@ def _get_rank_device(rank): return torch.device('cpu')
 def _set_rank_device(rank): torch.set_num_threads(1)
 
 def _start_rank_processes(f, args=(), nprocs=2):
-    mp.get_context('forkserver').set_forkserver_preload(['libmoe_nb.models.causal', 'tests.test_fsdp_mixin', 'tests.test_expert_parallel_mixin'])
+    mp.get_context('forkserver').set_forkserver_preload(['libmoe_nb.models.causal', 'tests.test_fsdp_mixin',
+                                                         'tests.test_expert_parallel_mixin'])
     mp.start_processes(f, args=args, nprocs=nprocs, start_method='forkserver')
 
 def _rank(rank, f, world_size, store, args):
@@ -20,6 +21,7 @@ def _rank(rank, f, world_size, store, args):
 def run_distributed(world_size):
     def wrap(f):
         def run(*args):
-            with tempfile.TemporaryDirectory() as d: _start_rank_processes(_rank, (f, world_size, f'{d}/store', args), world_size)
+            with tempfile.TemporaryDirectory() as d:
+                _start_rank_processes(_rank, (f, world_size, f'{d}/store', args), world_size)
         return run
     return wrap

@@ -20,9 +20,11 @@ from .tracing import MoEAdapter, record_routing, _adapted, _families, _foreign
 class RouterRules:
     "How a router scores, chooses and weighs, in the terms of `Router`."
     choose, weigh = Router.choose, Router.weigh
-    def __init__(self, score, top_k, norm_topk_prob=True, routed_scaling_factor=1., expert_bias=None, n_group=1, topk_group=1, group_best=2):
+    def __init__(self, score, top_k, norm_topk_prob=True, routed_scaling_factor=1., expert_bias=None, n_group=1,
+                 topk_group=1, group_best=2):
         self.score = dict(softmax=lambda l: l.softmax(-1), sigmoid=torch.sigmoid).get(score, score)
-        self.top_k, self.norm_topk_prob, self.routed_scaling_factor, self.expert_bias = top_k, norm_topk_prob, routed_scaling_factor, expert_bias
+        self.top_k, self.norm_topk_prob, self.routed_scaling_factor, self.expert_bias = (
+            top_k, norm_topk_prob, routed_scaling_factor, expert_bias)
         self.n_group, self.topk_group, self.group_best = n_group, topk_group, group_best
     def rank(self, scores): return scores if self.expert_bias is None else scores + self.expert_bias
 
@@ -34,7 +36,8 @@ def _rules(cls, router, args, score, norm, **kw):
     "The rules that the attributes of `router` tell"
     bias = _attr(router, 'e_score_correction_bias', args[1] if len(args) > 1 else None)
     n_group = _attr(router, 'num_group n_group', 1)
-    return cls(**dict(dict(score=score, top_k=_attr(router, 'top_k'), norm_topk_prob=getattr(router, 'norm_topk_prob', norm), expert_bias=bias,
+    return cls(**dict(dict(score=score, top_k=_attr(router, 'top_k'),
+        norm_topk_prob=getattr(router, 'norm_topk_prob', norm), expert_bias=bias,
         routed_scaling_factor=float(_attr(router, 'routed_scaling_factor route_scale router_scaling_factor', 1.)),
         n_group=n_group, topk_group=_attr(router, 'topk_group', n_group)), **kw))
 
@@ -52,7 +55,8 @@ class TopKAdapter(MoEAdapter):
 
     def rules(self, layer, args):
         router, ask = self.router(layer), lambda v: v(router) if callable(v) else v
-        return _rules(self.rules_class, router, args, ask(self.score), self.norm, **{k: ask(v) for k, v in self.kw.items()})
+        return _rules(self.rules_class, router, args, ask(self.score), self.norm,
+                      **{k: ask(v) for k, v in self.kw.items()})
 
     def expert_parameters(self, layer):
         N = self.num_experts(layer)
@@ -73,7 +77,8 @@ def read(self:TopKAdapter, layer, output, args, shape=None):
     scores = rules.score(logits)
     order = rules.rank(scores.detach()).gather(-1, index).argsort(dim=-1, descending=True, stable=True)
     of = torch.arange(M, device=index.device).clamp(max=N) if M > N else None
-    return Routing(logits, scores, index.gather(-1, order), weights.gather(-1, order), N, of, None, tuple(shape or args[0].shape[:-1]), rules)
+    return Routing(logits, scores, index.gather(-1, order), weights.gather(-1, order), N, of, None,
+                   tuple(shape or args[0].shape[:-1]), rules)
 
 @patch
 def unpack(self:TopKAdapter, layer, output): return output[:3]
@@ -92,15 +97,18 @@ def attach(self:TopKAdapter, layer, f):
         args = (*args, *kwargs.values())
         before = self.read(layer, output, args, shape)
         after = f(before, args)
-        unchanged = after is None or after.top_k_index is before.top_k_index and after.top_k_weights is before.top_k_weights
+        unchanged = (after is None or after.top_k_index is before.top_k_index
+                     and after.top_k_weights is before.top_k_weights)
         return None if unchanged else self.write(layer, output, after)
-    return [layer.register_forward_pre_hook(note, with_kwargs=True), self.router(layer).register_forward_hook(hook, with_kwargs=True)]
+    return [layer.register_forward_pre_hook(note, with_kwargs=True),
+            self.router(layer).register_forward_hook(hook, with_kwargs=True)]
 
 @patch
 def decide(self:TopKAdapter, layer, args): return self.read(layer, self.router(layer).forward(*args), args)
 
 # %% ../../nbs/analysis/adapters.ipynb #44406d99
-_no_layers, _refused = {}, {}   # class name of a layer -> why it has no adapter: because nothing is routed, or because records would be wrong
+# class name of a layer -> why it has no adapter: because nothing is routed, or because records would be wrong
+_no_layers, _refused = {}, {}
 
 def _how_to(router): return f'register its router with libmoe_nb.analysis.adapters.register_moe({router!r}, ...)'
 
@@ -118,51 +126,80 @@ def find_adapter(
 ):          # `MoEAdapter`; None where `module` routes no tokens
     "The adapter of the router in `module`; an error that tells how to register one, if there is none."
     if type(module).__name__ in _no_layers: return
-    if why := _refused.get(type(module).__name__): raise ValueError(f'{type(module).__name__} cannot be recorded: {why}')
+    if why := _refused.get(type(module).__name__):
+        raise ValueError(f'{type(module).__name__} cannot be recorded: {why}')
     for child in module.children():
         for c in type(child).__mro__:
             if c.__name__ in _families: return _families[c.__name__]
-    routers = [type(c).__name__ for n, c in module.named_children() if n in ('router', 'gate', 'classifier')] or ['its router']
-    raise ValueError(f'no adapter knows how {type(module).__name__} routes: {_how_to(routers[0])}, say how it scores, and hold it to the model with check_rules '
+    routers = ([type(c).__name__ for n, c in module.named_children() if n in ('router', 'gate', 'classifier')]
+               or ['its router'])
+    raise ValueError(f'no adapter knows how {type(module).__name__} routes: {_how_to(routers[0])}, say how it scores, '
+                     f'and hold it to the model with check_rules '
                      f'(moe_classes lists the {len(_families)} routers that are known)')
 
 # %% ../../nbs/analysis/adapters.ipynb #e6e2142d
-register_moe('MixtralTopKRouter MiniMaxTopKRouter Qwen3_5MoeTopKRouter Qwen3VLMoeTextTopKRouter Qwen3OmniMoeTextTopKRouter HunYuanMoEV1Gate '
-             'GptOssTopKRouter GraniteMoeTopKRouter GraniteMoeSWATopKRouter GraniteMoeHybridTopKRouter GraniteMoeSharedTopKRouter AriaTextTopKRouter')
-register_moe('OlmoeTopKRouter Qwen2MoeTopKRouter Qwen3MoeTopKRouter Qwen3NextTopKRouter FlexOlmoTopKRouter LaraMiniTopKRouter MellumTopKRouter Qwen4ExpTextTopKRouter '
-             'Qwen3OmniMoeThinkerTextTopKRouter Qwen3OmniMoeTalkerTextTopKRouter')                        # softmax, norm_topk_prob says the rest
+register_moe('MixtralTopKRouter MiniMaxTopKRouter Qwen3_5MoeTopKRouter Qwen3VLMoeTextTopKRouter '
+             'Qwen3OmniMoeTextTopKRouter HunYuanMoEV1Gate '
+             'GptOssTopKRouter GraniteMoeTopKRouter GraniteMoeSWATopKRouter GraniteMoeHybridTopKRouter '
+             'GraniteMoeSharedTopKRouter AriaTextTopKRouter')
+register_moe('OlmoeTopKRouter Qwen2MoeTopKRouter Qwen3MoeTopKRouter Qwen3NextTopKRouter FlexOlmoTopKRouter '
+             'LaraMiniTopKRouter MellumTopKRouter Qwen4ExpTextTopKRouter '
+             # softmax, norm_topk_prob says the rest
+             'Qwen3OmniMoeThinkerTextTopKRouter Qwen3OmniMoeTalkerTextTopKRouter')
 register_moe('JambaTopKRouter', norm=False)
-register_moe('DeepseekV2TopkRouter DeepseekOcr2TextTopkRouter UnlimitedOcrTextTopkRouter', norm_topk_prob=False, group_best=1,
-             n_group=lambda r: 1 if r.topk_method == 'greedy' else r.num_group, topk_group=lambda r: 1 if r.topk_method == 'greedy' else r.topk_group)
-register_moe('DeepseekV3TopkRouter DeepseekV32TopkRouter AXK1TopkRouter BailingHybridTopkRouter Dots1TopkRouter Dots3NoteTextTopkRouter ExaoneMoeTopkRouter '
-             'Glm4MoeTopkRouter Glm4MoeLiteTopkRouter Glm4vMoeTextTopkRouter Glm5NextTextTopkRouter GlmMoeDsaTopkRouter HYV4TopkRouter HYV4VLTopkRouter KimiLinearTopkRouter '
+register_moe('DeepseekV2TopkRouter DeepseekOcr2TextTopkRouter UnlimitedOcrTextTopkRouter', norm_topk_prob=False,
+             group_best=1,
+             n_group=lambda r: 1 if r.topk_method == 'greedy' else r.num_group,
+             topk_group=lambda r: 1 if r.topk_method == 'greedy' else r.topk_group)
+register_moe('DeepseekV3TopkRouter DeepseekV32TopkRouter AXK1TopkRouter BailingHybridTopkRouter Dots1TopkRouter '
+             'Dots3NoteTextTopkRouter ExaoneMoeTopkRouter '
+             'Glm4MoeTopkRouter Glm4MoeLiteTopkRouter Glm4vMoeTextTopkRouter Glm5NextTextTopkRouter '
+             'GlmMoeDsaTopkRouter HYV4TopkRouter HYV4VLTopkRouter KimiLinearTopkRouter '
              'MiMoV2FlashTopkRouter NemotronHTopkRouter SolarOpenTopkRouter BeamTopKRouter', score='sigmoid')
-register_moe('MiniMaxM2TopKRouter MiniMaxM3VLTopKRouter Step3p7TopKRouter Lfm2MoeTopKRouter AfmoeTokenChoiceRouter HYV3TopKRouter LagunaTopKRouter '
+register_moe('MiniMaxM2TopKRouter MiniMaxM3VLTopKRouter Step3p7TopKRouter Lfm2MoeTopKRouter AfmoeTokenChoiceRouter '
+             'HYV3TopKRouter LagunaTopKRouter '
              'FlintTopKRouter MuseSparkTopkRouter Dots3NoteVisionTopKRouter', score='sigmoid')
 register_moe('DeepseekV4TopKRouter Inkling2TopKRouter Inkling2LoopTopKRouter', score=lambda r: r.score_fn)
 register_moe('OpenAIPrivacyFilterTopKRouter', routed_scaling_factor=lambda r: 1 / r.top_k)
-register_moe('Ernie4_5_MoeTopKRouter Ernie4_5_VLMoeMoeTopKRouter', expert_bias=lambda r: r.moe_statics.e_score_correction_bias.squeeze())
+register_moe('Ernie4_5_MoeTopKRouter Ernie4_5_VLMoeMoeTopKRouter',
+             expert_bias=lambda r: r.moe_statics.e_score_correction_bias.squeeze())
 register_moe('Mistral4TopkRouter MistralLarge4TextTopkRouter')
 register_moe('Cohere2MoeTopKRouter', score=lambda r: r.expert_selection_fn,
              norm_topk_prob=lambda r: r.expert_selection_fn == 'softmax' or r.norm_topk_prob)
 
 # %% ../../nbs/analysis/adapters.ipynb #6c53e67e
-_tiny = dict(hidden_size=32, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=2, num_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=8, vocab_size=96,
-    max_position_embeddings=128, num_experts=8, num_local_experts=8, n_routed_experts=8, moe_num_experts=8, num_experts_per_tok=3, moe_topk=3, top_k_experts=3,
-    n_group=2, topk_group=1, first_k_dense_replace=0, num_dense_layers=0, decoder_sparse_step=1, shared_expert_intermediate_size=16, n_shared_experts=1, moe_num_shared_experts=1,
-    q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, intermediate_size_mlp=16, attn_layer_period=2, attn_layer_offset=1,
-    expert_layer_period=1, expert_layer_offset=0, mamba_d_state=4, mamba_d_conv=2, mamba_expand=1, mamba_dt_rank=4, ffn_hidden_size=16, expert_ffn_hidden_size=16,
-    zero_expert_num=4, enable_moe_block=True, hidden_size_per_layer_input=0, moe_layer_start_index=0, moe_layer_interval=1, linear_num_key_heads=2, linear_num_value_heads=2,
-    linear_key_head_dim=8, linear_value_head_dim=8, pad_token_id=None, bos_token_id=None, eos_token_id=None, kv_channels=8, d_model=32, d_kv=8, d_ff=16, num_decoder_layers=2, num_heads=4,
-    num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, index_n_heads=2, index_head_dim=8, index_topk=4, o_groups=2, o_lora_rank=8, moe_hidden_size=24, router_hidden_size=16,
-    swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_head_dim=8, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+_tiny = dict(hidden_size=32, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=2, num_layers=2,
+    num_attention_heads=4, num_key_value_heads=4, head_dim=8, vocab_size=96,
+    max_position_embeddings=128, num_experts=8, num_local_experts=8, n_routed_experts=8, moe_num_experts=8,
+    num_experts_per_tok=3, moe_topk=3, top_k_experts=3,
+    n_group=2, topk_group=1, first_k_dense_replace=0, num_dense_layers=0, decoder_sparse_step=1,
+    shared_expert_intermediate_size=16, n_shared_experts=1, moe_num_shared_experts=1,
+    q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, intermediate_size_mlp=16,
+    attn_layer_period=2, attn_layer_offset=1,
+    expert_layer_period=1, expert_layer_offset=0, mamba_d_state=4, mamba_d_conv=2, mamba_expand=1, mamba_dt_rank=4,
+    ffn_hidden_size=16, expert_ffn_hidden_size=16,
+    zero_expert_num=4, enable_moe_block=True, hidden_size_per_layer_input=0, moe_layer_start_index=0,
+    moe_layer_interval=1, linear_num_key_heads=2, linear_num_value_heads=2,
+    linear_key_head_dim=8, linear_value_head_dim=8, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    kv_channels=8, d_model=32, d_kv=8, d_ff=16, num_decoder_layers=2, num_heads=4,
+    num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, index_n_heads=2, index_head_dim=8, index_topk=4,
+    o_groups=2, o_lora_rank=8, moe_hidden_size=24, router_hidden_size=16,
+    swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_head_dim=8, encoder_layers=2, decoder_layers=2,
+    encoder_attention_heads=4, decoder_attention_heads=4,
     encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_sparse_step=1)
-_tiny_more = dict(lfm2_moe=dict(layer_types=['full_attention'] * 2), longcat_flash=dict(head_dim=4), granitemoehybrid=dict(layer_types=['attention'] * 2, mamba_n_heads=4),
-    deepseek_v4=dict(mlp_layer_types=['hash_moe', 'moe'], layer_types=['sliding_attention'] * 2, num_key_value_heads=1, partial_rotary_factor=.5), zaya=dict(num_experts_per_tok=1), flint=dict(layer_types=['full_attention'] * 2, mlp_only_layers=[]),
-    hy_v4_vl_text=dict(rope_parameters=dict(rope_type='default', rope_theta=1e4, mrope_section=[1, 1, 0]), mlp_layer_types=['sparse'] * 2),
-    inkling2_loop_text=dict(layer_types=['hybrid_sliding', 'hybrid'], loop_layer_index_start=1, loop_layer_index_end=2, loop_num_passes=3, loop_gate_rank=4, d_rel=4, n_layers_per_attn_res_block=1),
-    dbrx=dict(n_heads=4, n_layers=2, max_seq_len=64, attn_config=dict(kv_n_heads=2, clip_qkv=8., rope_theta=1e4), ffn_config=dict(ffn_hidden_size=16, moe_num_experts=8, moe_top_k=3, hidden_size=32)),
-    **{m: dict(mlp_layer_types=['sparse'] * 2) for m in 'axk2 beam inkling_text'.split()}, **{'nllb-moe': dict(pad_token_id=1)},
+_tiny_more = dict(lfm2_moe=dict(layer_types=['full_attention'] * 2), longcat_flash=dict(head_dim=4),
+    granitemoehybrid=dict(layer_types=['attention'] * 2, mamba_n_heads=4),
+    deepseek_v4=dict(mlp_layer_types=['hash_moe', 'moe'], layer_types=['sliding_attention'] * 2,
+                     num_key_value_heads=1, partial_rotary_factor=.5), zaya=dict(num_experts_per_tok=1),
+    flint=dict(layer_types=['full_attention'] * 2, mlp_only_layers=[]),
+    hy_v4_vl_text=dict(rope_parameters=dict(rope_type='default', rope_theta=1e4, mrope_section=[1, 1, 0]),
+                       mlp_layer_types=['sparse'] * 2),
+    inkling2_loop_text=dict(layer_types=['hybrid_sliding', 'hybrid'], loop_layer_index_start=1, loop_layer_index_end=2,
+                            loop_num_passes=3, loop_gate_rank=4, d_rel=4, n_layers_per_attn_res_block=1),
+    dbrx=dict(n_heads=4, n_layers=2, max_seq_len=64, attn_config=dict(kv_n_heads=2, clip_qkv=8., rope_theta=1e4),
+              ffn_config=dict(ffn_hidden_size=16, moe_num_experts=8, moe_top_k=3, hidden_size=32)),
+    **{m: dict(mlp_layer_types=['sparse'] * 2) for m in 'axk2 beam inkling_text'.split()},
+    **{'nllb-moe': dict(pad_token_id=1)},
     **{m: dict(layer_types=['linear_attention', 'full_attention']) for m in 'qwen3_next qwen3_5_moe_text'.split()})
 
 # %% ../../nbs/analysis/adapters.ipynb #29eaae9c
@@ -183,9 +220,11 @@ def tiny_moe(
     "A tiny random model of one of transformers' mixture-of-experts classes."
     import transformers
     from transformers import CONFIG_MAPPING
-    if model_type not in CONFIG_MAPPING: raise ValueError(f'model_type must be one that the installed transformers knows, got {model_type!r}')
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f'model_type must be one that the installed transformers knows, got {model_type!r}')
     c = _tiny_config(CONFIG_MAPPING[model_type], **kwargs)
-    autos = [getattr(transformers, f'AutoModel{a}') for a in ('ForCausalLM', 'ForSeq2SeqLM', 'ForTokenClassification', '')]
+    autos = [getattr(transformers, f'AutoModel{a}')
+             for a in ('ForCausalLM', 'ForSeq2SeqLM', 'ForTokenClassification', '')]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = next(a for a in autos if type(c) in a._model_mapping).from_config(c).eval()
@@ -202,7 +241,8 @@ class Llama4Adapter(TopKAdapter):
         index = logits.topk(self.router(layer).top_k, dim=-1)[1]
         return logits, weights.gather(-1, index), index
     def write(self, layer, output, r):
-        return torch.zeros_like(output[0]).scatter_add(-1, r.top_k_index, r.top_k_weights.to(output[0].dtype)), output[1]
+        return (torch.zeros_like(output[0]).scatter_add(-1, r.top_k_index, r.top_k_weights.to(output[0].dtype)),
+                output[1])
     def run_expert(self, layer, hidden_states, expert_index):
         N = self.num_experts(layer)
         out = layer.experts(hidden_states.repeat(N, 1)).view(N, *hidden_states.shape)
@@ -241,13 +281,16 @@ class _GemmaAdapter(TopKAdapter):
     def unpack(self, layer, output): return output[0].log(), output[1], output[2]
 
 register_moe('Gemma4TextRouter DiffusionGemmaTextRouter',
-             _GemmaAdapter(rules=_GemmaRules, top_k=lambda r: r.config.top_k_experts, per_expert_scale=lambda r: r.per_expert_scale))
+             _GemmaAdapter(rules=_GemmaRules, top_k=lambda r: r.config.top_k_experts,
+                           per_expert_scale=lambda r: r.per_expert_scale))
 
 # %% ../../nbs/analysis/adapters.ipynb #23ea21f2
-def _two(x, value=None): return x if x.shape[-1] > 1 else torch.cat([x, x if value is None else torch.full_like(x, value)], -1)
+def _two(x, value=None):
+    return x if x.shape[-1] > 1 else torch.cat([x, x if value is None else torch.full_like(x, value)], -1)
 
 class _LongcatAdapter(TopKAdapter):
-    def write(self, layer, output, r): return output[0], _two(r.top_k_weights.to(output[1].dtype), 0), _two(r.top_k_index)
+    def write(self, layer, output, r):
+        return output[0], _two(r.top_k_weights.to(output[1].dtype), 0), _two(r.top_k_index)
     def run_expert(self, layer, hidden_states, expert_index):
         i = _two(expert_index[:, None])
         return layer.experts(hidden_states, i, _two(torch.ones_like(i[:, :1], dtype=hidden_states.dtype), 0))
@@ -264,7 +307,8 @@ class _HashRules(RouterRules):
 class _HashAdapter(TopKAdapter):
     def rules(self, layer, args):
         r, ids = self.router(layer), args[1]
-        return _HashRules(r.score_fn, r.top_k, r.tid2eid[ids.reshape(-1)].long(), routed_scaling_factor=r.routed_scaling_factor)
+        return _HashRules(r.score_fn, r.top_k, r.tid2eid[ids.reshape(-1)].long(),
+                          routed_scaling_factor=r.routed_scaling_factor)
 
 register_moe('DeepseekV4HashRouter', _HashAdapter())
 
@@ -279,7 +323,8 @@ class _ZayaAdapter(TopKAdapter):
         return logits, weights, index.masked_fill(weights == 0, logits.shape[-1] - 1)
     def write(self, layer, output, r):
         skip = r.top_k_index == r.num_experts
-        return output[0], r.top_k_weights.to(output[1].dtype).masked_fill(skip, 0), r.top_k_index.masked_fill(skip, 0), *output[3:]
+        return (output[0], r.top_k_weights.to(output[1].dtype).masked_fill(skip, 0), r.top_k_index.masked_fill(skip, 0),
+                *output[3:])
 
 register_moe('ZayaRouter', _ZayaAdapter(rules=_ZayaRules, norm=False, expert_bias=lambda r: r.balancing_biases))
 
@@ -295,7 +340,8 @@ class _InklingRules(RouterRules):
 class _InklingAdapter(TopKAdapter):
     def rules(self, layer, args):
         r = self.router(layer)
-        shared = F.linear(args[0].reshape(-1, args[0].shape[-1]).float(), r.weight[-r.n_shared_experts:].float()).sigmoid()
+        shared = F.linear(args[0].reshape(-1, args[0].shape[-1]).float(),
+                          r.weight[-r.n_shared_experts:].float()).sigmoid()
         return _InklingRules('sigmoid', r.top_k, shared.sum(-1, keepdim=True), expert_bias=r.e_score_correction_bias,
                              routed_scaling_factor=r.route_scale * r.global_scale.float())
 
@@ -311,7 +357,8 @@ class _ZeroFillRules(RouterRules):
         if self.n_group == 1: return RouterRules.choose(self, scores)
         whole = copy.copy(self)
         whole.top_k = scores.shape[-1] // self.n_group * self.topk_group
-        inside, s = RouterRules.choose(whole, scores), self.rank(scores.detach())        # all experts of the chosen groups
+        # all experts of the chosen groups
+        inside, s = RouterRules.choose(whole, scores), self.rank(scores.detach())
         return stable_topk(torch.zeros_like(s).scatter(-1, inside, s.gather(-1, inside)), self.top_k)
 
 register_moe('Kolibri1TopKRouter', score='sigmoid', rules=_KolibriRules)
@@ -328,9 +375,11 @@ class _CallAdapter(TopKAdapter):
         def hook(experts, call):
             before = self.read(layer, (seen['output'], *call), seen['args'], seen['shape'])
             after = f(before, seen['args'])
-            unchanged = after is None or after.top_k_index is before.top_k_index and after.top_k_weights is before.top_k_weights
+            unchanged = (after is None or after.top_k_index is before.top_k_index
+                         and after.top_k_weights is before.top_k_weights)
             return None if unchanged else self.write(layer, call, after)
-        return [layer.register_forward_pre_hook(enter, with_kwargs=True), self.router(layer).register_forward_hook(note, with_kwargs=True),
+        return [layer.register_forward_pre_hook(enter, with_kwargs=True),
+                self.router(layer).register_forward_hook(note, with_kwargs=True),
                 layer.experts.register_forward_pre_hook(hook)]
 
 # %% ../../nbs/analysis/adapters.ipynb #682768c5
@@ -351,8 +400,10 @@ class _DbrxAdapter(_CallAdapter):
         weights, index = layer.route_tokens_to_experts(logits)
         return self.read(layer, (logits, None, index, weights), args)
     def run_expert(self, layer, hidden_states, expert_index):
-        return layer.experts(hidden_states[None], expert_index[:, None], torch.ones_like(expert_index[:, None], dtype=hidden_states.dtype))[0]
-    def expert_parameters(self, layer): return {n: p.view(self.num_experts(layer), -1, p.shape[-1]) for n, p in _adapted(layer.experts).items()}
+        return layer.experts(hidden_states[None], expert_index[:, None],
+                             torch.ones_like(expert_index[:, None], dtype=hidden_states.dtype))[0]
+    def expert_parameters(self, layer):
+        return {n: p.view(self.num_experts(layer), -1, p.shape[-1]) for n, p in _adapted(layer.experts).items()}
 
 register_moe('DbrxRouter', _DbrxAdapter())
 
@@ -362,7 +413,8 @@ class _SwitchAdapter(_CallAdapter):
         (_, _, logits), _, chosen, weights = output
         logits, some = logits.reshape(-1, logits.shape[-1]), chosen.any(-1)
         return logits, weights * some, torch.where(some, chosen.long().argmax(-1), logits.argmax(-1, keepdim=True))
-    def write(self, layer, call, r): return call[0], F.one_hot(r.top_k_index, r.num_experts), r.top_k_weights.to(call[2].dtype)
+    def write(self, layer, call, r):
+        return call[0], F.one_hot(r.top_k_index, r.num_experts), r.top_k_weights.to(call[2].dtype)
     def decide(self, layer, args):
         out = self.router(layer).forward(*args)
         return self.read(layer, (out, None, out[0].reshape(-1, 1, out[0].shape[-1]), out[1].reshape(-1, 1)), args)
@@ -380,19 +432,23 @@ class _JetMoeAdapter(TopKAdapter):
     def num_experts(self, layer): return layer.input_linear.num_experts
     def unpack(self, layer, output):
         place, _, gates, sizes, logits = output
-        experts = torch.arange(len(sizes), device=place.device).repeat_interleave(torch.tensor(sizes, device=place.device))
-        back = lambda v: torch.empty_like(v).scatter(0, place, v).view(len(logits), -1)     # from the order of experts to that of tokens
+        experts = torch.arange(len(sizes),
+                               device=place.device).repeat_interleave(torch.tensor(sizes, device=place.device))
+        # from the order of experts to that of tokens
+        back = lambda v: torch.empty_like(v).scatter(0, place, v).view(len(logits), -1)
         return logits, back(gates), back(experts)
     def write(self, layer, output, r):
         place = r.top_k_index.flatten().sort(stable=True)[1]
         sizes = r.top_k_index.flatten().bincount(minlength=r.num_experts).tolist()
         return place, place // r.top_k, r.top_k_weights.to(output[2].dtype).flatten()[place], sizes, output[4]
     def run_expert(self, layer, hidden_states, expert_index):
-        place, sizes = expert_index.sort(stable=True)[1], expert_index.bincount(minlength=self.num_experts(layer)).tolist()
+        place, sizes = (expert_index.sort(stable=True)[1],
+                        expert_index.bincount(minlength=self.num_experts(layer)).tolist())
         gate, up = layer.input_linear(hidden_states[place], sizes).chunk(2, -1)
         out = layer.output_linear(layer.activation(gate) * up, sizes)
         return torch.empty_like(out).index_copy(0, place, out)
-    def expert_parameters(self, layer): return {f'{n}.weight': getattr(layer, n).weight for n in ('input_linear', 'output_linear')}
+    def expert_parameters(self, layer):
+        return {f'{n}.weight': getattr(layer, n).weight for n in ('input_linear', 'output_linear')}
     @contextmanager
     def expert_inputs(self, layer, seen):
         h = layer.router.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
@@ -404,8 +460,10 @@ _no_layers['JetMoeAttention'] = 'chooses among projections of attention, which a
 
 # %% ../../nbs/analysis/adapters.ipynb #5b17fe1c
 _no_layers['VitPoseBackboneMoeMLP'] = 'has no router: the caller names the expert'
-_refused['NllbMoeSparseMLP'] = ('in this version of transformers its experts do not follow its router (a mask of zeros and ones is passed where numbers of experts are expected, '
-                                'so that only experts 0 and 1 run), and records would describe what the model does not do')
+_refused['NllbMoeSparseMLP'] = ('in this version of transformers its experts do not follow its router (a mask of zeros '
+                                'and ones is passed where numbers of experts are expected, '
+                                'so that only experts 0 and 1 run), and records would describe what the model does '
+                                'not do')
 
 # %% ../../nbs/analysis/adapters.ipynb #f98abe4a
 @torch.no_grad()
@@ -430,14 +488,17 @@ def moe_classes()->list: # of dicts: model, layer, router, adapter, note
     rows = []
     for f in sorted(Path(transformers.__file__).parent.glob('models/*/modeling_*.py')):
         text = f.read_text(encoding='utf-8')
-        if re.search(r'self\.(experts|router|gate) = ', text): rows += [_class_row(f.parent.name, c) for c in ast.parse(text).body if _is_layer(c)]
+        if re.search(r'self\.(experts|router|gate) = ', text):
+            rows += [_class_row(f.parent.name, c) for c in ast.parse(text).body if _is_layer(c)]
     return rows
 
 # %% ../../nbs/analysis/adapters.ipynb #66d4a91e
 def _parts(c):
     "Submodules that the class definition `c` makes: name -> classes"
-    made = [n for f in c.body if getattr(f, 'name', '') == '__init__' for n in ast.walk(f) if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Attribute)]
-    return {n.targets[0].attr: [x.func.id for x in ast.walk(n.value) if isinstance(x, ast.Call) and isinstance(x.func, ast.Name)] for n in made}
+    made = [n for f in c.body if getattr(f, 'name', '') == '__init__' for n in ast.walk(f)
+            if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Attribute)]
+    return {n.targets[0].attr: [x.func.id for x in ast.walk(n.value) if isinstance(x, ast.Call)
+                                and isinstance(x.func, ast.Name)] for n in made}
 
 def _is_layer(c):
     if not isinstance(c, ast.ClassDef): return False
@@ -446,7 +507,9 @@ def _is_layer(c):
 
 def _class_row(model, c):
     parts = _parts(c)
-    routers = [r for rs in parts.values() for r in rs if r in _families] or parts.get('router') or parts.get('gate') or ['']
+    routers = ([r for rs in parts.values() for r in rs if r in _families] or parts.get('router')
+               or parts.get('gate') or [''])
     new = [r for r in routers if r not in _families]
-    note = _no_layers.get(c.name) or _refused.get(c.name) or (f'not known yet: {_how_to(new[0] or "its router")}' if new else '')
+    note = (_no_layers.get(c.name) or _refused.get(c.name)
+            or (f'not known yet: {_how_to(new[0] or "its router")}' if new else ''))
     return dict(model=model, layer=c.name, router=', '.join(routers), adapter=not note, note=note)

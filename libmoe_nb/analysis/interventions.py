@@ -31,10 +31,12 @@ def next_ranked(
 )->Tensor:        # [T, n] int64: the (K+1)-th, (K+2)-th, ... of each token
     "The best choices that a token did not choose."
     key = ranking(r)
-    key = key.nan_to_num(torch.finfo(key.dtype).min, float('inf'), -float('inf')).scatter(-1, r.top_k_index, -float('inf'))
+    key = key.nan_to_num(torch.finfo(key.dtype).min, float('inf'),
+                         -float('inf')).scatter(-1, r.top_k_index, -float('inf'))
     if allowed is not None: key = key.masked_fill(~allowed, -float('inf'))
     if ((key > -float('inf')).sum(-1) < (n if needed is None else needed)).any():
-        raise ValueError(f'up to {n} more choices are needed for each token, but of the {r.num_choices} choices {r.top_k} are taken and too few are left')
+        raise ValueError(f'up to {n} more choices are needed for each token, but of the {r.num_choices} choices '
+                         f'{r.top_k} are taken and too few are left')
     return stable_topk(key, n)
 
 # %% ../../nbs/analysis/interventions.ipynb #f8c60862
@@ -42,7 +44,8 @@ def _check_weights(weights, known=('router', 'inherit', 'rank', 'zero')):
     if weights not in known: raise ValueError(f"weights must be one of {', '.join(known)}, got {weights!r}")
 
 def _weigh(r, index):
-    if r.router is None: raise ValueError("weights='router' needs a record that knows its router, got one with router=None")
+    if r.router is None:
+        raise ValueError("weights='router' needs a record that knows its router, got one with router=None")
     return r.router.weigh(r.scores, index).to(r.top_k_weights)
 
 # %% ../../nbs/analysis/interventions.ipynb #51aae924
@@ -50,7 +53,8 @@ def _refill(r, keep, weights, allowed=None):
     "Keep the chosen where `keep` [T, K]; the next in line take the other places"
     K, order = r.top_k, (~keep).long().argsort(dim=-1, stable=True)     # who stays, in front
     index, w, kept = r.top_k_index.gather(-1, order), r.top_k_weights.gather(-1, order), keep.sum(-1, keepdim=True)
-    if weights == 'zero': return r.replace(top_k_index=index, top_k_weights=w * (torch.arange(K, device=w.device) < kept))
+    if weights == 'zero':
+        return r.replace(top_k_index=index, top_k_weights=w * (torch.arange(K, device=w.device) < kept))
     j = torch.arange(K, device=index.device) - kept                     # place in the queue, negative: stays
     n = int((K - kept).max()) if r.num_tokens else 0
     new = next_ranked(r, n, allowed, K - kept[:, 0])
@@ -102,14 +106,18 @@ def force_experts(
     "Every token gets `experts`, in the place of the weakest of its choice."
     _check_weights(weights, ('router', 'inherit'))
     def force(r):
-        forced = torch.stack([_choices_of(r, [e]).long().argmax() for e in torch.as_tensor(experts).reshape(-1).tolist()])
-        if len(forced) > r.top_k: raise ValueError(f'experts must be at most top_k={r.top_k} experts, got {len(forced)}')
+        forced = torch.stack([_choices_of(r, [e]).long().argmax()
+                              for e in torch.as_tensor(experts).reshape(-1).tolist()])
+        if len(forced) > r.top_k:
+            raise ValueError(f'experts must be at most top_k={r.top_k} experts, got {len(forced)}')
         old, there = r.top_k_index, (r.top_k_index[..., None] == forced).any(-1)             # [T, K]
         missing = ~(old[..., None] == forced).any(1)                                         # [T, F]
-        key = r.top_k - torch.arange(r.top_k, device=old.device) + there * r.top_k           # who goes first: the last, forced ones never
+        # who goes first: the last, forced ones never
+        key = r.top_k - torch.arange(r.top_k, device=old.device) + there * r.top_k
         order = key.expand_as(old).argsort(dim=-1, stable=True)                              # [T, K] weakest first
         queue = forced.expand(len(old), -1).gather(-1, (~missing).long().argsort(dim=-1, stable=True))
-        place = torch.where(torch.arange(queue.shape[-1], device=old.device) < missing.sum(-1, keepdim=True), queue, old.gather(-1, order[:, :queue.shape[-1]]))
+        place = torch.where(torch.arange(queue.shape[-1], device=old.device) < missing.sum(-1, keepdim=True), queue,
+                            old.gather(-1, order[:, :queue.shape[-1]]))
         index = old.scatter(-1, order[:, :queue.shape[-1]], place)
         return r.replace(top_k_index=index, top_k_weights=_weigh(r, index) if weights == 'router' else r.top_k_weights)
     return force
@@ -121,10 +129,12 @@ def temperature(
     "Router scores from logits divided by `tau`."
     if not tau > 0: raise ValueError(f'tau must be above 0, got {tau}')
     def heat(r):
-        if r.router is None: raise ValueError('temperature needs a record that knows its router, got one with router=None')
+        if r.router is None:
+            raise ValueError('temperature needs a record that knows its router, got one with router=None')
         scores = r.router.score(r.router_logits / tau)
         index = r.router.choose(scores)
-        return r.replace(scores=scores, top_k_index=index, top_k_weights=r.router.weigh(scores, index).to(r.top_k_weights))
+        return r.replace(scores=scores, top_k_index=index,
+                         top_k_weights=r.router.weigh(scores, index).to(r.top_k_weights))
     return heat
 
 # %% ../../nbs/analysis/interventions.ipynb #eb479a02

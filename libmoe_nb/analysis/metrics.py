@@ -40,7 +40,8 @@ def _units(l, units, top=None):
     "What is counted: numbers [T, top] below U (U: not counted), and U"
     if units not in ('experts', 'choices'): raise ValueError(f"units must be 'experts' or 'choices', got {units!r}")
     i, U = (l.expert, l.num_experts) if units == 'experts' else (l.chosen, l.num_choices)
-    if top is not None and not 1 <= top <= l.top_k: raise ValueError(f'top must be between 1 and top_k={l.top_k}, got {top}')
+    if top is not None and not 1 <= top <= l.top_k:
+        raise ValueError(f'top must be between 1 and top_k={l.top_k}, got {top}')
     return i[:, :top], U
 
 def _counts(i, U, weights=None): return np.bincount(i.reshape(-1), weights, minlength=U + 1)[:U]
@@ -70,13 +71,15 @@ def _numbered(i):
 
 def _overlap(a, b, chunk=1 << 15):
     "Sizes [T] of the intersections of rows (as multisets)"
-    return np.concatenate([(_numbered(a[j:j + chunk])[:, :, None] == _numbered(b[j:j + chunk])[:, None, :]).sum((1, 2)) for j in range(0, len(a), chunk)])
+    return np.concatenate([(_numbered(a[j:j + chunk])[:, :, None] == _numbered(b[j:j + chunk])[:, None, :]).sum((1, 2))
+                           for j in range(0, len(a), chunk)])
 
 # %% ../../nbs/analysis/metrics.ipynb #b38a474e
 def _by_vocabulary(t, i, U, k):
     "The k units that each vocabulary entry selects most often: [V, k]"
     v = np.unique(t.token, return_inverse=True)[1]
-    counts = np.bincount((v[:, None] * (U + 1) + i).reshape(-1), minlength=(v.max() + 1) * (U + 1)).reshape(-1, U + 1)[:, :U]
+    counts = np.bincount((v[:, None] * (U + 1) + i).reshape(-1),
+                         minlength=(v.max() + 1) * (U + 1)).reshape(-1, U + 1)[:, :U]
     return np.argsort(-counts, axis=-1, kind='stable')[:, :k]
 
 def _best(t, l, k, units, by):
@@ -88,11 +91,15 @@ def _best(t, l, k, units, by):
 def _agreement(a, b, k, units, by):
     "For each layer: share of the k best that two traces have in common, the N used, the number of assignments"
     if by not in ('token', 'vocabulary'): raise ValueError(f"by must be 'token' or 'vocabulary', got {by!r}")
-    if a.layers != b.layers: raise ValueError(f'b must have the layers of a, {len(a.layers)} of them, got {len(b.layers)}')
-    if not a.same_probe(b): raise ValueError(f'b must be about the tokens of a: {a.num_tokens} there, {b.num_tokens} here, or not the same ones')
+    if a.layers != b.layers:
+        raise ValueError(f'b must have the layers of a, {len(a.layers)} of them, got {len(b.layers)}')
+    if not a.same_probe(b):
+        raise ValueError(f'b must be about the tokens of a: {a.num_tokens} there, {b.num_tokens} here, or not the same '
+                         f'ones')
     for n, (la, lb) in enumerate(zip(a, b)):
         (ia, U), (ib, _) = (_best(t, l, min(k or l.top_k, l.top_k), units, by) for t, l in ((a, la), (b, lb)))
-        yield dict(layer=n, k=ia.shape[1], agreement=_overlap(ia, ib).mean() / ia.shape[1], units=units, N=U, assignments=ia.size)
+        yield dict(layer=n, k=ia.shape[1], agreement=_overlap(ia, ib).mean() / ia.shape[1], units=units, N=U,
+                   assignments=ia.size)
 
 # %% ../../nbs/analysis/metrics.ipynb #5ac4579d
 def expert_change_rate(
@@ -105,7 +112,8 @@ def expert_change_rate(
     df = pd.DataFrame(_agreement(a, b, None, units, by)).rename(columns={'agreement': 'change_rate'}).drop(columns='k')
     df.change_rate = 1 - df.change_rate
     if by_layer: return df
-    return pd.DataFrame([dict(layer='all', change_rate=np.average(df.change_rate, weights=df.assignments), units=units, N=df.N.iloc[0], assignments=df.assignments.sum())])
+    return pd.DataFrame([dict(layer='all', change_rate=np.average(df.change_rate, weights=df.assignments), units=units,
+                              N=df.N.iloc[0], assignments=df.assignments.sum())])
 
 # %% ../../nbs/analysis/metrics.ipynb #a6f12986
 def router_saturation(
@@ -117,7 +125,8 @@ def router_saturation(
     "Share of the last checkpoint's choices that a checkpoint makes already; choices by default, since TC-MoE's +e and −e are two of one expert."
     ks = sorted({1, *trace.meta['top_k']}) if k is None else [k]
     if min(ks) < 1: raise ValueError(f'k must be at least 1, got {k}')
-    return pd.DataFrame([r for k in ks for r in _agreement(trace, final, k, units, by) if r['k'] == k]).rename(columns={'agreement': 'saturation'})
+    return pd.DataFrame([r for k in ks for r in _agreement(trace, final, k, units, by)
+                         if r['k'] == k]).rename(columns={'agreement': 'saturation'})
 
 # %% ../../nbs/analysis/metrics.ipynb #8109d94f
 def _entropy(p, axis=-1):
@@ -137,8 +146,10 @@ def expert_allocation_entropy(
     layers=None,      # numbers of layers; None: all
 )->pd.DataFrame:      # one row for each layer and domain
     "Normalised entropy of how assignments spread over FFN experts, where TC-MoE's +e and −e are one; over all M choices with `units='choices'`."
-    return pd.DataFrame([dict(layer=n, domain=d, entropy=_normalised_entropy(_counts(i[m], U)), units=units, N=U, tokens=len(i[m]))
-                         for n, l in _layers(trace, layers) for i, U in [_units(l, units, top)] for d, m in _groups(trace, by_domain)])
+    return pd.DataFrame([dict(layer=n, domain=d, entropy=_normalised_entropy(_counts(i[m], U)), units=units, N=U,
+                              tokens=len(i[m]))
+                         for n, l in _layers(trace, layers) for i, U in [_units(l, units, top)]
+                         for d, m in _groups(trace, by_domain)])
 
 # %% ../../nbs/analysis/metrics.ipynb #b0599ce5
 def expert_weight_entropy(
@@ -155,7 +166,8 @@ def expert_weight_entropy(
         total = w.sum(-1, keepdims=True)
         h = np.where(total[:, 0] > 0, _entropy(w / np.where(total > 0, total, 1)), np.nan)
         if normalise: h = h / math.log(l.top_k) if l.top_k > 1 else np.full_like(h, np.nan)
-        rows += [dict(layer=n, domain=d, entropy=np.nanmean(h[m]) if (~np.isnan(h[m])).any() else np.nan, K=l.top_k, tokens=len(h[m])) for d, m in _groups(trace, by_domain)]
+        rows += [dict(layer=n, domain=d, entropy=np.nanmean(h[m]) if (~np.isnan(h[m])).any() else np.nan, K=l.top_k,
+                      tokens=len(h[m])) for d, m in _groups(trace, by_domain)]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/analysis/metrics.ipynb #e4eb707e
@@ -171,7 +183,8 @@ def router_margin(
         v = l.score if of == 'score' else l.weight[:, :l.top_k]
         if v.shape[1] < 2: gap = np.full(len(v), np.nan)
         else: gap = np.diff(np.sort(v, -1)[:, -2:], axis=-1)[:, 0]
-        rows += [dict(layer=n, domain=d, margin=gap[m].mean(), of=of, tokens=len(gap[m])) for d, m in _groups(trace, by_domain)]
+        rows += [dict(layer=n, domain=d, margin=gap[m].mean(), of=of, tokens=len(gap[m]))
+                 for d, m in _groups(trace, by_domain)]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/analysis/metrics.ipynb #c2cde15d
@@ -200,7 +213,9 @@ def co_activation(
         e = np.argsort(-own, kind='stable')[:strongest]
         i, j = (x.reshape(-1) for x in np.meshgrid(e, e, indexing='ij'))
         i, j = i[i != j], j[i != j]
-        frames.append(pd.DataFrame(dict(layer=n, expert=i, other=j, co_activation=C[i, j] / np.where(own[i] > 0, own[i], np.nan), tokens=own[i].astype(int), units=units, N=len(C))))
+        frames.append(pd.DataFrame(dict(layer=n, expert=i, other=j,
+                                        co_activation=C[i, j] / np.where(own[i] > 0, own[i], np.nan),
+                                        tokens=own[i].astype(int), units=units, N=len(C))))
     return pd.concat(frames, ignore_index=True)
 
 # %% ../../nbs/analysis/metrics.ipynb #427d0736
@@ -215,7 +230,8 @@ def selection_ratio(
         i, U = _units(l, units)
         for d, m in _groups(trace, by_domain):
             c = _tokens_of(i[m], U)
-            rows.append(pd.DataFrame(dict(layer=n, domain=d, expert=np.arange(U), tokens=c.astype(int), ratio=c / max(len(i[m]), 1), units=units, N=U)))
+            rows.append(pd.DataFrame(dict(layer=n, domain=d, expert=np.arange(U), tokens=c.astype(int),
+                                          ratio=c / max(len(i[m]), 1), units=units, N=U)))
     return pd.concat(rows, ignore_index=True)
 
 # %% ../../nbs/analysis/metrics.ipynb #891c7b0e
@@ -232,7 +248,8 @@ def load_imbalance(
 )->pd.DataFrame:     # one row for each layer (and domain)
     "How unevenly tokens spread: the busiest expert over the mean, and the coefficient of variation."
     g = selection_ratio(trace, by_domain, units).groupby(['layer', 'domain'], sort=False).ratio
-    return pd.DataFrame(dict(max_over_mean=g.max() / g.mean(), cv=g.std(ddof=0) / g.mean(), units=units, N=g.size())).reset_index()
+    return pd.DataFrame(dict(max_over_mean=g.max() / g.mean(), cv=g.std(ddof=0) / g.mean(), units=units,
+                             N=g.size())).reset_index()
 
 # %% ../../nbs/analysis/metrics.ipynb #1c9da87f
 def dead_experts(
@@ -243,7 +260,8 @@ def dead_experts(
     "Experts that get no token."
     sr = selection_ratio(trace, units=units)
     dead = sr[sr.ratio <= threshold].groupby('layer').expert.apply(tuple)
-    return pd.DataFrame([dict(layer=n, dead=len(dead.get(n, ())), share=len(dead.get(n, ())) / N, experts=dead.get(n, ()), units=units, N=N)
+    return pd.DataFrame([dict(layer=n, dead=len(dead.get(n, ())), share=len(dead.get(n, ())) / N,
+                              experts=dead.get(n, ()), units=units, N=N)
                          for n, N in sr.groupby('layer').size().items()])
 
 # %% ../../nbs/analysis/metrics.ipynb #bf4c683f
@@ -252,7 +270,8 @@ def _specialisation(l, group, units):
     i, U = _units(l, units)
     first = ~np.tril(i[:, :, None] == i[:, None, :], -1).any(-1)
     G = group.max() + 1
-    c = np.bincount((group[:, None] * (U + 1) + i).reshape(-1), first.reshape(-1), minlength=G * (U + 1)).reshape(G, U + 1)[:, :U]
+    c = np.bincount((group[:, None] * (U + 1) + i).reshape(-1), first.reshape(-1),
+                    minlength=G * (U + 1)).reshape(G, U + 1)[:, :U]
     return c, np.bincount(group, minlength=G), U
 
 def _tidy(n, c, size, U, units, **names):
@@ -260,7 +279,8 @@ def _tidy(n, c, size, U, units, **names):
     overall = c.sum(0) / size.sum()
     share = c[g, e] / size[g]
     return pd.DataFrame(dict(layer=n, expert=e, **{k: np.asarray(v)[g] for k, v in names.items()}, share=share,
-                             lift=share / np.where(overall[e] > 0, overall[e], np.nan), tokens=size[g], units=units, N=U))
+                             lift=share / np.where(overall[e] > 0, overall[e], np.nan), tokens=size[g],
+                             units=units, N=U))
 
 # %% ../../nbs/analysis/metrics.ipynb #cbd5b2d3
 def domain_specialisation(
@@ -270,7 +290,8 @@ def domain_specialisation(
     "Share of each domain's tokens that each expert gets."
     ids, group = np.unique(trace.domain, return_inverse=True)
     names = [n for n, _ in _groups(trace, True)]
-    return pd.concat([_tidy(n, *_specialisation(l, group, units), units, domain=names) for n, l in enumerate(trace)], ignore_index=True)
+    return pd.concat([_tidy(n, *_specialisation(l, group, units), units, domain=names) for n, l in enumerate(trace)],
+                     ignore_index=True)
 
 # %% ../../nbs/analysis/metrics.ipynb #b32e9f56
 def vocabulary_specialisation(
@@ -283,7 +304,9 @@ def vocabulary_specialisation(
     "The vocabulary entries that each expert gets most of."
     ids, group, size = np.unique(trace.token, return_inverse=True, return_counts=True)
     often = np.flatnonzero(size >= min_count)
-    if not len(often): raise ValueError(f'min_count must be at most {size.max()}, how often the most frequent entry occurs, got {min_count}')
+    if not len(often):
+        raise ValueError(f'min_count must be at most {size.max()}, how often the most frequent entry occurs, got '
+                         f'{min_count}')
     frames = []
     for n, l in _layers(trace, layers):
         c, size, U = _specialisation(l, group, units)
@@ -297,7 +320,9 @@ def vocabulary_specialisation(
 def _pair_cosines(adapter, layer, x, routing):
     "Sum over tokens of the mean pair cosine, clipped and not, and the number of tokens with a pair; x [T, d]"
     e, N = routing.expert_index, routing.num_experts
-    out = torch.stack([F.normalize(adapter.run_expert(layer, x, e[:, k].clamp(max=N - 1)).float(), dim=-1) for k in range(e.shape[1])], 1)   # [T, K, d]
+    # [T, K, d]
+    out = torch.stack([F.normalize(adapter.run_expert(layer, x, e[:, k].clamp(max=N - 1)).float(), dim=-1)
+                       for k in range(e.shape[1])], 1)
     cos, there = out @ out.transpose(1, 2), e < N
     pair = (there[:, :, None] & there[:, None, :]).triu(1)
     n = pair.sum((1, 2))
@@ -318,10 +343,13 @@ def expert_output_similarity(
         for batch in batches:
             for n, (x, r, keep) in _inputs(model, layers, batch, run).items():
                 sums[n] = sums.get(n, 0) + _pair_cosines(adapter_of(layers[n]), layers[n], x[keep], _rows(r, keep))
-    return pd.DataFrame([dict(layer=i, similarity=s[0 if clip else 1] / max(s[2], 1) if s[2] else np.nan, clipped=clip, tokens=int(s[2])) for i, s in enumerate(sums.values())])
+    return pd.DataFrame([dict(layer=i, similarity=s[0 if clip else 1] / max(s[2], 1) if s[2] else np.nan, clipped=clip,
+                              tokens=int(s[2])) for i, s in enumerate(sums.values())])
 
 # %% ../../nbs/analysis/metrics.ipynb #46005f58
-def _rows(r, keep): return r.replace(**{k: getattr(r, k)[keep] for k in 'router_logits scores top_k_index top_k_weights'.split()}, shape=())
+def _rows(r, keep):
+    return r.replace(**{k: getattr(r, k)[keep] for k in 'router_logits scores top_k_index top_k_weights'.split()},
+                     shape=())
 
 def _inputs(model, layers, batch, run):
     "For each layer: hidden states [T, d] that its experts got, its `Routing`, and which tokens are real [T]"
@@ -331,7 +359,8 @@ def _inputs(model, layers, batch, run):
         records = s.enter_context(record_routing(model))
         (run or _run)(model, batch)
     mask = batch.get('attention_mask')
-    return {n: (seen[n][0], records[n][0], slice(None) if mask is None else mask.reshape(-1).bool().to(seen[n][0].device)) for n in layers}
+    return {n: (seen[n][0], records[n][0],
+                slice(None) if mask is None else mask.reshape(-1).bool().to(seen[n][0].device)) for n in layers}
 
 # %% ../../nbs/analysis/metrics.ipynb #825202be
 @torch.no_grad()
@@ -359,7 +388,10 @@ def balance_loss(
     with evaluating(model):
         for batch in batches:
             with record_routing(model) as records: (run or _run)(model, batch)
-            for n, (r, *_) in records.items(): losses.setdefault(n, []).append(load_balancing_loss(r, batch.get('attention_mask'), group, over_experts=r.expert_of is not None and r.sign_of is not None).item())
+            for n, (r, *_) in records.items():
+                losses.setdefault(n, []).append(load_balancing_loss(r, batch.get('attention_mask'),
+                                                                    group, over_experts=r.expert_of is not None
+                                                                    and r.sign_of is not None).item())
     return pd.DataFrame([dict(layer=i, balance_loss=np.mean(v)) for i, v in enumerate(losses.values())])
 
 # %% ../../nbs/analysis/metrics.ipynb #7047c2c5
@@ -369,7 +401,8 @@ def _next_token(model, batch, run):
     logits = out.logits if hasattr(out, 'logits') else out
     ids = batch['input_ids'].to(logits.device)
     mask = batch.get('attention_mask')
-    real = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else (mask[:, 1:].bool() & mask[:, :-1].bool()).to(ids.device)
+    real = (torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None
+            else (mask[:, 1:].bool() & mask[:, :-1].bool()).to(ids.device))
     logits, y = logits[:, :-1][real].float(), ids[:, 1:][real]
     return np.array([F.cross_entropy(logits, y, reduction='sum').item(), (logits.argmax(-1) == y).sum().item(), len(y)])
 
@@ -385,7 +418,8 @@ def routing_perturbation(
     with evaluating(model):
         for name, f in {'none': lambda r: r, **interventions}.items():
             with intervene(model, f, layers): loss, right, n = sum(_next_token(model, b, run) for b in batches)
-            rows.append(dict(intervention=name, loss=loss / n, perplexity=math.exp(min(loss / n, 700)), accuracy=right / n, tokens=int(n)))
+            rows.append(dict(intervention=name, loss=loss / n, perplexity=math.exp(min(loss / n, 700)),
+                             accuracy=right / n, tokens=int(n)))
     df = pd.DataFrame(rows)
     return df.assign(loss_change=df.loss - df.loss[0], accuracy_change=df.accuracy - df.accuracy[0])
 
@@ -397,14 +431,18 @@ def over_checkpoints(
     **kw,              # for `metric`
 )->pd.DataFrame:       # what `metric` returns, with a column `step` (from the traces' info, else their number)
     "A metric at each checkpoint."
-    if against not in (None, 'previous', 'last'): raise ValueError(f"against must be None, 'previous' or 'last', got {against!r}")
+    if against not in (None, 'previous', 'last'):
+        raise ValueError(f"against must be None, 'previous' or 'last', got {against!r}")
     traces = list(traces)
-    pairs = [(t,) for t in traces] if against is None else [*zip(traces, traces[1:])] if against == 'previous' else [(t, traces[-1]) for t in traces]
+    pairs = ([(t,) for t in traces] if against is None else [*zip(traces, traces[1:])] if against == 'previous'
+             else [(t, traces[-1]) for t in traces])
     at = traces[1:] if against == 'previous' else traces
     frames = [metric(*p, **kw) for p in pairs]
-    for i, (df, t) in enumerate(zip(frames, at)): df.insert(0, 'step', t.meta['info'].get('step', i + (against == 'previous')))
+    for i, (df, t) in enumerate(zip(frames, at)):
+        df.insert(0, 'step', t.meta['info'].get('step', i + (against == 'previous')))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 # %% ../../nbs/analysis/metrics.ipynb #9ac5ffe3
-trace_metrics = {f.__name__: f for f in (expert_allocation_entropy, expert_weight_entropy, router_margin, co_activation, selection_ratio, load_imbalance, dead_experts,
+trace_metrics = {f.__name__: f for f in (expert_allocation_entropy, expert_weight_entropy, router_margin, co_activation,
+                                         selection_ratio, load_imbalance, dead_experts,
                                          vocabulary_specialisation, domain_specialisation)}

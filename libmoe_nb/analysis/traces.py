@@ -58,8 +58,9 @@ class Trace:
     domains    = property(lambda self: self.meta['domains'])
     recipe     = property(lambda self: self.meta['recipe'])
     num_tokens = property(lambda self: len(self.token))
-    def __repr__(self): return (f"Trace({self.meta['model']}, {self.recipe}: {len(self.layers)} layers, {self.num_tokens:,} tokens, "
-                                f"N={_one(self.meta['num_experts'])}, K={_one(self.meta['top_k'])}, domains {', '.join(self.domains)})")
+    def __repr__(self):
+        return (f"Trace({self.meta['model']}, {self.recipe}: {len(self.layers)} layers, {self.num_tokens:,} tokens, "
+                f"N={_one(self.meta['num_experts'])}, K={_one(self.meta['top_k'])}, domains {', '.join(self.domains)})")
 
 # %% ../../nbs/analysis/traces.ipynb #6384a959
 def _one(values):
@@ -70,11 +71,13 @@ def _one(values):
 @patch
 def layer(self:Trace, i):
     "The `LayerTrace` of layer number `i`"
-    if not -len(self.layers) <= i < len(self.layers): raise IndexError(f'i must be a layer between 0 and {len(self.layers) - 1}, got {i}')
+    if not -len(self.layers) <= i < len(self.layers):
+        raise IndexError(f'i must be a layer between 0 and {len(self.layers) - 1}, got {i}')
     i, m = i % len(self.layers), self.meta
     M, R = m['num_choices'][i], min(m['top_k'][i] + m['extra'], m['num_choices'][i])
     c, w, s = (np.asarray(a[i])[:, :R] for a in (self.choice, self.weight, self.score))
-    return LayerTrace(m['layers'][i], c.astype(np.int64), w.astype(np.float32), s.astype(np.float32), self.expert_of[i][:M].astype(np.int64), self.sign_of[i][:M],
+    return LayerTrace(m['layers'][i], c.astype(np.int64), w.astype(np.float32), s.astype(np.float32),
+                      self.expert_of[i][:M].astype(np.int64), self.sign_of[i][:M],
                       m['num_experts'][i], m['top_k'][i])
 
 @patch
@@ -83,7 +86,8 @@ def __iter__(self:Trace): return (self.layer(i) for i in range(len(self.layers))
 @patch
 def same_probe(self:Trace, other):
     "Are both traces about the same tokens?"
-    return self.num_tokens == other.num_tokens and all((getattr(self, k) == getattr(other, k)).all() for k in ('token', 'position'))
+    return self.num_tokens == other.num_tokens and all((getattr(self, k) == getattr(other, k)).all()
+                                                       for k in ('token', 'position'))
 
 # %% ../../nbs/analysis/traces.ipynb #ea67439c
 def make_trace(
@@ -103,10 +107,12 @@ def make_trace(
     score = np.broadcast_to(1 / (2. + rank), choice.shape) if score is None else np.asarray(score)
     expert_of = np.arange(num_experts) if expert_of is None else np.asarray(expert_of)
     sign_of = np.ones(len(expert_of), np.int8) if sign_of is None else np.asarray(sign_of, np.int8)
-    meta = dict(model=model, recipe=recipe, layers=[f'layer {i}' for i in range(L)], num_experts=[num_experts] * L, num_choices=[len(expert_of)] * L,
+    meta = dict(model=model, recipe=recipe, layers=[f'layer {i}' for i in range(L)], num_experts=[num_experts] * L,
+                num_choices=[len(expert_of)] * L,
                 top_k=[top_k] * L, extra=R - top_k, domains=list(domains), info={})
     full = lambda v: np.zeros(T, np.int32) if v is None else np.asarray(v)
-    return Trace(choice, weight.astype(np.float16), score.astype(np.float16), full(token), np.arange(T), full(domain), np.stack([expert_of] * L), np.stack([sign_of] * L), meta)
+    return Trace(choice, weight.astype(np.float16), score.astype(np.float16), full(token), np.arange(T), full(domain),
+                 np.stack([expert_of] * L), np.stack([sign_of] * L), meta)
 
 # %% ../../nbs/analysis/traces.ipynb #dd9692c5
 def _ranks(r, extra):
@@ -176,13 +182,15 @@ def _token_columns(batch):
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
     domain = torch.full_like(ids, -1) if domain is None else domain.cpu().reshape(len(ids), -1).expand_as(ids)
     keep = mask.reshape(-1)
-    return dict(token=ids.reshape(-1)[keep], position=(mask.cumsum(-1) - 1).reshape(-1)[keep], domain=domain.reshape(-1)[keep]), keep
+    return dict(token=ids.reshape(-1)[keep], position=(mask.cumsum(-1) - 1).reshape(-1)[keep],
+                domain=domain.reshape(-1)[keep]), keep
 
 # %% ../../nbs/analysis/traces.ipynb #e6667bea
 def _layer_facts(r):
     "What the header tells about the layer of a record"
     M, of, sign = r.num_choices, r.expert_of, r.sign_of
-    return dict(num_experts=r.num_experts, num_choices=M, top_k=r.top_k, expert_of=(torch.arange(M) if of is None else of.cpu()).numpy(),
+    return dict(num_experts=r.num_experts, num_choices=M, top_k=r.top_k,
+                expert_of=(torch.arange(M) if of is None else of.cpu()).numpy(),
                 sign_of=(torch.ones(M) if sign is None else sign.cpu()).numpy().astype(np.int8))
 
 def _pad(a, n, value): return np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, n - a.shape[-1])], constant_values=value)
@@ -193,7 +201,8 @@ def _collect(model, batches, spool, extra, run):
     facts, T = None, 0
     for batch in batches:
         with record_routing(model) as records: run(model, batch)
-        if not records: raise ValueError(f'model must have mixture-of-experts layers, got {type(model).__name__} with none')
+        if not records:
+            raise ValueError(f'model must have mixture-of-experts layers, got {type(model).__name__} with none')
         for n, rs in records.items():
             if len(rs) != 1: raise ValueError(f'layer {n} must run once in a forward pass, got {len(rs)} times')
         records = {n: rs[0] for n, rs in records.items()}
@@ -202,7 +211,8 @@ def _collect(model, batches, spool, extra, run):
         columns, keep = _token_columns(batch)
         for k, v in columns.items(): spool.add(k, v.numpy(), _dtypes[_tokens[k]])
         for i, (n, r) in enumerate(records.items()):
-            if r.num_tokens != len(keep): raise ValueError(f'layer {n} must see the {len(keep)} tokens of the batch, got {r.num_tokens}')
+            if r.num_tokens != len(keep):
+                raise ValueError(f'layer {n} must see the {len(keep)} tokens of the batch, got {r.num_tokens}')
             for k, v in _ranks(r, extra).items():
                 v = v.cpu()[keep].float().clamp(max=65504) if k != 'choice' else v.cpu()[keep]
                 spool.add((k, i), _pad(v.numpy(), R, -1 if k == 'choice' else 0), _dtypes[_ranked[k]])
@@ -227,7 +237,9 @@ def write_trace(
     if extra < 0: raise ValueError(f'extra must be at least 0, got {extra}')
     layers = moe_layers(model)
     if not layers: raise ValueError(f'model must have mixture-of-experts layers, got {type(model).__name__} with none')
-    if not recipe: recipe = getattr(getattr(next(iter(layers.values())), 'spec', None), 'recipe', type(next(iter(layers.values()))).__name__)
+    if not recipe:
+        recipe = getattr(getattr(next(iter(layers.values())), 'spec', None), 'recipe',
+                         type(next(iter(layers.values()))).__name__)
     with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as tmp, ExitStack() as stack:
         spool = _Spool(tmp)
         stack.callback(spool.close)
@@ -246,13 +258,16 @@ def _describe(facts, T, extra, spool, domains, model, recipe, info):
     "Metadata of the header, and the arrays in the order of the file"
     L, M = len(facts), max(f['num_choices'] for f in facts.values())
     for f in facts.values():
-        spool.add('expert_of', _pad(f['expert_of'], M, f['num_experts']), np.int16); spool.add('sign_of', _pad(f['sign_of'], M, 1), np.int8)
+        spool.add('expert_of', _pad(f['expert_of'], M, f['num_experts']), np.int16)
+        spool.add('sign_of', _pad(f['sign_of'], M, 1), np.int8)
     R = max(min(f['top_k'] + extra, f['num_choices']) for f in facts.values())
-    meta = dict(model=model, recipe=recipe, num_tokens=T, num_layers=L, layers=list(facts), extra=extra, domains=list(domains), info=info or {})
+    meta = dict(model=model, recipe=recipe, num_tokens=T, num_layers=L, layers=list(facts), extra=extra,
+                domains=list(domains), info=info or {})
     for k in ('num_experts', 'num_choices', 'top_k'): meta[k] = [f[k] for f in facts.values()]
     arrays = [(k, d, [T], [k]) for k, d in _tokens.items() if d == 'I32']
     arrays += [(k, d, [L, T, R], [(k, i) for i in range(L)]) for k, d in _ranked.items()]
-    arrays += [('domain', 'I16', [T], ['domain']), ('expert_of', 'I16', [L, M], ['expert_of']), ('sign_of', 'I8', [L, M], ['sign_of'])]
+    arrays += [('domain', 'I16', [T], ['domain']), ('expert_of', 'I16', [L, M], ['expert_of']),
+               ('sign_of', 'I8', [L, M], ['sign_of'])]
     return dict(format=_FORMAT, version=_VERSION, **{k: json.dumps(v) for k, v in meta.items()}), arrays
 
 # %% ../../nbs/analysis/traces.ipynb #0cd04a43
@@ -271,32 +286,44 @@ def read_trace(
     "Open a trace."
     from safetensors import safe_open, SafetensorError
     path = Path(path)
-    if not path.is_file(): raise ValueError(f'path must be a trace file, got {str(path)!r}, which is {"a folder" if path.is_dir() else "not there"}')
+    if not path.is_file():
+        raise ValueError(f'path must be a trace file, got {str(path)!r}, which is '
+                         f'{"a folder" if path.is_dir() else "not there"}')
     try: f = safe_open(path, 'np')
     except (SafetensorError, OSError) as e: raise ValueError(f'{path} is no trace or was cut short: {e}') from None
     meta = f.metadata() or {}
-    if meta.get('format') != _FORMAT: raise ValueError(f'{path} is no trace: its header names the format {meta.get("format")!r}, expected {_FORMAT!r}')
-    if meta.get('version') != _VERSION: raise ValueError(f'{path} is a trace of version {meta.get("version")!r}, expected {_VERSION!r}')
+    if meta.get('format') != _FORMAT:
+        raise ValueError(f'{path} is no trace: its header names the format {meta.get("format")!r}, expected '
+                         f'{_FORMAT!r}')
+    if meta.get('version') != _VERSION:
+        raise ValueError(f'{path} is a trace of version {meta.get("version")!r}, expected {_VERSION!r}')
     try:
         meta = {k: json.loads(v) for k, v in meta.items() if k not in ('format', 'version')}
         small = {k: f.get_tensor(k) for k in ('token', 'position', 'domain', 'expert_of', 'sign_of')}
         t = Trace(*(_Slices(f, k) for k in _ranked), **small, meta=meta, path=path)
         _check(t)
-    except (ValueError, KeyError, TypeError, SafetensorError) as e: raise ValueError(f'{path} is a damaged trace: {e}') from None
+    except (ValueError, KeyError, TypeError, SafetensorError) as e:
+        raise ValueError(f'{path} is a damaged trace: {e}') from None
     return t
 
 # %% ../../nbs/analysis/traces.ipynb #6269c38c
 def _check(t):
     "Does the header agree with the arrays?"
     m, (L, T, R) = t.meta, t.choice.shape
-    for k, kind in dict(model=str, recipe=str, layers=list, domains=list, info=dict, extra=int, num_tokens=int, num_experts=list, num_choices=list, top_k=list).items():
+    for k, kind in dict(model=str, recipe=str, layers=list, domains=list, info=dict, extra=int, num_tokens=int,
+                        num_experts=list, num_choices=list, top_k=list).items():
         if not isinstance(m[k], kind): raise ValueError(f'{k} must be a {kind.__name__}, got {m[k]!r}')
     for k in ('layers', 'domains'):
         if not all(isinstance(n, str) for n in m[k]): raise ValueError(f'{k} must be names, got {m[k]!r}')
     for k in ('layers', 'num_experts', 'num_choices', 'top_k'):
         if len(m[k]) != L: raise ValueError(f'{k} must tell of {L} layers, got {len(m[k])}')
-    if not (T == m['num_tokens'] == len(t.token) == len(t.position) == len(t.domain)): raise ValueError(f'arrays disagree on the number of tokens, {T} and {m["num_tokens"]}')
-    if not all(1 <= K <= M <= t.expert_of.shape[1] and 1 <= N <= M for K, M, N in zip(m['top_k'], m['num_choices'], m['num_experts'])) or t.sign_of.shape != t.expert_of.shape:
+    if not (T == m['num_tokens'] == len(t.token) == len(t.position) == len(t.domain)):
+        raise ValueError(f'arrays disagree on the number of tokens, {T} and {m["num_tokens"]}')
+    if not all(1 <= K <= M <= t.expert_of.shape[1] and 1 <= N <= M
+               for K, M, N in zip(m['top_k'], m['num_choices'],
+                                  m['num_experts'])) or t.sign_of.shape != t.expert_of.shape:
         raise ValueError('num_experts, num_choices, top_k and expert_of do not fit each other')
-    if t.weight.shape != (L, T, R) or t.score.shape != (L, T, R): raise ValueError('choice, weight and score must have one shape')
-    if R != max(min(k + m['extra'], M) for k, M in zip(m['top_k'], m['num_choices'])): raise ValueError(f'{R} ranks do not fit the header')
+    if t.weight.shape != (L, T, R) or t.score.shape != (L, T, R):
+        raise ValueError('choice, weight and score must have one shape')
+    if R != max(min(k + m['extra'], M) for k, M in zip(m['top_k'], m['num_choices'])):
+        raise ValueError(f'{R} ranks do not fit the header')

@@ -25,7 +25,8 @@ class MoEAdapter:
         return self.router(layer).forward(*args)
     def run_expert(self, layer, hidden_states, expert_index):
         "Outputs [T, d] of one expert for each token: hidden_states [T, d], expert_index [T]"
-        return layer.experts(hidden_states, expert_index[:, None], torch.ones_like(expert_index[:, None], dtype=hidden_states.dtype))
+        return layer.experts(hidden_states, expert_index[:, None],
+                             torch.ones_like(expert_index[:, None], dtype=hidden_states.dtype))
     def expert_parameters(self, layer):
         "Parameters of the N experts, each stacked in its first dimension"
         return _adapted(layer.experts)
@@ -45,8 +46,10 @@ def _adapted(module):
         name = plain(f'{n}.' if n else '') + getattr(m, 'parameter_name', 'weight')
         extra |= {*m.adapter_layer_names}
         for a in [] if m.disable_adapters else m.active_adapters:
-            if a not in m.merged_adapters and any(a in getattr(m, l) for l in m.adapter_layer_names): added[name] = added.get(name, 0) + m.get_delta_weight(a)
-    return {plain(n): p + added[plain(n)] if plain(n) in added else p for n, p in module.named_parameters() if not extra & {*n.split('.')}}
+            if a not in m.merged_adapters and any(a in getattr(m, l) for l in m.adapter_layer_names):
+                added[name] = added.get(name, 0) + m.get_delta_weight(a)
+    return {plain(n): p + added[plain(n)] if plain(n) in added else p for n, p in module.named_parameters()
+            if not extra & {*n.split('.')}}
 
 # %% ../../nbs/analysis/tracing.ipynb #14b67b4f
 _own, _families = MoEAdapter(), {}  # class name of a router -> adapter
@@ -54,7 +57,8 @@ _own, _families = MoEAdapter(), {}  # class name of a router -> adapter
 def _foreign(module):
     "Might this be another library's mixture-of-experts layer?"
     m = module._modules
-    return 'experts' in m or ('router' in m or 'gate' in m) and re.search(r'mo_?e(layer|block)?$|sparsemlp$', type(module).__name__, re.I)
+    return ('experts' in m or ('router' in m or 'gate' in m)
+            and re.search(r'mo_?e(layer|block)?$|sparsemlp$', type(module).__name__, re.I))
 
 # %% ../../nbs/analysis/tracing.ipynb #f183215f
 def adapter_of(
@@ -118,7 +122,9 @@ def intervene(
 ):
     "Let `f` change what routers decided, for the duration of the block."
     unknown = set([layers] if isinstance(layers, str) else layers or ()) - set(moe_layers(model))
-    if unknown: raise ValueError(f'layers must name mixture-of-experts layers of the model ({", ".join(moe_layers(model))}), got {", ".join(sorted(unknown))}')
+    if unknown:
+        raise ValueError(f'layers must name mixture-of-experts layers of the model ({", ".join(moe_layers(model))}), '
+                         f'got {", ".join(sorted(unknown))}')
     def make_hook(name, layer, adapter):
         return lambda routing, args: f(routing) if layers is None or name in layers else None
     with _hooked(model, make_hook): yield
@@ -132,7 +138,8 @@ def swap_routers(
     "Let layers be routed by other layers' routers, for the duration of the block."
     layers = moe_layers(model)
     for n in [*places, *places.values()]:
-        if n not in layers: raise ValueError(f'places must name mixture-of-experts layers of the model ({", ".join(layers)}), got {n}')
+        if n not in layers:
+            raise ValueError(f'places must name mixture-of-experts layers of the model ({", ".join(layers)}), got {n}')
     def make_hook(name, layer, adapter):
         other = layers.get(places.get(name))
         return lambda routing, args: None if other is None else adapter.decide(other, args).replace(shape=routing.shape)

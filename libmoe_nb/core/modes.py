@@ -33,7 +33,8 @@ def seeded(
     "Draw from a seed, and leave the generators as they were."
     if seed is None: yield; return
     import torch
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []), _others(seed if everything else None):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized()
+                               else []), _others(seed if everything else None):
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(seed)
         yield

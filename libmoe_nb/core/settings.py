@@ -48,7 +48,8 @@ def _real(expected, ok):
     return Kind(expected, read, 'a finite number of at most 1e30')
 
 _weight, _positive = _real('a number of at least 0', lambda v: v >= 0), _real('above 0', lambda v: v > 0)
-_share, _below_one = _real('a number between 0 and 1', lambda v: 0 <= v <= 1), _real('a number of at least 0 and below 1', lambda v: 0 <= v < 1)
+_share, _below_one = (_real('a number between 0 and 1', lambda v: 0 <= v <= 1),
+                      _real('a number of at least 0 and below 1', lambda v: 0 <= v < 1))
 _any, _part = _real('a finite number', lambda v: v == v), _real('above 0 and at most 1', lambda v: 0 < v <= 1)
 
 # %% ../../nbs/core/settings.ipynb #00175baa
@@ -70,9 +71,13 @@ def _read_pair(kind):
 # %% ../../nbs/core/settings.ipynb #6ec28aa8
 _flag = Kind('yes or no (true or false, on or off, 1 or 0)', _read_flag)
 
-def _pair(kind): return Kind(f'two numbers, each {kind.expected.removeprefix("a number ")}', _read_pair(kind), f'two numbers, each {kind.limit}')
+def _pair(kind):
+    return Kind(f'two numbers, each {kind.expected.removeprefix("a number ")}', _read_pair(kind),
+                f'two numbers, each {kind.limit}')
 
-def _maybe(kind): return Kind(kind.expected, lambda v: None if v is None or isinstance(v, str) and v in ('null', 'None') else kind.read(v), kind.limit)
+def _maybe(kind):
+    return Kind(kind.expected, lambda v: None if v is None or isinstance(v, str) and v in ('null', 'None')
+                else kind.read(v), kind.limit)
 
 def _one_of(*names):
     def read(v):
@@ -91,33 +96,47 @@ def _read_options(v):
     return v
 
 _word, _options = Kind('a name', _read_word), Kind('a dict of names and values', _read_options)
-_limit = Kind('a number of documents or a share between 0 and 1', lambda v: _size.read(v) if _positive.read(v) >= 1 else _positive.read(v))
+_limit = Kind('a number of documents or a share between 0 and 1',
+              lambda v: _size.read(v) if _positive.read(v) >= 1 else _positive.read(v))
 _double = Kind("yes, no or 'chosen'", lambda v: v if isinstance(v, str) and v == 'chosen' else _read_flag(v))
 _size, _count = _whole(1, 10**6), _whole(0, 10**6)
 
 # %% ../../nbs/core/settings.ipynb #4d8707ce
 settings = dict(                                                        # name -> `Kind`
     # one layer
-    recipe=_word, hidden_size=_size, num_experts=_size, top_k=_size, num_shared_experts=_count, moe_intermediate_size=_size, output_size=_maybe(_size),
-    hidden_act=_one_of(*'relu relu2 relu6 leaky_relu elu silu swish gelu gelu_new gelu_pytorch_tanh gelu_fast quick_gelu mish hardswish softplus sigmoid tanh linear'.split()),
-    gated=_flag, bias=_flag, norm_topk_prob=_flag, router_init_std=_weight, expert_init_std=_pair(_weight), second_init_scale=_maybe(_weight),
-    router_aux_loss_coef=_weight, router_z_loss_coef=_weight, aux_loss_group=_one_of('sequence', 'micro_batch', 'global_batch'), options=_options,
+    recipe=_word, hidden_size=_size, num_experts=_size, top_k=_size, num_shared_experts=_count,
+    moe_intermediate_size=_size, output_size=_maybe(_size),
+    hidden_act=_one_of(*'relu relu2 relu6 leaky_relu elu silu swish gelu gelu_new gelu_pytorch_tanh gelu_fast '
+                       'quick_gelu mish hardswish softplus sigmoid tanh linear'.split()),
+    gated=_flag, bias=_flag, norm_topk_prob=_flag, router_init_std=_weight, expert_init_std=_pair(_weight),
+    second_init_scale=_maybe(_weight),
+    router_aux_loss_coef=_weight, router_z_loss_coef=_weight,
+    aux_loss_group=_one_of('sequence', 'micro_batch', 'global_batch'), options=_options,
     # what only some recipes understand
-    expert_bias=_flag, routed_scaling_factor=_weight, n_group=_size, topk_group=_size, shared_weight=_maybe(_share), shared_gate=_flag,
-    router_size=_maybe(_size), temperature=_positive, gain=_weight, learnable_temperature=_flag, double_softmax=_double, embedding_norm=_maybe(_positive),
+    expert_bias=_flag, routed_scaling_factor=_weight, n_group=_size, topk_group=_size, shared_weight=_maybe(_share),
+    shared_gate=_flag,
+    router_size=_maybe(_size), temperature=_positive, gain=_weight, learnable_temperature=_flag, double_softmax=_double,
+    embedding_norm=_maybe(_positive),
     negative_offset=_any, null_offset=_any, null_reward_coef=_weight, gating_residual=_flag,
-    num_zero=_count, num_copy=_count, num_constant=_maybe(_count), zero_expert_weight=_weight, constant_std=_maybe(_weight), constant_gate_std=_maybe(_weight),
+    num_zero=_count, num_copy=_count, num_constant=_maybe(_count), zero_expert_weight=_weight,
+    constant_std=_maybe(_weight), constant_gate_std=_maybe(_weight),
     # a model
-    name=_word, num_hidden_layers=_whole(1, 10**4), num_attention_heads=_size, head_dim=_size, vocab_size=_whole(1, 10**8), sequence_length=_whole(1, 10**8),
+    name=_word, num_hidden_layers=_whole(1, 10**4), num_attention_heads=_size, head_dim=_size,
+    vocab_size=_whole(1, 10**8), sequence_length=_whole(1, 10**8),
     partial_rotary_factor=_part, depth_scaled_init=_flag, aux_loss_reduction=_one_of('mean', 'sum'),
     # training
-    steps=_whole(), batch_size=_size, grad_accum=_size, learning_rate=_positive, lr=_positive, warmup_steps=_whole(0), final_lr_fraction=_share, weight_decay=_weight,
-    betas=_pair(_below_one), grad_clip=_weight, bf16=_flag, expert_bias_rate=_weight, seed=_whole(0, 2**63 - 1), threads=_maybe(_whole(1, 1024)),
-    valid_batch_size=_maybe(_size), valid_steps=_maybe(_whole()), valid_tokens=_maybe(_whole(1, 10**15)), checkpoint_seconds=_weight, dense=_flag, domains=_flag, keep_models=_flag,
+    steps=_whole(), batch_size=_size, grad_accum=_size, learning_rate=_positive, lr=_positive, warmup_steps=_whole(0),
+    final_lr_fraction=_share, weight_decay=_weight,
+    betas=_pair(_below_one), grad_clip=_weight, bf16=_flag, expert_bias_rate=_weight, seed=_whole(0, 2**63 - 1),
+    threads=_maybe(_whole(1, 1024)),
+    valid_batch_size=_maybe(_size), valid_steps=_maybe(_whole()), valid_tokens=_maybe(_whole(1, 10**15)),
+    checkpoint_seconds=_weight, dense=_flag, domains=_flag, keep_models=_flag,
     # upcycling
     init=_word, noise=_weight, drop_ratio=_share, rescale=_flag, exact=_flag, inplace=_flag,
     # text, analysis, evaluation
-    max_bytes=_maybe(_whole(1, 10**15)), text_field=_word, domain_field=_maybe(_word), examples=_maybe(_whole(2, 10**6)), num_tokens=_whole(2), limit=_maybe(_limit), num_fewshot=_maybe(_whole(0, 1000)), perturb=_flag)
+    max_bytes=_maybe(_whole(1, 10**15)), text_field=_word, domain_field=_maybe(_word),
+    examples=_maybe(_whole(2, 10**6)), num_tokens=_whole(2), limit=_maybe(_limit), num_fewshot=_maybe(_whole(0, 1000)),
+    perturb=_flag)
 
 # %% ../../nbs/core/settings.ipynb #1567ff9e
 def read_setting(
@@ -130,7 +149,8 @@ def read_setting(
     kind = kind or settings[name]
     try: return kind.read(value)
     except OverflowError: expected = kind.limit or kind.expected
-    except Exception: expected = kind.expected                            # whatever a strange object raises when it is compared
+    # whatever a strange object raises when it is compared
+    except Exception: expected = kind.expected
     raise ValueError(f'{name} must be {expected}, got {shown(value)}')
 
 def read_settings(d:dict)->dict:
@@ -148,6 +168,7 @@ def seed_list(
 )->list:   # each once
     "Seeds as a list of whole numbers."
     one = isinstance(seeds, int) and not isinstance(seeds, bool)
-    res = list(range(seeds)) if one and seeds <= 10**6 else list(seeds) if isinstance(seeds, (list, tuple, range)) else []
+    res = (list(range(seeds)) if one and seeds <= 10**6 else list(seeds)
+           if isinstance(seeds, (list, tuple, range)) else [])
     check(res, 'seeds', seeds, 'a number from 1 to 1,000,000 or a list of whole numbers')
     return list(dict.fromkeys(read_setting('seed', s) for s in res))

@@ -53,4 +53,5 @@ def join_some(
     most:int=4, # more of them are counted
 )->str:
     "'0, 3, 5 and 8 and 2 more'"
-    return join_words([str(v) for v in values[:most]]) + (f' and {len(values) - most} more' if len(values) > most else '')
+    return join_words([str(v) for v in values[:most]]) + (f' and {len(values) - most} more'
+                                                          if len(values) > most else '')

@@ -156,7 +156,8 @@ class _Zst(io.RawIOBase):
         return n
 
 # %% ../../nbs/data/text.ipynb #cf7f1b3a
-_openers = {'': lambda p: open(p, 'rb'), '.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': lambda p: io.BufferedReader(_Zst(p), 1<<20)}
+_openers = {'': lambda p: open(p, 'rb'), '.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open,
+            '.zst': lambda p: io.BufferedReader(_Zst(p), 1<<20)}
 def _open(path): return closing(_openers.get(Path(path).suffix.lower(), _openers[''])(path))
 
 # %% ../../nbs/data/text.ipynb #47e36618
@@ -245,7 +246,8 @@ def _checked(path, batches):
     try: yield from batches
     except (pa.ArrowException, OSError) as e:
         if isinstance(e, PermissionError): raise
-        raise ValueError(f'{path} is damaged or no {"Parquet" if str(path).lower().endswith(".parquet") else "Arrow"} file: {str(e).splitlines()[0]}') from None
+        raise ValueError(f'{path} is damaged or no {"Parquet" if str(path).lower().endswith(".parquet") else "Arrow"} '
+                         f'file: {str(e).splitlines()[0]}') from None
 
 # %% ../../nbs/data/text.ipynb #45cb171e
 def _row(batch, i, where):
@@ -277,7 +279,8 @@ def _is_saved(path): return all((path/n).is_file() for n in ('state.json', 'data
 
 def _named_in(path, key):
     try: res = json.loads(path.read_bytes())[key]
-    except (ValueError, KeyError, TypeError, RecursionError): raise ValueError(f'{path} is damaged: expected what save_to_disk wrote') from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f'{path} is damaged: expected what save_to_disk wrote') from None
     except OSError as e: raise ValueError(f'{path} cannot be read: {e.strerror or e}') from None
     return [str(x.get('filename') if isinstance(x, dict) else x) for x in res]
 
@@ -288,12 +291,16 @@ def _saved_splits(path):
 def _saved_split(path, splits, wanted=None, spec=None):
     name = wanted or ('train' if 'train' in splits else splits[0] if len(splits) == 1 else None)
     if name in splits: return name
-    raise ValueError(f'data={spec or str(path)!r} has {f"no split {wanted!r}" if wanted else "several splits"}: name one of {", ".join(splits) or "none"}, as in hf:{path}::{splits[0] if splits else "train"}')
+    raise ValueError(f'data={spec or str(path)!r} has {f"no split {wanted!r}" if wanted else "several splits"}: name '
+                     f'one of {", ".join(splits) or "none"}, as in hf:{path}::{splits[0] if splits else "train"}')
 
 def _read_saved(path, **kw):
-    for n in _named_in(path/'state.json', '_data_files'): yield from _naming(path/n, _read_table(path/n, _arrow_batches, **kw))
+    for n in _named_in(path/'state.json', '_data_files'):
+        yield from _naming(path/n, _read_table(path/n, _arrow_batches, **kw))
 
-def _file_pieces(path): return [path/'state.json', *(path/n for n in _named_in(path/'state.json', '_data_files'))] if path.is_dir() else [path]
+def _file_pieces(path):
+    return ([path/'state.json', *(path/n for n in _named_in(path/'state.json', '_data_files'))] if path.is_dir()
+            else [path])
 
 # %% ../../nbs/data/text.ipynb #3d418de2
 _suffixes = (*(k + p for k in ('.txt', '.md', '.py', '.jsonl') for p in _openers), '.parquet')
@@ -302,7 +309,8 @@ def _suffix(path): return next((s for s in _suffixes if str(path).lower().endswi
 def _has_records(path): return '.jsonl' in (s := _suffix(path) or '.jsonl') or s == '.parquet'    # or a saved folder
 
 def _read_file(path, domain, text_field='text', domain_field=None, want=None):
-    path, suffix, kw = Path(path), _suffix(path), dict(domain=domain, text_field=text_field, domain_field=domain_field, want=want)
+    path, suffix, kw = (Path(path), _suffix(path),
+                        dict(domain=domain, text_field=text_field, domain_field=domain_field, want=want))
     if path.is_dir(): return _read_saved(path, **kw)
     if not _has_records(path): return _naming(path, (Document(t, domain, str(path)) for t in _read_text(path)))
     return _naming(path, _read_parquet(path, **kw) if suffix == '.parquet' else _read_jsonl(path, **kw))
@@ -326,7 +334,8 @@ def _text_files(folder, left):
             left += [('split', rel(s)) for s in splits if s != chosen]
             dirs[:], files = [], []; yield rel(chosen)
         elif _is_saved(Path(root)): dirs[:], files = [], []; yield rel('.')
-        dirs[:] = [d for d in sorted(dirs) if not d.startswith(('.', '__')) and (r := os.path.realpath(f'{root}/{d}')) not in seen
+        dirs[:] = [d for d in sorted(dirs) if not d.startswith(('.', '__'))
+                   and (r := os.path.realpath(f'{root}/{d}')) not in seen
                    and not seen.add(r)]
         for f in files:
             if f.startswith('.'): continue
@@ -341,10 +350,13 @@ def _tell_left_out(path, left):
     if not left: return
     kinds = {}
     for why, n in left: kinds.setdefault(why, []).append(n)
-    plural = lambda why, n: why.replace('link', 'links').replace('file', 'files').replace('split', 'splits') if n > 1 else why
-    told = [f'{len(ns)} {plural(why, len(ns))} ({_some(ns)})' for why,ns in sorted(kinds.items(), key=lambda k: (-len(k[1]), k[0]))]
+    plural = lambda why, n: (why.replace('link', 'links').replace('file', 'files').replace('split', 'splits')
+                             if n > 1 else why)
+    told = [f'{len(ns)} {plural(why, len(ns))} ({_some(ns)})'
+            for why,ns in sorted(kinds.items(), key=lambda k: (-len(k[1]), k[0]))]
     more = f' and {sum(len(kinds[k]) for k in list(kinds)[8:])} more' if len(told) > 8 else ''
-    warnings.warn(f'data={_printable(str(path))!r} leaves out {len(left)} file{"s" * (len(left) > 1)}: {", ".join(told[:8])}{more}; what is read: {_kinds}', stacklevel=2)
+    warnings.warn(f'data={_printable(str(path))!r} leaves out {len(left)} file{"s" * (len(left) > 1)}: '
+                  f'{", ".join(told[:8])}{more}; what is read: {_kinds}', stacklevel=2)
 
 # %% ../../nbs/data/text.ipynb #b666297f
 def _share(sizes, most):
@@ -368,13 +380,18 @@ def _first(docs, most, cut):
 def _file_source(domain, full, root, names, text_field, domain_field):
     fields = dict(text_field=text_field, domain_field=domain_field)
     def read(domain, most=None, want=None, cut=None):
-        share = _share([sum(p.stat().st_size for p in _file_pieces(root/n)) for n in names], most) if most and len(names) > 1 else None
+        share = (_share([sum(p.stat().st_size for p in _file_pieces(root/n)) for n in names], most)
+                 if most and len(names) > 1 else None)
         for n in _mixed(names):
-            if _has_records(root/n): yield from _read_file(root/n, domain, **fields, want=want and (lambda d: want((d, n))))
+            if _has_records(root/n):
+                yield from _read_file(root/n, domain, **fields, want=want and (lambda d: want((d, n))))
             else:
                 group = domain, n if want and (root/n).stat().st_size > most//64 else ''
-                yield from (d for d in _first(_read_file(root/n, domain), share or math.inf, cut) if not want or want(group))
-    def key(): return _hash(text_field, domain_field, *(f'{n} {_file_digest(p)}' for n in sorted(names) for p in _file_pieces(root/n)))
+                yield from (d for d in _first(_read_file(root/n, domain), share or math.inf, cut)
+                            if not want or want(group))
+    def key():
+        return _hash(text_field, domain_field,
+                     *(f'{n} {_file_digest(p)}' for n in sorted(names) for p in _file_pieces(root/n)))
     part = 'even' if any(_has_records(n) for n in names) else 'files' if len(names) > 1 else 'head'
     return _Source(_printable(domain), read, key, _printable(full), part)
 
@@ -392,7 +409,8 @@ def _path_sources(path, text_field='text', domain_field=None):
         return [make(path.name[:-len(_suffix(path))], str(path), path.parent, [path.name])]
     groups, names = {}, sorted(_text_files(path, left))
     whole = _is_saved(path) or bool(_saved_splits(path))
-    for n in names: groups.setdefault(n.split('/')[0] if '/' in n or (path/n).is_dir() and not whole else '', []).append(n)
+    for n in names:
+        groups.setdefault(n.split('/')[0] if '/' in n or (path/n).is_dir() and not whole else '', []).append(n)
     _tell_left_out(path, left)
     if not groups: raise ValueError(f'{no} is a folder without text: expected non-empty files of {_kinds} in it')
     return [make(d or path.resolve().name, f'{path}/{d}'.rstrip('/'), path, ns) for d,ns in groups.items()]
@@ -419,21 +437,25 @@ def _hf_source(spec, text_field='text', domain_field=None):
 # %% ../../nbs/data/text.ipynb #72de0972
 def _near(name): return ''.join(f'did you mean {n!r}? ' for n in difflib.get_close_matches(name, corpora, 1))
 def _offline_help():
-    return f"available without a network: {', '.join(n for n,c in corpora.items() if c.available)}, local files and folders"
+    return (f"available without a network: {', '.join(n for n,c in corpora.items() if c.available)}, local files and "
+            f"folders")
 
 def _hf_rows(spec):
     name, config, split = _parse_hf(spec)
     name, local = (str(_home(name)), True) if _home(name).is_dir() else (name, False)
     if not local and no_network():
-        raise ValueError(f'data={spec!r} is no file, folder or packaged corpus here, and there is no network to fetch it from '
-                         f'the Hugging Face Hub (HF_HUB_OFFLINE=1 uses a downloaded copy); {_near(name)}{_offline_help()}')
+        raise ValueError(f'data={spec!r} is no file, folder or packaged corpus here, and there is no network to fetch '
+                         f'it from '
+                         f'the Hugging Face Hub (HF_HUB_OFFLINE=1 uses a downloaded copy); '
+                         f'{_near(name)}{_offline_help()}')
     import datasets
     try: yield from datasets.load_dataset(name, config, split=split, streaming=True)
     except Exception as e:    # of datasets, or of what it reads with
         first = ' '.join(str(e).split())[:160]
         if 'split' in first.lower() or 'config' in first.lower(): raise ValueError(f'data={spec!r}: {first}') from None
         if local: raise ValueError(f'data={spec!r} cannot be read as a dataset ({type(e).__name__}: {first})') from None
-        raise ValueError(f'data={spec!r} is no file, folder or packaged corpus here, and the Hugging Face Hub gave no dataset '
+        raise ValueError(f'data={spec!r} is no file, folder or packaged corpus here, and the Hugging Face Hub gave no '
+                         f'dataset '
                          f'of that name ({type(e).__name__}: {first}); {_near(name)}{_offline_help()}') from None
 
 # %% ../../nbs/data/text.ipynb #4db7e532
@@ -467,7 +489,8 @@ def find_sources(data, **kw):
             raise ValueError(f'{n}={kw[n]!r} is a {type(kw[n]).__name__}: expected the name of a field')
     names = _names(data)
     if not names or not all(names):
-        raise ValueError(f'data={data!r} names nothing: expected a packaged corpus ({", ".join(corpora)}), a path or a dataset')
+        raise ValueError(f'data={data!r} names nothing: expected a packaged corpus '
+                         f'({", ".join(corpora)}), a path or a dataset')
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ValueError(f'data={data!r} names {twice[0]!r} twice: expected each once')
     sources = [s for n in names for s in _sources_of(n, **kw)]
@@ -521,7 +544,8 @@ class _Sample:
         if at % g.step: return [item]
         g.docs.append((at, number, size, item)); g.size += size; self.size += size
         gone = []
-        while self.size > 4*self.most and (rich := [g for g in self.groups.values() if len(g.docs) > 1 and g.size > 2*self.sure]):
+        while self.size > 4*self.most and (rich := [g for g in self.groups.values()
+                                                    if len(g.docs) > 1 and g.size > 2*self.sure]):
             gone += self.thin(min(rich, key=lambda g: (g.step, -g.size)))
         return gone
     def thin(self, g):
@@ -535,7 +559,8 @@ class _Sample:
 def chosen(self:_Sample):
     "(item, bytes of it) of the sample, in the order of the stream"
     groups = [g for g in self.groups.values() if g.docs]
-    if self.size <= self.most: return [(d[3], d[2]) for d in sorted((d for g in groups for d in g.docs), key=lambda d: d[1])]
+    if self.size <= self.most:
+        return [(d[3], d[2]) for d in sorted((d for g in groups for d in g.docs), key=lambda d: d[1])]
     rest = self.most - sum(min(g.size, self.sure) for g in groups)
     weight = {id(g): g.step*g.size*(g.size > self.sure) for g in groups}
     total, res = max(sum(weight.values()), 1), []
@@ -553,22 +578,29 @@ def _evenly(docs, most):
 # %% ../../nbs/data/text.ipynb #358369a3
 class _Spool:
     "Distinct documents one after another in a file"
-    def __init__(self, f, seen): self.f, self.seen, self.ends, self.owners, self.digests, self.domains = f, seen, [0], [], [], []
+    def __init__(self, f, seen):
+        self.f, self.seen, self.ends, self.owners, self.digests, self.domains = f, seen, [0], [], [], []
     def put(self, data, digest, domain):
-        self.seen.add(digest); self.f.write(data); self.ends.append(self.ends[-1]+len(data)); self.digests.append(digest)
+        self.seen.add(digest)
+        self.f.write(data); self.ends.append(self.ends[-1]+len(data)); self.digests.append(digest)
         if domain not in self.domains: self.domains.append(domain)
         self.owners.append(self.domains.index(domain))
 
 def _encoded(docs):
-    for doc in docs: yield (data := doc.text.encode('utf-8', 'replace')), blake2b(data.strip(), digest_size=16).digest(), doc.domain, doc.name
+    for doc in docs:
+        yield ((data := doc.text.encode('utf-8', 'replace')), blake2b(data.strip(), digest_size=16).digest(),
+               doc.domain, doc.name)
 
 def _tell_cut(s, names, most, say):
-    if names: say(f"data={s.full!r}: only the beginning of {len(names)} text{'s' * (len(names) > 1)} is read ({_some([Path(n).name for n in names])}), since max_bytes={most}")
+    if names:
+        say(f"data={s.full!r}: only the beginning of {len(names)} text{'s' * (len(names) > 1)} is read "
+            f"({_some([Path(n).name for n in names])}), since max_bytes={most}")
 
 def _put_first(s, most, out, say):
     "Documents up to `most` bytes; returns how many held text"
     left, read, cut, n, long = most or math.inf, 0, False, out.ends[-1], {}
-    docs = _encoded(s.read(s.domain, most=most, cut=lambda n: long.update({n: 1})) if s.part == 'files' else s.documents())
+    docs = _encoded(s.read(s.domain, most=most, cut=lambda n: long.update({n: 1})) if s.part == 'files'
+                    else s.documents())
     for data, digest, domain, _ in docs:
         if not data.strip(): continue
         read += 1
@@ -578,7 +610,8 @@ def _put_first(s, most, out, say):
         if (left := left-len(data)) <= 0: break
     _tell_cut(s, long, most, say)
     if s.part == 'head' and (cut or left <= 0 and next(docs, None)):
-        say(f"data={s.full!r}: only the beginning is read, {read} document{'s' * (read > 1)} of {out.ends[-1]-n} bytes, since max_bytes={most}; what comes later is left out, whole domains perhaps")
+        say(f"data={s.full!r}: only the beginning is read, {read} document{'s' * (read > 1)} of {out.ends[-1]-n} "
+            f"bytes, since max_bytes={most}; what comes later is left out, whole domains perhaps")
     return read
 
 # %% ../../nbs/data/text.ipynb #c320cc5f
@@ -586,7 +619,8 @@ def _put_even(s, most, out, say):
     "An even part of all documents, of `most` bytes; returns how many held text"
     sample, read, long = _Sample(most), 0, {}
     with tempfile.TemporaryFile(dir=Path(out.f.name).parent) as f:
-        for data, digest, domain, name in _encoded(s.read(s.domain, most=most, want=sample.want, cut=lambda n: long.update({n: 1}))):
+        for data, digest, domain, name in _encoded(s.read(s.domain, most=most, want=sample.want,
+                                                          cut=lambda n: long.update({n: 1}))):
             read += bool(data.strip())
             new = data.strip() and digest not in out.seen
             if new and len(data) > most: data, long[name] = data[:_cut_at(data, most)], 1
@@ -636,7 +670,8 @@ def _split(ends, owners, digests, domains, text, seed, fraction):
         ix = np.flatnonzero(owners == d)
         chosen = _choose_valid(sizes[ix].tolist(), [numbers[i] for i in ix], fraction)
         valid, longest, cut = {int(ix[i]) for i in chosen or []}, int(ix[sizes[ix].argmax()]), None
-        if chosen is None: cut = _cut_longest(text, int(ends[longest]), int(ends[longest+1]), fraction*sizes[ix].sum(), name)
+        if chosen is None:
+            cut = _cut_longest(text, int(ends[longest]), int(ends[longest+1]), fraction*sizes[ix].sum(), name)
         for i in ix.tolist():
             a, b = int(ends[i]), int(ends[i+1])
             if cut and i == longest: sides['valid'].append((cut, b, d, numbers[i])); b = cut
@@ -705,7 +740,8 @@ class PackedDataset:
         return self._tokens
     @property
     def num_tokens(self): return int(self.starts[-1])
-    def __len__(self): return (self.num_tokens if self.drop_last else self.num_tokens+self.sequence_length-1)//self.sequence_length
+    def __len__(self):
+        return (self.num_tokens if self.drop_last else self.num_tokens+self.sequence_length-1)//self.sequence_length
     def domains_of(self, a, b):
         "Domain of each of the positions a to b of the stream."
         return self.doc_domain[np.searchsorted(self.starts, np.arange(a, b), 'right')-1]
@@ -748,7 +784,8 @@ def collate(self:PackedDataset, index):
 def batches(self:PackedDataset, batch_size, seed=0, start=0):
     "Endless shuffled batches from number `start` on; batch n depends on `seed` and n alone."
     _check_int('batch_size', batch_size, 1); _check_int('start', start, 0)
-    if len(self) == 0: raise ValueError(f'sequence_length={self.sequence_length}: no such block in {self.num_tokens} tokens')
+    if len(self) == 0:
+        raise ValueError(f'sequence_length={self.sequence_length}: no such block in {self.num_tokens} tokens')
     place, N, epoch, perm = start*batch_size, len(self), None, None
     while True:
         index = []
@@ -809,7 +846,8 @@ def _fit_tokenizer(text, pieces, vocab_size):
         if total < _SAMPLE: sample.append(p); total += p[1]-p[0]
     tok = train_tokenizer((t for b in _batches_of_text(text, sample) for t in b), vocab_size)
     if (n := tok.get_vocab_size()) < vocab_size:
-        raise ValueError(f'vocab_size={vocab_size} is more than this corpus supports: its {total} bytes of training text give '
+        raise ValueError(f'vocab_size={vocab_size} is more than this corpus supports: its {total} bytes of training '
+                         f'text give '
                          f'{n} pieces; use at most {n}, or more text')
     return tok
 
@@ -889,10 +927,12 @@ class TextData:
         "The tokenizer as transformers knows it."
         if self._given: return self._given
         from transformers import PreTrainedTokenizerFast
-        special, path = dict.fromkeys(['eos_token', 'bos_token', 'pad_token'], END_OF_TEXT), str(self.folder/'tokenizer.json')
+        special, path = (dict.fromkeys(['eos_token', 'bos_token', 'pad_token'], END_OF_TEXT),
+                         str(self.folder/'tokenizer.json'))
         return PreTrainedTokenizerFast(tokenizer_file=path, clean_up_tokenization_spaces=False, **special)
     def __repr__(self):
-        return (f'TextData({", ".join(self.domains)}: {self.train.num_tokens:,} train and {self.valid.num_tokens:,} validation '
+        return (f'TextData({", ".join(self.domains)}: {self.train.num_tokens:,} train and {self.valid.num_tokens:,} '
+                f'validation '
                 f'tokens, vocab_size {self.vocab_size}, sequence_length {self.sequence_length})')
 
 # %% ../../nbs/data/text.ipynb #c05a55fc
@@ -915,13 +955,16 @@ def text_data(
         if getattr(tokenizer, 'backend_tokenizer', None) is None or tokenizer.eos_token_id is None:
             raise ValueError(f'tokenizer={type(tokenizer).__name__}: expected a fast tokenizer with an eos_token')
         vocab_size = _vocabulary(tokenizer)
-    for name,value,least in [('vocab_size', vocab_size, 1 if tokenizer else 257), ('sequence_length', sequence_length, 1), ('seed', seed, 0)]:
+    for name,value,least in [('vocab_size', vocab_size, 1 if tokenizer else 257),
+                             ('sequence_length', sequence_length, 1), ('seed', seed, 0)]:
         _check_int(name, value, least)
     _check_split(max_bytes, valid_fraction)
     sources = find_sources(data, text_field=text_field, domain_field=domain_field)
-    options = dict(vocab_size=int(vocab_size), seed=int(seed), valid_fraction=float(valid_fraction), max_bytes=max_bytes)
+    options = dict(vocab_size=int(vocab_size), seed=int(seed), valid_fraction=float(valid_fraction),
+                   max_bytes=max_bytes)
     own = _plain(tokenizer).to_str() if tokenizer else ''
-    sampled = ['even'] if max_bytes and any(s.part in ('even', 'files') for s in sources) else []    # earlier versions took the beginning
+    # earlier versions took the beginning
+    sampled = ['even'] if max_bytes and any(s.part in ('even', 'files') for s in sources) else []
     key = _hash(_FORMAT, json.dumps(options), own, *(f'{s.domain} {s.key()}' for s in sources), *sampled)
     def build(new): _build(new, sources, tokenizer, **options)
     folder, meta = _cached(cache_folder(cache_dir)/'text', key, build, rebuild)
@@ -957,14 +1000,17 @@ def largest_id(
 )->int:        # at least 0
     "The largest id that a text can turn into."
     own = {getattr(tokenizer, f'{n}_token_id', None) for n in ('bos', 'eos', 'unk', 'cls', 'sep')}
-    special = {i for i,t in getattr(tokenizer, 'added_tokens_decoder', {}).items() if t.special} | set(getattr(tokenizer, 'all_special_ids', ()))
+    special = {i for i,t in getattr(tokenizer, 'added_tokens_decoder', {}).items()
+               if t.special} | set(getattr(tokenizer, 'all_special_ids', ()))
     return max((i for i in tokenizer.get_vocab().values() if i in own or i not in special), default=0)
 
 def _rows(model):
     "Rows of the embedding of a model, or what its configuration says they are; None if neither tells"
     try: embedding = model.get_input_embeddings()
     except (AttributeError, NotImplementedError): embedding = None
-    if rows := getattr(embedding, 'num_embeddings', None) or getattr(getattr(embedding, 'weight', None), 'shape', [None])[0]: return rows
+    if rows := getattr(embedding, 'num_embeddings', None) or getattr(getattr(embedding, 'weight', None),
+                                                                     'shape', [None])[0]:
+        return rows
     config = getattr(model, 'config', model)
     try: return getattr(config.get_text_config(), 'vocab_size', None)
     except (AttributeError, ValueError): return getattr(config, 'vocab_size', None)
@@ -983,7 +1029,8 @@ def check_ids(
     "Raise ValueError if a token has no row in the model's embedding."
     largest, rows = _largest(source), _rows(model)
     if rows is not None and largest >= rows:
-        raise ValueError(f'{of or "tokenizer"} gives token {largest}, but the model knows {rows} tokens: it is the tokenizer of another model')
+        raise ValueError(f'{of or "tokenizer"} gives token {largest}, but the model knows {rows} tokens: it is the '
+                         f'tokenizer of another model')
 
 # %% ../../nbs/data/text.ipynb #b2d51ea9
 def _chunks(ds, size=1<<20):
@@ -1003,6 +1050,7 @@ def unigram_loss(train, valid, vocab_size, num_domains):
 @patch
 def unigram_perplexity(self:TextData, by_domain=False):
     "Validation perplexity of the unigram model: one number, or a dict of each domain's."
-    if not hasattr(self, '_unigram'): self._unigram = unigram_loss(self.train, self.valid, self.vocab_size, len(self.domains))
+    if not hasattr(self, '_unigram'):
+        self._unigram = unigram_loss(self.train, self.valid, self.vocab_size, len(self.domains))
     loss, n = self._unigram
     return {d: math.exp(l/k) for d,l,k in zip(self.domains, loss, n)} if by_domain else math.exp(loss.sum()/n.sum())

@@ -31,7 +31,8 @@ def _tokens_per_batch(device, vocab_size):
     return max(min(busy, logits // vocab_size), 1)
 
 # %% ../../nbs/evaluation/harness.ipynb #42e613f5
-def _joined(answers): return (answers[0] if len(answers) == 1 else (sum(l for l, _ in answers), all(g for _, g in answers)))
+def _joined(answers):
+    return (answers[0] if len(answers) == 1 else (sum(l for l, _ in answers), all(g for _, g in answers)))
 
 @functools.cache
 def _lm_class():
@@ -42,14 +43,17 @@ def _lm_class():
             self.tokens, self.bars, self.lengths, self.cut, self.batch = tokens, bars, {}, set(), (0, 0)
             super().__init__(*args, **kwargs)
         def _detect_batch_size(self, requests=None, pos=0):
-            n = self.max_length if requests is None else min(len(requests[pos][1]) + len(requests[pos][2]), self.max_length)
+            n = self.max_length if requests is None else min(len(requests[pos][1]) + len(requests[pos][2]),
+                                                             self.max_length)
             return max(self.tokens // n, 1)
         def _batch_scheduler(self, pos, requests):
             if pos == 0 or pos == sum(self.batch): self.batch = pos, self._detect_batch_size(requests, pos)
             return self.batch[1]
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
             parts = [self._parts(*r) for r in requests]
-            with self._shown(): answers = iter(super()._loglikelihood_tokens([p for ps in parts for p in ps], disable_tqdm=not self.bars, **kwargs))
+            with self._shown():
+                answers = iter(super()._loglikelihood_tokens([p for ps in parts for p in ps],
+                                                             disable_tqdm=not self.bars, **kwargs))
             return [_joined([next(answers) for _ in ps]) for ps in parts]
         def generate_until(self, requests, disable_tqdm=False):
             with self._shown(): return super().generate_until(requests, disable_tqdm=not self.bars)
@@ -63,7 +67,9 @@ def _lm_class():
         def _parts(self, pair, context, continuation):
             "A request, in pieces where the continuation is longer than the model's context; notes lengths"
             n, L = len(continuation), self.max_length
-            if not n: raise ValueError(f'a continuation must have a token of its own, got {pair[1]!r} after {pair[0][-40:]!r}')
+            if not n:
+                raise ValueError(f'a continuation must have a token of its own, got {pair[1]!r} after '
+                                 f'{pair[0][-40:]!r}')
             self.lengths[pair] = n
             if len(context) + n > L + 1: self.cut.add(pair)
             if n <= L: return [(pair, context, continuation)]
@@ -87,7 +93,8 @@ def _quietly():
 def _make_lm(model, tokenizer, batch_size='auto', bars=None):
     "An lm-eval model of a live one; the tokenizer is copied, because lm-eval gives it a padding token"
     tokens = _tokens_per_batch(model.device, model.get_input_embeddings().weight.shape[0])
-    return _lm_class()(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend='causal', batch_size=batch_size, tokens=tokens, bars=bars)
+    return _lm_class()(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend='causal', batch_size=batch_size,
+                       tokens=tokens, bars=bars)
 
 # %% ../../nbs/evaluation/harness.ipynb #d568cb61
 def _find_model(name):
@@ -100,7 +107,8 @@ def _find_model(name):
         from libmoe_nb.experiments.upcycle import packaged_model, packaged_models
         if str(name) in packaged_models: return str(packaged_model(name))
     if path.exists() or len(path.parts) > 2 or str(name).startswith(('.', '/', '~')):
-        raise ValueError(f"model must be a folder with config.json, or a name on the Hugging Face hub, got '{name}'" + ('' if path.exists() else ', which does not exist'))
+        raise ValueError(f"model must be a folder with config.json, or a name on the Hugging Face hub, got '{name}'"
+                         + ('' if path.exists() else ', which does not exist'))
     return str(name)
 
 # %% ../../nbs/evaluation/harness.ipynb #4a0e3914
@@ -157,7 +165,8 @@ def _missing(task, path, name, error):
     "One sentence about data that could not be loaded"
     if path in _formats: return f"task '{task}' reads local files that could not be loaded: {first_line(error)[:200]}"
     of = f"'{path}'" + (f' (configuration {name})' if name else '')
-    return (f"task '{task}' needs the data set {of} from the Hugging Face hub, https://huggingface.co/datasets/{path}, which is neither in the local cache nor within reach: "
+    return (f"task '{task}' needs the data set {of} from the Hugging Face hub, https://huggingface.co/datasets/{path}, "
+            f"which is neither in the local cache nor within reach: "
             f'run the command once with network, or set HF_HOME to a cache that has it')
 
 # %% ../../nbs/evaluation/harness.ipynb #a3da3fe6
@@ -168,23 +177,28 @@ def _naming_data():
     download = ConfigurableTask.download
     def tell(self, *args, **kwargs):
         try: return download(self, *args, **kwargs)
-        except (OSError, ValueError) as e: raise ValueError(_missing(self.config.task, self.DATASET_PATH, self.DATASET_NAME, e)) from e
+        except (OSError, ValueError) as e:
+            raise ValueError(_missing(self.config.task, self.DATASET_PATH, self.DATASET_NAME, e)) from e
     with mock.patch.object(ConfigurableTask, 'download', tell): yield
 
 # %% ../../nbs/evaluation/harness.ipynb #bad75b22
 def _is_suite(o): return hasattr(o, 'tasks') and hasattr(o, 'fingerprint')
 
-def _metric(name, aggregation='mean', higher=True): return dict(metric=name, aggregation=aggregation, higher_is_better=higher)
+def _metric(name, aggregation='mean', higher=True):
+    return dict(metric=name, aggregation=aggregation, higher_is_better=higher)
 
 def _suite_config(task):
     "What lm-eval wants to know about a task of a suite"
     from datasets import Dataset
     data = Dataset.from_list(task.docs)
-    config = dict(task=task.name, dataset_path='', custom_dataset=lambda **kw: dict(test=data), test_split='test', doc_to_text='context', target_delimiter='', num_fewshot=0,
+    config = dict(task=task.name, dataset_path='', custom_dataset=lambda **kw: dict(test=data), test_split='test',
+                  doc_to_text='context', target_delimiter='', num_fewshot=0,
                   metadata=dict(version=1.))
     if 'choices' not in task.docs[0]:
-        return config | dict(output_type='loglikelihood', doc_to_target='target', metric_list=[_metric('acc'), _metric('perplexity', 'perplexity', False)])
-    return config | dict(output_type='multiple_choice', doc_to_choice='choices', doc_to_target='answer', metric_list=[_metric('acc_norm' if task.normalise else 'acc')])
+        return config | dict(output_type='loglikelihood', doc_to_target='target',
+                             metric_list=[_metric('acc'), _metric('perplexity', 'perplexity', False)])
+    return config | dict(output_type='multiple_choice', doc_to_choice='choices', doc_to_target='answer',
+                         metric_list=[_metric('acc_norm' if task.normalise else 'acc')])
 
 # %% ../../nbs/evaluation/harness.ipynb #49c5973f
 @dataclass
@@ -197,7 +211,8 @@ class _Tasks:
 
 def _load_tasks(specs, bars=None):
     res = _Tasks()
-    found = [(None, [s]) if not isinstance(s, str) else _resolved(s, bars) for s in specs]       # names first: data take time
+    # names first: data take time
+    found = [(None, [s]) if not isinstance(s, str) else _resolved(s, bars) for s in specs]
     with _naming_data():
         for manager, names in found:
             for s in names:
@@ -236,12 +251,14 @@ def cbt_docs(
     def ask(d):
         before, _, after = _detokenised(d['question']).partition('XXXXX')
         options = [o for o in d['options'] if o]
-        return dict(context=' '.join([*map(_detokenised, d['sentences']), before]), choices=[o + after for o in options],
+        return dict(context=' '.join([*map(_detokenised, d['sentences']), before]),
+                    choices=[o + after for o in options],
                     label=options.index(d['answer']) if d['answer'] in options else -1)
     return docs.map(ask).filter(lambda d: len(d['choices']) == 10 and d['label'] >= 0)
 
 # %% ../../nbs/evaluation/harness.ipynb #7fe35e77
-_per_token = {'hellaswag', 'piqa', 'arc_easy', 'arc_challenge', 'paper_race_middle', 'paper_race_high', 'paper_social_iqa', 'paper_commonsense_qa'}
+_per_token = {'hellaswag', 'piqa', 'arc_easy', 'arc_challenge', 'paper_race_middle', 'paper_race_high',
+              'paper_social_iqa', 'paper_commonsense_qa'}
 
 def _main_metric(task, metrics):
     "The metric that stands for `task` in a table"
@@ -284,7 +301,8 @@ def _task_tables(name, task, samples, lm, t, seed):
         docs.append(_document(name, s, metrics, lm))
     order = sorted(values, key=lambda k: k[0] != _main_metric(name, [m for m, _ in values]))
     results = [_result(name, task, k, [*values[k].values()], t, seed, chances) for k in order]
-    rows = [dict(task=name, doc=d, metric=_metric_name(*k), value=float(v), group=t.group.get(name, '')) for k in order for d, v in values[k].items() if np.isscalar(v)]
+    rows = [dict(task=name, doc=d, metric=_metric_name(*k), value=float(v), group=t.group.get(name, '')) for k in order
+            for d, v in values[k].items() if np.isscalar(v)]
     return results, rows, docs
 
 def _metric_name(metric, filter): return metric if filter == 'none' else f'{metric},{filter}'
@@ -296,13 +314,16 @@ def _result(name, task, key, values, t, seed, chances):
     aggregate = task.aggregation().get(key[0], mean)
     accuracy = key[0].startswith('acc') or key[0] == 'exact_match'
     chance = t.chance.get(name, np.mean(chances) if chances else math.nan)
-    return dict(task=name, metric=_metric_name(*key), value=float(aggregate(values)), stderr=_stderr(values, aggregate, seed), n=len(values),
-                higher_is_better=bool(task.higher_is_better().get(key[0], True)), group=t.group.get(name, ''), chance=float(chance) if accuracy else math.nan)
+    return dict(task=name, metric=_metric_name(*key), value=float(aggregate(values)),
+                stderr=_stderr(values, aggregate, seed), n=len(values),
+                higher_is_better=bool(task.higher_is_better().get(key[0], True)), group=t.group.get(name, ''),
+                chance=float(chance) if accuracy else math.nan)
 
 def _document(name, s, metrics, lm):
     "What was asked and answered"
     cut = any(tuple(a) in getattr(lm, 'cut', ()) for a in s['arguments'])
-    return dict(task=name, doc=s['doc_id'], arguments=[list(a) for a in s['arguments']], responses=s['filtered_resps'], target=s['target'], metrics=metrics, cut=cut, hash=s['doc_hash'])
+    return dict(task=name, doc=s['doc_id'], arguments=[list(a) for a in s['arguments']], responses=s['filtered_resps'],
+                target=s['target'], metrics=metrics, cut=cut, hash=s['doc_hash'])
 
 # %% ../../nbs/evaluation/harness.ipynb #9452c1de
 @dataclass(repr=False)
@@ -323,7 +344,9 @@ def scores(self:Evaluation)->pd.DataFrame: # intervention, task, metric, value, 
     df = self.results.drop_duplicates(['intervention', 'task'])
     df = df.assign(task=df.group.where(df.group != '', df.task), var=df.stderr**2)
     g = df.groupby(['intervention', 'task'], sort=False)
-    res = g.agg(metric=('metric', 'first'), value=('value', 'mean'), stderr=('var', lambda v: math.sqrt(v.sum(skipna=False)) / len(v)), n=('n', 'sum'), chance=('chance', 'mean'))
+    res = g.agg(metric=('metric', 'first'), value=('value', 'mean'),
+                stderr=('var', lambda v: math.sqrt(v.sum(skipna=False)) / len(v)), n=('n', 'sum'),
+                chance=('chance', 'mean'))
     return res.reset_index()
 
 # %% ../../nbs/evaluation/harness.ipynb #b3267385
@@ -335,15 +358,18 @@ def score_change(self:Evaluation,
     accuracies = main[main.str.startswith(('acc', 'exact_match'))]
     s = self.samples[self.samples.task.map(accuracies) == self.samples.metric]
     s = s.set_index(['intervention', 'task', 'doc']).value * 100
-    if 'none' not in s.index.get_level_values(0): raise ValueError('score_change needs the answers of the model as it is, under the intervention none')
+    if 'none' not in s.index.get_level_values(0):
+        raise ValueError('score_change needs the answers of the model as it is, under the intervention none')
     top = self.results.drop_duplicates('task').set_index('task').group
-    return pd.DataFrame({i: _change(s[i] - s['none'], top) for i in dict.fromkeys(self.results.intervention) if i != 'none'}).T
+    return pd.DataFrame({i: _change(s[i] - s['none'], top) for i in dict.fromkeys(self.results.intervention)
+                         if i != 'none'}).T
 
 def _change(difference, group):
     "Mean paired difference of each benchmark, their sum and its standard error"
     g = difference.groupby('task', sort=False)
     t = pd.DataFrame(dict(value=g.mean(), var=g.var() / g.size()))
-    t = t.groupby([group[n] or n for n in t.index], sort=False).agg(value=('value', 'mean'), var=('var', 'sum'), k=('var', 'size'))
+    t = t.groupby([group[n] or n for n in t.index], sort=False).agg(value=('value', 'mean'), var=('var', 'sum'),
+                                                                    k=('var', 'size'))
     return {**t.value, 'total': t.value.sum(), 'stderr': math.sqrt((t['var'] / t.k**2).sum(skipna=False))}
 
 # %% ../../nbs/evaluation/harness.ipynb #489a073a
@@ -353,11 +379,14 @@ def table(self:Evaluation)->pd.DataFrame: # text
     s = self.scores()
     percent = s.metric.str.startswith(('acc', 'exact_match'))
     show = lambda v, e, f, g: '–' if v != v else f'{v:{f}}' + ('' if e != e else f' ± {e:{g}}')
-    s['text'] = [show(100 * v, 100 * e, '.1f', '.1f') if p else show(v, e, '.4g', '.2g') for v, e, p in zip(s.value, s.stderr, percent)]
-    t = s.pivot(index='task', columns='intervention', values='text').loc[[*dict.fromkeys(s.task)], [*dict.fromkeys(s.intervention)]]
+    s['text'] = [show(100 * v, 100 * e, '.1f', '.1f') if p else show(v, e, '.4g', '.2g')
+                 for v, e, p in zip(s.value, s.stderr, percent)]
+    t = s.pivot(index='task', columns='intervention',
+                values='text').loc[[*dict.fromkeys(s.task)], [*dict.fromkeys(s.intervention)]]
     about = s.drop_duplicates('task').set_index('task')
     t.columns = ['score' if c == 'none' else f'({c})' if c in ('metric', 'n', 'chance', 'score') else c for c in t]
-    t.insert(0, 'metric', about.metric); t.insert(1, 'n', about.n); t.insert(2, 'chance', [f'{100*c:.1f}' if c == c else '' for c in about.chance])
+    t.insert(0, 'metric', about.metric)
+    t.insert(1, 'n', about.n); t.insert(2, 'chance', [f'{100*c:.1f}' if c == c else '' for c in about.chance])
     return t.rename_axis(columns=None)
 
 # %% ../../nbs/evaluation/harness.ipynb #d9b99228
@@ -365,7 +394,8 @@ def table(self:Evaluation)->pd.DataFrame: # text
 def to_dict(self:Evaluation)->dict: # ready for JSON
     "Results, scores, changes and how they were made."
     res = dict(info=self.info, results=self.results.to_dict('records'), scores=self.scores().to_dict('records'))
-    if self.results.intervention.nunique() > 1 and len(self.samples): res['score_change'] = self.score_change().to_dict('index')
+    if self.results.intervention.nunique() > 1 and len(self.samples):
+        res['score_change'] = self.score_change().to_dict('index')
     return jsonable(res)
 
 @patch
@@ -375,7 +405,8 @@ def save(self:Evaluation,
     "Write results.json, samples.csv and documents.jsonl."
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     write_atomic(folder/'samples.csv', self.samples.to_csv(index=False))
-    write_atomic(folder/'documents.jsonl', ''.join(json.dumps(jsonable(d), ensure_ascii=False, default=str) + '\n' for d in self.documents))
+    write_atomic(folder/'documents.jsonl',
+                 ''.join(json.dumps(jsonable(d), ensure_ascii=False, default=str) + '\n' for d in self.documents))
     write_json(folder/'results.json', self.to_dict())
     return folder
 
@@ -386,19 +417,25 @@ def load(cls:Evaluation,
 )->Evaluation:
     "Read an evaluation back."
     folder = Path(folder)
-    if not (folder/'results.json').is_file(): raise ValueError(f"folder must hold results.json of an evaluation, got '{folder}'")
+    if not (folder/'results.json').is_file():
+        raise ValueError(f"folder must hold results.json of an evaluation, got '{folder}'")
     d = read_json(folder/'results.json')
     try:
         results = pd.DataFrame(d['results']).astype(dict.fromkeys(('value', 'stderr', 'chance'), float))
-        samples = pd.read_csv(folder/'samples.csv', keep_default_na=False, dtype=dict.fromkeys('task metric group intervention'.split(), str),
+        samples = pd.read_csv(folder/'samples.csv', keep_default_na=False,
+                              dtype=dict.fromkeys('task metric group intervention'.split(), str),
                               converters=dict(value=lambda v: float(v or 'nan')))
         with open(folder/'documents.jsonl', encoding='utf-8') as f: documents = [json.loads(l) for l in f]
         return cls(results, samples, documents, d['info'])
-    except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f"folder '{folder}' does not hold a whole evaluation: {type(e).__name__}: {e}") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"folder '{folder}' does not hold a whole evaluation: {type(e).__name__}: {e}") from None
 
 # %% ../../nbs/evaluation/harness.ipynb #d8b139d4
-_makers = dict(drop_top1=lambda _: interventions.drop_top1, drop_top12=lambda _: interventions.drop_top12, drop_top=interventions.drop_top, temperature=interventions.temperature,
-               top_k=interventions.override_top_k, random=interventions.random_routing, ban=interventions.ban_experts, force=interventions.force_experts)  # name -> function of the value
+_makers = dict(drop_top1=lambda _: interventions.drop_top1, drop_top12=lambda _: interventions.drop_top12,
+               drop_top=interventions.drop_top, temperature=interventions.temperature,
+               # name -> function of the value
+               top_k=interventions.override_top_k, random=interventions.random_routing, ban=interventions.ban_experts,
+               force=interventions.force_experts)
 
 # %% ../../nbs/evaluation/harness.ipynb #ebf5638b
 def parse_intervention(
@@ -420,9 +457,12 @@ def _named_interventions(wanted):
     if not isinstance(wanted, dict):
         wanted = [] if wanted is None else [wanted] if callable(wanted) else list(wanted)
         names = [_name_of(f) for f in wanted]
-        if len(set(names)) < len(names): raise ValueError(f'interventions need different names, got {", ".join(names)}: give a dict of name -> function')
+        if len(set(names)) < len(names):
+            raise ValueError(f'interventions need different names, got {", ".join(names)}: give a dict of name -> '
+                             f'function')
         wanted = dict(zip(names, wanted))
-    return {'none': None} | {n: parse_intervention(f) if isinstance(f, str) else f for n, f in wanted.items() if n != 'none'}
+    return {'none': None} | {n: parse_intervention(f) if isinstance(f, str) else f
+                             for n, f in wanted.items() if n != 'none'}
 
 # %% ../../nbs/evaluation/harness.ipynb #cb4ec696
 @contextlib.contextmanager
@@ -436,12 +476,14 @@ def _placed(model, device):
 
 # %% ../../nbs/evaluation/harness.ipynb #78e416c0
 def _check(limit, batch_size, num_fewshot, seed):
-    if not (isinstance(batch_size, str) and batch_size == 'auto' or isinstance(batch_size, int) and batch_size > 0): raise ValueError(f"batch_size must be 'auto' or at least 1, got {batch_size!r}")
+    if not (isinstance(batch_size, str) and batch_size == 'auto' or isinstance(batch_size, int) and batch_size > 0):
+        raise ValueError(f"batch_size must be 'auto' or at least 1, got {batch_size!r}")
     return read_settings(dict(limit=limit, num_fewshot=num_fewshot, seed=seed)).values()
 
 def _check_experts(model, ways):
     if len(ways) > 1 and not (hasattr(model, 'named_modules') and moe_layers(model)):
-        raise ValueError(f'intervention {[*ways][1]} needs a model with mixture-of-experts layers that libmoe_nb knows, {type(model).__name__} has none')
+        raise ValueError(f'intervention {[*ways][1]} needs a model with mixture-of-experts layers that libmoe_nb '
+                         f'knows, {type(model).__name__} has none')
 
 # %% ../../nbs/evaluation/harness.ipynb #cee75474
 def _tokenizer_of(model, tokenizer):
@@ -449,7 +491,8 @@ def _tokenizer_of(model, tokenizer):
     if tokenizer is None and getattr(model, 'name_or_path', ''):
         with contextlib.suppress(OSError, ValueError): tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     if tokenizer is None: raise ValueError('tokenizer must be given with a live model, got None')
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None: raise ValueError('tokenizer must have a token for the beginning or the end of text, got one with neither')
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError('tokenizer must have a token for the beginning or the end of text, got one with neither')
     return tokenizer
 
 # %% ../../nbs/evaluation/harness.ipynb #37386b50
@@ -460,7 +503,8 @@ def _ask(lm, t, limit, num_fewshot, seed):
         own = task.get_config('num_fewshot')
         if own is None or num_fewshot is not None and own != 0: task.set_config('num_fewshot', num_fewshot or 0)
         task.set_fewshot_seed(seed=seed)
-    return evaluator.evaluate(lm, dict(tasks=t.tasks, groups={}, group_map={}), limit=limit, bootstrap_iters=0, log_samples=True)['samples']
+    return evaluator.evaluate(lm, dict(tasks=t.tasks, groups={}, group_map={}), limit=limit, bootstrap_iters=0,
+                              log_samples=True)['samples']
 
 # %% ../../nbs/evaluation/harness.ipynb #3d17fdac
 def _gather(lm, t, ways, run, seed):
@@ -469,7 +513,8 @@ def _gather(lm, t, ways, run, seed):
     for way, f in ways.items():
         with seeded(seed, everything=True): answers = run(way, f)
         for name, task in t.tasks.items():
-            for out, new in zip((results, rows, docs), _task_tables(name, task, answers[name], lm, t, seed)): out += [d | dict(intervention=way) for d in new]
+            for out, new in zip((results, rows, docs), _task_tables(name, task, answers[name], lm, t, seed)):
+                out += [d | dict(intervention=way) for d in new]
     columns = 'task doc metric value group intervention'.split()
     return pd.DataFrame(results), pd.DataFrame(rows, columns=columns), docs
 
@@ -497,13 +542,16 @@ def evaluate(
     ways = _named_interventions(intervention)
     limit, num_fewshot, seed = _check(limit, batch_size, num_fewshot, seed)
     if device is not None: device = find_device(device)
-    name = _find_model(model) if isinstance(model, (str, Path)) else getattr(model, 'name_or_path', '') or type(model).__name__
+    name = (_find_model(model) if isinstance(model, (str, Path)) else getattr(model, 'name_or_path', '')
+            or type(model).__name__)
     with _quietly() as err, seeded(seed, everything=True):
         t = _load_tasks(_listed(tasks), err if progress else None)
         if isinstance(model, (str, Path)): model, tokenizer = _load_model(name, tokenizer, device)
         _check_experts(model, ways)
-        res = _evaluate(model, t, ways, tokenizer, batch_size, device, err if progress else None, limit, num_fewshot, seed, log_samples)
-    res.info |= dict(model=name, tasks=[*t.tasks], suites=t.suites, interventions=[*ways], limit=limit, num_fewshot=num_fewshot, seed=seed, batch_size=batch_size, versions=_versions())
+        res = _evaluate(model, t, ways, tokenizer, batch_size, device, err if progress else None, limit, num_fewshot,
+                        seed, log_samples)
+    res.info |= dict(model=name, tasks=[*t.tasks], suites=t.suites, interventions=[*ways], limit=limit,
+                     num_fewshot=num_fewshot, seed=seed, batch_size=batch_size, versions=_versions())
     if out is not None: res.save(out)
     return res
 
@@ -522,7 +570,8 @@ def _evaluate(model, t, ways, tokenizer, batch_size, device, bars, limit, num_fe
             with intervene(model, f) if f else contextlib.nullcontext(): return _ask(lm, t, limit, num_fewshot, seed)
         results, samples, docs = _gather(lm, t, ways, run, seed)
     cut = sum(d['cut'] for d in docs if d['intervention'] == 'none')
-    return Evaluation(results, samples, docs if log_samples else [], dict(max_length=getattr(lm, 'max_length', None), cut=cut))
+    return Evaluation(results, samples, docs if log_samples else [],
+                      dict(max_length=getattr(lm, 'max_length', None), cut=cut))
 
 # %% ../../nbs/evaluation/harness.ipynb #b552168a
 def lm_eval_command(
@@ -531,8 +580,10 @@ def lm_eval_command(
     "lm-eval's own command, which then knows our models and tasks."
     from lm_eval.__main__ import cli_evaluate
     options = {a.partition('=')[0] for a in args}
-    own = ['--include_path', str(tasks_folder())] if options & {'--tasks', '-t', '--config', '-C'} and '--include_path' not in options else []
+    own = (['--include_path', str(tasks_folder())] if options & {'--tasks', '-t', '--config', '-C'}
+           and '--include_path' not in options else [])
     with mock.patch.object(sys, 'argv', ['lm_eval', *args, *own]): cli_evaluate()
 
 # %% ../../nbs/evaluation/harness.ipynb #9a866d09
-if __name__ == '__main__' and getattr(globals().get('__spec__'), 'name', None) == 'libmoe_nb.evaluation.harness': lm_eval_command(*sys.argv[1:])
+if __name__ == '__main__' and getattr(globals().get('__spec__'), 'name', None) == 'libmoe_nb.evaluation.harness':
+    lm_eval_command(*sys.argv[1:])

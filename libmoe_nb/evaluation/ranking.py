@@ -19,7 +19,8 @@ def _is_accuracy(metric): return metric.startswith(('acc', 'exact_match'))
 
 def _named(df):
     "With columns model and seed"
-    if 'model' not in df and 'recipe' not in df: raise ValueError(f'scores need a column model or recipe, got {", ".join(map(str, df.columns))}')
+    if 'model' not in df and 'recipe' not in df:
+        raise ValueError(f'scores need a column model or recipe, got {", ".join(map(str, df.columns))}')
     return df.assign(**({} if 'model' in df else {'model': df.recipe}), **({} if 'seed' in df else {'seed': 0}))
 
 def _one_metric(df, metric=None):
@@ -30,7 +31,8 @@ def _one_metric(df, metric=None):
         m = metric.get(t) if isinstance(metric, dict) else metric
         if m is not None and m not in ms: raise ValueError(f'metric of {t} must be one of {", ".join(ms)}, got {m!r}')
         chosen[t] = m or next(filter(_is_accuracy, ms), None)
-    if not any(chosen.values()): raise ValueError(f'no task has an accuracy: name a metric, one of {", ".join(df.metric.unique())}')
+    if not any(chosen.values()):
+        raise ValueError(f'no task has an accuracy: name a metric, one of {", ".join(df.metric.unique())}')
     return df[df.metric == df.task.map(chosen)]
 
 # %% ../../nbs/evaluation/ranking.ipynb #c6488128
@@ -42,10 +44,12 @@ def task_scores(
     df = _one_metric(_named(df), metric)
     df, keys = df.assign(top=_top(df)), ['model', 'seed', 'top', 'task']
     if 'doc' in df: df = df.groupby(keys, sort=False).value.agg(value='mean', stderr='sem', n='size').reset_index()
-    elif df.duplicated(keys).any(): raise ValueError(f'a task is scored twice: {dict(df[df.duplicated(keys)].iloc[0][keys])}')
+    elif df.duplicated(keys).any():
+        raise ValueError(f'a task is scored twice: {dict(df[df.duplicated(keys)].iloc[0][keys])}')
     df = df.assign(**{c: math.nan for c in ('stderr', 'n') if c not in df})
     g = df.assign(var=df.stderr**2).groupby(['model', 'seed', 'top'], sort=False)
-    res = g.agg(value=('value', 'mean'), stderr=('var', lambda v: math.sqrt(v.sum(skipna=False)) / len(v)), n=('n', 'sum'))
+    res = g.agg(value=('value', 'mean'), stderr=('var', lambda v: math.sqrt(v.sum(skipna=False)) / len(v)),
+                n=('n', 'sum'))
     return res.rename_axis(['model', 'seed', 'task']).reset_index()
 
 def _top(df):
@@ -59,7 +63,9 @@ def mean_rank(
     lower=None,           # Series or DataFrame over models: lower is better
 )->pd.Series:             # by model
     "Mean over columns of the rank; 1 is the best, ties share."
-    if lower is not None: values = pd.concat([values, -pd.DataFrame(lower if isinstance(lower, pd.DataFrame) else pd.Series(lower)).reindex(values.index)], axis=1)
+    if lower is not None:
+        values = pd.concat([values, -pd.DataFrame(lower if isinstance(lower, pd.DataFrame)
+                                                  else pd.Series(lower)).reindex(values.index)], axis=1)
     if values.isna().any(axis=None): raise ValueError(f'each model needs a score on each task; {_missing(values)}')
     return values.round(12).rank(ascending=False).mean(axis=1)
 
@@ -95,10 +101,13 @@ def _sheet(samples, metric=None):
     except ValueError: raise ValueError('a document is scored twice by one model and seed') from None
     X = X[list(dict.fromkeys(zip(df.model, df.seed)))]
     bad = df[df.value.isna()]
-    if len(bad): raise ValueError(f'a score must be a number, got none of {bad.model.iloc[0]} (seed {bad.seed.iloc[0]}) on document {bad.doc.iloc[0]} of {bad.task.iloc[0]}: leave out models that diverged')
+    if len(bad):
+        raise ValueError(f'a score must be a number, got none of {bad.model.iloc[0]} (seed {bad.seed.iloc[0]}) on '
+                         f'document {bad.doc.iloc[0]} of {bad.task.iloc[0]}: leave out models that diverged')
     if X.isna().any(axis=None):
         (m, s), (t, d) = X.columns[X.isna().any().argmax()], X.index[X.isna().any(axis=1).argmax()]
-        raise ValueError(f'all models must have scored the same documents; {m} (seed {s}) or another lacks document {d} of {t}')
+        raise ValueError(f'all models must have scored the same documents; {m} (seed {s}) or another lacks document '
+                         f'{d} of {t}')
     task = X.index.get_level_values('task')
     per = {t: 1 / (tops.nunique() * (tops == tops[t]).sum() * (task == t).sum()) for t in tops.index}
     return X, task.map(per).to_numpy(), task
@@ -123,7 +132,8 @@ def score_table(
 )->pd.DataFrame:      # columns model, seeds, [perplexity], each task and its _stderr, mean, mean_stderr, rank, [rank_low, rank_high]
     "Accuracy on each task, mean accuracy and mean rank: one row a model, means over seeds."
     t = task_scores(df, metric).assign(v=lambda d: d.stderr**2)
-    over = lambda f, c='value', by=t: by.pivot_table(index='model', columns='task', values=c, aggfunc=f, sort=False, dropna=False)
+    over = lambda f, c='value', by=t: by.pivot_table(index='model', columns='task', values=c, aggfunc=f, sort=False,
+                                                     dropna=False)
     value = over('mean')
     rank, runs = mean_rank(value, perplexity), t.groupby(['model', 'seed'], sort=False)
     S, T, mean = t.groupby('model', sort=False).seed.nunique(), value.shape[1], runs.value.mean()
@@ -131,9 +141,12 @@ def score_table(
     stderr = np.sqrt(over(lambda v: v.mean(skipna=False), 'v') + chance)
     by_model = lambda s: s.groupby('model', sort=False)
     total = by_model(runs.v.sum(min_count=T) / T**2).mean() + (by_model(mean).var(ddof=1) / S).fillna(0)
-    cols = {k: c for n, shown in _columns(value).items() for k, c in ((shown, value[n]), (f'{shown}_stderr', stderr[n]))}
-    res = pd.DataFrame(dict(seeds=S, **({} if perplexity is None else dict(perplexity=pd.Series(perplexity))), **cols, mean=by_model(mean).mean(), mean_stderr=np.sqrt(total), rank=rank)).loc[value.index]
-    return (res.join(rank_interval(df, metric, perplexity)) if 'doc' in df and len(res) > 1 else res).rename_axis('model').reset_index()
+    cols = {k: c for n, shown in _columns(value).items()
+            for k, c in ((shown, value[n]), (f'{shown}_stderr', stderr[n]))}
+    res = pd.DataFrame(dict(seeds=S, **({} if perplexity is None else dict(perplexity=pd.Series(perplexity))), **cols,
+                            mean=by_model(mean).mean(), mean_stderr=np.sqrt(total), rank=rank)).loc[value.index]
+    return (res.join(rank_interval(df, metric, perplexity)) if 'doc' in df and len(res) > 1
+            else res).rename_axis('model').reset_index()
 
 # %% ../../nbs/evaluation/ranking.ipynb #c4224c51
 def rank_interval(
@@ -153,9 +166,13 @@ def rank_interval(
         x = X[task == t]
         W = rng.multinomial(len(x), [1 / len(x)] * len(x), B) / len(x)               # [B, n]
         j = list(tops.unique()).index(tops[t])
-        for i, m in enumerate(models): draws[i, j] += ((W @ _stretched(x[m].to_numpy())) * seeds[i]).sum(1) / (tops == tops[t]).sum()
+        for i, m in enumerate(models):
+            draws[i, j] += ((W @ _stretched(x[m].to_numpy())) * seeds[i]).sum(1) / (tops == tops[t]).sum()
     ranks = stats.rankdata(-draws.round(12), axis=0).transpose(1, 0, 2)                   # [tasks, models, B]
-    if perplexity is not None: ranks = np.concatenate([ranks, np.broadcast_to(pd.Series(perplexity).reindex(models).rank().to_numpy()[None, :, None], (1, len(models), B))])
+    if perplexity is not None:
+        ranks = np.concatenate([ranks,
+                                np.broadcast_to(pd.Series(perplexity).reindex(models).rank().to_numpy()[None, :, None],
+                                                (1, len(models), B))])
     ranks = ranks.mean(0)
     low, high = np.quantile(ranks, [(1 - level) / 2, (1 + level) / 2], axis=1)
     return pd.DataFrame(dict(rank_low=low, rank_high=high), index=pd.Index(models, name='model'))
@@ -175,7 +192,9 @@ def _sign_flip(d, w, permutations=10_000, seed=0):
     "p-values of weighted sums of differences d [D, P], one for each of the P pairs"
     x = (d * w[:, None])[(d != 0).any(1)]
     seen, n, rng = np.abs(x.sum(0)) * (1 - 1e-9) - 1e-15, len(x), np.random.default_rng(seed)
-    if 2**n <= permutations: return (np.abs(np.array([[1 - 2 * (k >> i & 1) for i in range(n)] for k in range(2**n)]).reshape(2**n, n) @ x) >= seen).mean(0)
+    if 2**n <= permutations:
+        return (np.abs(np.array([[1 - 2 * (k >> i & 1) for i in range(n)] for k in range(2**n)]).reshape(2**n, n) @ x)
+                >= seen).mean(0)
     far, done = np.zeros(x.shape[1]), 0
     while done < permutations:
         b = min(1000, permutations - done)
@@ -208,7 +227,8 @@ def paired_test(
     if (a is None) != (b is None): raise ValueError(f'a and b must both be given or neither, got a={a!r}, b={b!r}')
     samples, known = _named(samples), list(dict.fromkeys(_named(samples).model))
     for m in (a, b):
-        if m is not None and m not in known: raise ValueError(f'model must be one of {", ".join(map(str, known))}, got {m!r}')
+        if m is not None and m not in known:
+            raise ValueError(f'model must be one of {", ".join(map(str, known))}, got {m!r}')
     if a is not None: samples = samples[samples.model.isin([a, b])]
     X, w, task = _sheet(samples, metric)
     pairs = [(a, b)] if a is not None else list(combinations(known, 2))
@@ -216,7 +236,8 @@ def paired_test(
     mean = pd.DataFrame({m: X[m].mean(axis=1) for m in known if m in X})
     d = np.stack([(mean[p] - mean[q]).to_numpy() for p, q in pairs], 1)
     p_docs, boot = _sign_flip(d, w, permutations, seed), _bootstrap(d, w, task, resamples, seed)
-    rows = [_pair(X[p].to_numpy(), X[q].to_numpy(), w, task, level, p_docs[i], boot[i]) for i, (p, q) in enumerate(pairs)]
+    rows = [_pair(X[p].to_numpy(), X[q].to_numpy(), w, task, level, p_docs[i], boot[i])
+            for i, (p, q) in enumerate(pairs)]
     df = pd.DataFrame([dict(a=p, b=q, mean_a=w @ mean[p], mean_b=w @ mean[q], **r) for (p, q), r in zip(pairs, rows)])
     return df.assign(p_holm=holm(df.p))
 
@@ -254,20 +275,29 @@ def ranking_verdict(
     means = {m: v for m, v in means.items() if v == v}
     if not means: return 'No model has a mean accuracy. '
     best, sure, n, S = max(means, key=means.get), tests[tests.p_holm < alpha], len(tests), tests.seeds.min()
-    open_ = [m for m in sorted(means, key=means.get, reverse=True) if m != best and not ((sure.a == best) & (sure.b == m) | (sure.a == m) & (sure.b == best)).any()]
-    what = 'The two differ' if n == 1 else f'All {n} pairs differ' if len(sure) == n else f'{len(sure)} of {n} pairs differ{"s" * (len(sure) == 1)}'
+    open_ = [m for m in sorted(means, key=means.get, reverse=True)
+             if m != best and not ((sure.a == best) & (sure.b == m) | (sure.a == m) & (sure.b == best)).any()]
+    what = ('The two differ' if n == 1 else f'All {n} pairs differ' if len(sure) == n
+            else f'{len(sure)} of {n} pairs differ{"s" * (len(sure) == 1)}')
     head = f'{name(best)} has the highest mean accuracy ({100*means[best]:.1f} %). '
-    if not len(sure): head += f'{"The two do not" if n == 1 else f"No two of the {len(means)} models"} differ by more than chance. Do not read the order as a ranking. '
+    if not len(sure):
+        head += (f'{"The two do not" if n == 1 else f"No two of the {len(means)} models"} differ by more than chance. '
+                 f'Do not read the order as a ranking. ')
     else: head += f'{what} by more than chance{_some(sure, name)}. '
     if len(sure) and open_: head += f'Not told apart from the first: {", ".join(map(name, open_))}. '
-    if S < 2: return head + 'Each algorithm was trained with one seed, so this speaks of these trained models only; another seed may turn it round.'
-    return head + f'Seeds ({S} of each) and documents are both counted as chance' + (f'; level {100*alpha:g} %, corrected for {n} pairs.' if n > 1 else f'; level {100*alpha:g} %.')
+    if S < 2:
+        return (head + 'Each algorithm was trained with one seed, so this speaks of these trained models only; another '
+                'seed may turn it round.')
+    return (head + f'Seeds ({S} of each) and documents are both counted as chance'
+            + (f'; level {100*alpha:g} %, corrected for {n} pairs.' if n > 1 else f'; level {100*alpha:g} %.'))
 
 def _some(sure, name, most=3):
     "The clearest of the differences"
     s = sure.sort_values('difference', key=abs, ascending=False)
-    ab = [(r.a, r.b, r.difference) if r.difference > 0 else (r.b, r.a, -r.difference) for r in s.head(most).itertuples()]
-    return (', first of all ' if len(s) > most else ': ') + '; '.join(f'{name(a)} over {name(b)} by {100*d:.1f} points' for a, b, d in ab)
+    ab = [(r.a, r.b, r.difference) if r.difference > 0 else (r.b, r.a, -r.difference)
+          for r in s.head(most).itertuples()]
+    return (', first of all ' if len(s) > most else ': ') + '; '.join(f'{name(a)} over {name(b)} by {100*d:.1f} points'
+                                                                      for a, b, d in ab)
 
 # %% ../../nbs/evaluation/ranking.ipynb #e54ef175
 def _strings(table, names, digits, bold, pm):
@@ -306,12 +336,15 @@ def to_latex(
     label:str=None,
 )->str:
     "A score table in LaTeX; needs the package booktabs."
-    esc = lambda s: re.sub(r'[&%$#_{}~^\\]', lambda m: {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}.get(m[0], '\\' + m[0]), str(s))
+    esc = lambda s: re.sub(r'[&%$#_{}~^\\]', lambda m: {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}',
+                                                        '^': r'\textasciicircum{}'}.get(m[0], '\\' + m[0]), str(s))
     head, rows = _strings(table, lambda m: esc((names or str)(m)), digits, r'\textbf{{{}}}'.format, r'$\pm$')
     line = lambda cells: ' & '.join(cells) + r' \\'
-    body = [rf'\begin{{tabular}}{{l{"r" * (len(head) - 1)}}}', r'\toprule', line(map(esc, head)), r'\midrule', *map(line, rows), r'\bottomrule', r'\end{tabular}']
+    body = [rf'\begin{{tabular}}{{l{"r" * (len(head) - 1)}}}', r'\toprule', line(map(esc, head)), r'\midrule',
+            *map(line, rows), r'\bottomrule', r'\end{tabular}']
     if caption is None: return '\n'.join(body) + '\n'
-    return '\n'.join([r'\begin{table}', r'\centering', rf'\caption{{{esc(caption)}}}', *([rf'\label{{{label}}}'] if label else []), *body, r'\end{table}']) + '\n'
+    return '\n'.join([r'\begin{table}', r'\centering', rf'\caption{{{esc(caption)}}}',
+                      *([rf'\label{{{label}}}'] if label else []), *body, r'\end{table}']) + '\n'
 
 # %% ../../nbs/evaluation/ranking.ipynb #e410135f
 def total_score_change(
@@ -325,17 +358,21 @@ def total_score_change(
     df = _named(df)
     df = df.assign(**{column: df[column].astype(object).where(df[column].notna(), original)})
     parts, rows = dict(list(df.groupby(column, sort=False))), []
-    if original not in parts: raise ValueError(f'{column} must be {original!r} for the original scores; there are only {", ".join(map(str, parts))}')
+    if original not in parts:
+        raise ValueError(f'{column} must be {original!r} for the original scores; there are only '
+                         f'{", ".join(map(str, parts))}')
     for how, part in parts.items():
         if how == original: continue
         both = pd.concat([parts[original].assign(side=0), part.assign(side=1)])
-        rows += [dict(model=m, **{column: how}, **_change(g, metric)) for m, g in both.groupby('model', sort=False) if g.side.nunique() == 2]
+        rows += [dict(model=m, **{column: how}, **_change(g, metric)) for m, g in both.groupby('model', sort=False)
+                 if g.side.nunique() == 2]
     return pd.DataFrame(rows, columns=['model', column, 'change', 'stderr', 'seeds'])
 
 def _change(df, metric):
     "Change of one model, its standard error, and the number of seeds"
     t = task_scores(df.assign(model=df.side), metric).pivot(index='seed', columns=['model', 'task'], values='value')
-    if t.isna().any(axis=None) or not t[0].columns.equals(t[1].columns): raise ValueError(f'{df.model.iloc[0]}: perturbed and original must have the same tasks and seeds')
+    if t.isna().any(axis=None) or not t[0].columns.equals(t[1].columns):
+        raise ValueError(f'{df.model.iloc[0]}: perturbed and original must have the same tasks and seeds')
     each, S = 100 * (t[1] - t[0]).sum(axis=1), len(t)
     stderr = math.sqrt(each.var(ddof=1) / S) if S > 1 else math.nan
     if 'doc' in df:

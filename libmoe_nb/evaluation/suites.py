@@ -36,7 +36,8 @@ _piece = re.compile(rf'\n[ \t]*|\w[\w{_marks}]*|[^\w\s]')
 def _words(text): return [w.casefold() for w in _word.findall(text)]
 
 # %% ../../nbs/evaluation/suites.ipynb #8b2a6a0f
-_sentence = re.compile(r'\S.*?(?:(?<!\b[A-Z])(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?…]+["\'”’»)\]]*(?=\s+[^\sa-z]|\s*\Z)|[。！？।]["”’»）」]*|(?=\n\s*\n)|\Z)', re.S)
+_sentence = re.compile(r'\S.*?(?:(?<!\b[A-Z])(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?…]+["\'”’»)\]]*(?=\s+[^\sa-z]|'
+                       r'\s*\Z)|[。！？।]["”’»）」]*|(?=\n\s*\n)|\Z)', re.S)
 
 def _sentences(text): return [m.span() for m in _sentence.finditer(text)]
 
@@ -57,7 +58,8 @@ def _tokens_of(text, base):
         for t in tokenize.generate_tokens(io.StringIO(text).readline):
             if t.type in _skip: continue
             name = t.type == tokenize.NAME and not keyword.iskeyword(t.string)
-            yield None if t.type == tokenize.NEWLINE else (t.string, *(base + rows[r-1] + c for r,c in (t.start, t.end)), name)
+            yield (None if t.type == tokenize.NEWLINE
+                   else (t.string, *(base + rows[r-1] + c for r,c in (t.start, t.end)), name))
     except (tokenize.TokenError, SyntaxError): return
 
 # %% ../../nbs/evaluation/suites.ipynb #f1295954
@@ -76,7 +78,9 @@ def _lines(text):
     return res
 
 # %% ../../nbs/evaluation/suites.ipynb #5c210a5a
-_code_line = re.compile(r'\s*(?:(?:def|class|if|elif|for|while|with|except|else|try)\b.*:|(?:from [\w.]+ )?import [\w.]+.*|(?:return|raise|assert|yield)\b.*|@\w.*|[\w.]+(?:\[.*\])? = .*|[\w.]+\(.*\)|(?:pass|break|continue))\s*(?:#.*)?')
+_code_line = re.compile(r'\s*(?:(?:def|class|if|elif|for|while|with|except|else|try)\b.*:|(?:from [\w.]+ )?import '
+                        r'[\w.]+.*|(?:return|raise|assert|yield)\b.*|@\w.*|[\w.]+(?:\[.*\])? = '
+                        r'.*|[\w.]+\(.*\)|(?:pass|break|continue))\s*(?:#.*)?')
 
 def _is_code(texts):
     "Do texts look like Python?"
@@ -88,14 +92,17 @@ def _decoded(data, split):
     "Domain and text of each document of a `TextData`"
     ds, tok = getattr(data, split), data.tokenizer.backend_tokenizer
     for i,(a,b) in enumerate(zip(ds.starts[:-1], ds.starts[1:])):
-        yield data.domains[ds.doc_domain[i]], tok.decode(np.asarray(ds.tokens[a+1:b]).tolist(), skip_special_tokens=False)
+        yield data.domains[ds.doc_domain[i]], tok.decode(np.asarray(ds.tokens[a+1:b]).tolist(),
+                                                         skip_special_tokens=False)
 
 def _given(texts, name, arg='data'):
     "Domain and text of each of the texts that were given"
     if isinstance(texts, str): texts = [texts]
     if isinstance(texts, dict): return [p for d,ts in texts.items() for p in _given(ts, d, f'{arg}[{d!r}]')]
     try: res = [(getattr(t, 'domain', name), getattr(t, 'text', t)) for t in texts]
-    except TypeError: raise ValueError(f'{arg}={texts!r} is a {type(texts).__name__}: expected a TextData, texts, or a dict of domain and texts') from None
+    except TypeError:
+        raise ValueError(f'{arg}={texts!r} is a {type(texts).__name__}: expected a TextData, texts, or a dict of '
+                         f'domain and texts') from None
     for i,(_,t) in enumerate(res):
         if not isinstance(t, str): raise ValueError(f'{arg}[{i}]={t!r} is a {type(t).__name__}: expected a string')
     return res
@@ -136,7 +143,8 @@ class _NGram:
     "Interpolated counts of runs of pieces"
     def __init__(self, docs, order=3):
         self.order, self.vocab, ids = order, {}, [0]*(order-1)
-        for t in docs: ids += [*(self.vocab.setdefault(p, len(self.vocab) + 2) for p in _piece.findall(t)), *[0]*(order-1)]
+        for t in docs:
+            ids += [*(self.vocab.setdefault(p, len(self.vocab) + 2) for p in _piece.findall(t)), *[0]*(order-1)]
         self.ids = np.array(ids, np.int64)
         self.unigrams = np.bincount(self.ids, minlength=len(self.vocab) + 2)
         self.tables = [self._table(_mixed(self.ids), n) for n in range(2, order+1)]
@@ -219,7 +227,8 @@ def lines(self:HeldOut):
 def _spans(self:HeldOut):
     "For each document: where pieces start, where units start, where they end"
     if not hasattr(self, '_cut'):
-        units = [[(l.start, l.end) for l in ls] for ls in self.lines] if self.code else [_sentences(t) for t in self.docs]
+        units = ([[(l.start, l.end) for l in ls] for ls in self.lines] if self.code
+                 else [_sentences(t) for t in self.docs])
         starts = [np.array([m.start() for m in _piece.finditer(t)], np.int64) for t in self.docs]
         self._cut = [(s, *np.array(u, np.int64).reshape(-1, 2).T) for s,u in zip(starts, units)]
     return self._cut
@@ -228,7 +237,8 @@ def _spans(self:HeldOut):
 @patch
 def units(self:HeldOut, kind, least=4):
     "Document, start and end of each unit of at least so many pieces, in the order that seed and `kind` decide"
-    every = ((d, int(a), int(b)) for d,(s,A,B) in enumerate(self._spans()) for a,b in zip(A, B) if np.subtract(*np.searchsorted(s, (b, a))) >= least)
+    every = ((d, int(a), int(b)) for d,(s,A,B) in enumerate(self._spans())
+             for a,b in zip(A, B) if np.subtract(*np.searchsorted(s, (b, a))) >= least)
     return sorted(every, key=lambda u: self.rank(kind, *u))
 
 @patch
@@ -245,8 +255,10 @@ def context_start(self:HeldOut, doc, at):
 @patch
 def telling(self:HeldOut, word):
     "Is it a word worth asking for?"
-    if not hasattr(self, '_frequent'): self._frequent = {w.casefold() for w in self.common[:min(100, len(self.common)//10)]}
-    return len(word) >= 3 and '_' not in word and not any(c.isdigit() for c in word) and word.casefold() not in self._frequent and not keyword.iskeyword(word)
+    if not hasattr(self, '_frequent'):
+        self._frequent = {w.casefold() for w in self.common[:min(100, len(self.common)//10)]}
+    return (len(word) >= 3 and '_' not in word and not any(c.isdigit() for c in word)
+            and word.casefold() not in self._frequent and not keyword.iskeyword(word))
 
 def _split_space(text, start, at):
     "Context, and the space between it and what follows"
@@ -272,7 +284,8 @@ def suite_kind(name, title, group=None, of=('prose', 'code'), normalise=False):
 
 # %% ../../nbs/evaluation/suites.ipynb #038a6fd2
 def _example(doc, at, context, choices=None, target=None):
-    return dict(context=context, **(dict(target=target) if choices is None else dict(choices=choices)), document=doc, at=int(at))
+    return dict(context=context, **(dict(target=target) if choices is None else dict(choices=choices)),
+                document=doc, at=int(at))
 
 # %% ../../nbs/evaluation/suites.ipynb #e7b5d102
 _last = re.compile(rf'(?<![\w{_marks}\'’-])(\w[\w{_marks}]*)[^\w\s]{{0,4}}\Z')
@@ -294,17 +307,20 @@ def _case(word): return 'capital' if word[0].isupper() else 'plain'
 def _rivals(held, word, among, n, *place):
     "The n words `among` others that are closest to `word` in frequency"
     level = lambda w: math.log(held.counts(w) + 1)
-    return sorted(sorted(among, key=lambda w: held.rank('rivals', *place, w)), key=lambda w: abs(level(w) - level(word)))[:n]
+    return sorted(sorted(among, key=lambda w: held.rank('rivals', *place, w)),
+                  key=lambda w: abs(level(w) - level(word)))[:n]
 
 @suite_kind('cloze', 'which of ten words is missing')
 def _cloze(held):
     for doc,a,b in held.units('cloze', least=6):
         text, start = held.docs[doc], held.context_start(doc, a)
         if start is None: continue
-        here, before = {m[0] for m in _word.finditer(text, a, b)}, {w for w in _word.findall(text[start:a]) if held.telling(w)}
+        here, before = ({m[0] for m in _word.finditer(text, a, b)},
+                        {w for w in _word.findall(text[start:a]) if held.telling(w)})
         gaps = [m for m in _word.finditer(text, a, b) if m.start() > a and m[0] in before]
         for m in sorted(gaps, key=lambda m: held.rank('gap', doc, m.start())):
-            rivals = _rivals(held, m[0], [w for w in before - here if _case(w) == _case(m[0])], held.num_candidates - 1, doc, a)
+            rivals = _rivals(held, m[0], [w for w in before - here if _case(w) == _case(m[0])],
+                             held.num_candidates - 1, doc, a)
             if len(rivals) < held.num_candidates - 1: continue
             context, space = _split_space(text, start, m.start())
             yield _example(doc, m.start(), context, [space + w + text[m.end():b] for w in [m[0], *rivals]])
@@ -328,21 +344,26 @@ def _pairs(held, kind, edits):
             yield text[i:j].casefold(), new.casefold(), _example(doc, a, '', [text, text[:i] + new + text[j:]])
 
 # %% ../../nbs/evaluation/suites.ipynb #0f931951
-_number = {'is': ['are'], 'are': ['is'], 'was': ['were'], 'were': ['was'], 'has': ['have'], 'have': ['has', 'hath'], 'does': ['do'], 'do': ['does', 'doth'], 'hath': ['have'], 'doth': ['do']}
+_number = {'is': ['are'], 'are': ['is'], 'was': ['were'], 'were': ['was'], 'has': ['have'], 'have': ['has', 'hath'],
+           'does': ['do'], 'do': ['does', 'doth'], 'hath': ['have'], 'doth': ['do']}
 _verb = re.compile(rf"(?<![\w'’-])({'|'.join(_number)})(?![\w'’-])")
-_helped = re.compile(r"\b(?:to|will|shall|would|should|may|might|can|could|must|not|let|cannot|did|do|does)(?: \w+)?\s\Z", re.I)
+_helped = re.compile(r"\b(?:to|will|shall|would|should|may|might|can|could|must|not|let|cannot|did|do|does)(?: "
+                     r"\w+)?\s\Z", re.I)
 _unreal = re.compile(r'\b(?:if|though|although|lest|unless|whether|wish|would|as|until|till|suppose)\b', re.I)
 
 def _other_number(held, text):
     for m in _verb.finditer(text):
-        if m[1] in ('have', 'do') and _helped.search(text[:m.start()]) or m[1] in ('were', 'was') and _unreal.search(text[:m.start()]): continue
+        if (m[1] in ('have', 'do') and _helped.search(text[:m.start()]) or m[1] in ('were', 'was')
+            and _unreal.search(text[:m.start()])):
+            continue
         yield *m.span(), max(_number[m[1]], key=held.counts)
 
 @suite_kind('agreement', 'verb agrees with its subject', 'minimal_pairs', ['prose'])
 def _agreement(held): return _couples(_pairs(held, 'agreement', _other_number))
 
 # %% ../../nbs/evaluation/suites.ipynb #e848b808
-_article = re.compile(r"(?<![\w'’.-])(?:([Aa])(?= [bcdfgjklmnpqrstvwxyz][a-z]{2})|([Aa]n)(?= [aio](?!ne)[a-z]{2})|([Tt]h(?:is|ese))(?= [a-z]{2}))(?![\w'’.-])")
+_article = re.compile(r"(?<![\w'’.-])(?:([Aa])(?= [bcdfgjklmnpqrstvwxyz][a-z]{2})|([Aa]n)(?= "
+                      r"[aio](?!ne)[a-z]{2})|([Tt]h(?:is|ese))(?= [a-z]{2}))(?![\w'’.-])")
 _determiners = {'a': 'an', 'an': 'a', 'this': 'these', 'these': 'this'}
 
 def _other_determiner(held, text):
@@ -356,7 +377,8 @@ def _swapped(held, text):
     if not hasattr(held, '_function'): held._function = {w.casefold() for w in held.common[:30]}
     words = [m for m in _word.finditer(text)][1:]
     for m,n in zip(words, words[1:]):
-        if text[m.end():n.start()] == ' ' and len({w[0].casefold() in held._function for w in (m, n)}) == 2: yield m.start(), n.end(), f'{n[0]} {m[0]}'
+        if text[m.end():n.start()] == ' ' and len({w[0].casefold() in held._function for w in (m, n)}) == 2:
+            yield m.start(), n.end(), f'{n[0]} {m[0]}'
 
 @suite_kind('word_order', 'words in their order', 'minimal_pairs', ['prose'])
 def _word_order(held): return (ex for *_,ex in _pairs(held, 'word_order', _swapped))
@@ -396,7 +418,8 @@ def _other_name(held, text, line, before, context):
     here = {x[0] for x in t}
     for i,(name,x,y,is_name) in enumerate(t):
         if not is_name or name not in known or not held.telling(name): continue
-        if i and t[i-1][0] in ('.', 'def', 'class', 'import', 'from', 'as') or i+1 < len(t) and t[i+1][0] == '=': continue
+        if i and t[i-1][0] in ('.', 'def', 'class', 'import', 'from', 'as') or i+1 < len(t) and t[i+1][0] == '=':
+            continue
         at = bisect.bisect(names, (held.counts(name), name))
         near = [n for _,n in names[max(0, at-25):at+25] if n not in known and n not in here]
         if near: yield x, y, _rivals(held, name, near, 1, x)[0]
@@ -441,16 +464,19 @@ def _continuation(held):
 # %% ../../nbs/evaluation/suites.ipynb #c3815db5
 @suite_kind('recall', 'value of a key in the context')
 def _recall(held):
-    words = sorted({w for t in held.docs for w in _word.findall(t) if len(w) <= 8 and w == w.casefold() and held.telling(w)})
+    words = sorted({w for t in held.docs for w in _word.findall(t) if len(w) <= 8 and w == w.casefold()
+                    and held.telling(w)})
     n, sign = held.num_pairs, ' =' if held.code else ':'
     if len(words) < 2*n: return
     for i in range(20_000):
-        chosen = sorted({held.rank('word', i, j) % len(words) for j in range(2*n)}, key=lambda w: held.rank('order', i, w))
+        chosen = sorted({held.rank('word', i, j) % len(words) for j in range(2*n)},
+                        key=lambda w: held.rank('order', i, w))
         if len(chosen) < 2*n: continue
         keys, values = ([words[w] for w in part] for part in (chosen[:n], chosen[n:]))
         asked = held.rank('asked', i) % n
         lines = [f'{k}{sign} {x}' for k,x in zip(keys, values)]
-        yield _example(-1, i, '\n'.join([*lines, keys[asked] + sign]), [f' {x}' for x in [values[asked], *values[:asked], *values[asked+1:]]])
+        yield _example(-1, i, '\n'.join([*lines, keys[asked] + sign]),
+                       [f' {x}' for x in [values[asked], *values[:asked], *values[asked+1:]]])
 
 # %% ../../nbs/evaluation/suites.ipynb #39e2bb08
 @dataclass
@@ -488,7 +514,8 @@ class Suite:
         return res
     def __len__(self): return sum(map(len, self.tasks.values()))
     def __repr__(self):
-        return f'Suite({len(self)} examples in {len(self.tasks)} tasks: {", ".join(self.tasks)}' + (f'; too little text for {", ".join(self.missing)}' if self.missing else '') + ')'
+        return (f'Suite({len(self)} examples in {len(self.tasks)} tasks: {", ".join(self.tasks)}'
+                + (f'; too little text for {", ".join(self.missing)}' if self.missing else '') + ')')
 
 def _digest(o): return blake2b(json.dumps(o, sort_keys=True).encode(), digest_size=16).hexdigest()
 def _slug(name): return re.sub(r'\W+', '_', name).strip('_') or 'text'
@@ -529,9 +556,11 @@ def _credit(scores, answer):
 
 def _accuracy(task, ngram, order):
     "Of an n-gram model on a task"
-    if task.output_type == 'loglikelihood': return float(np.mean([ngram.next_word(d['context'], order) == d['target'].strip() for d in task.docs]))
+    if task.output_type == 'loglikelihood':
+        return float(np.mean([ngram.next_word(d['context'], order) == d['target'].strip() for d in task.docs]))
     score = lambda h, c: ngram.log_likelihood(h, c, order) / (len(c) if task.normalise else 1)
-    return float(np.mean([_credit([score(h, c) for c in d['choices']], d['answer']) for d in task.docs for h in [ngram.history(d['context'])]]))
+    return float(np.mean([_credit([score(h, c) for c in d['choices']], d['answer']) for d in task.docs
+                          for h in [ngram.history(d['context'])]]))
 
 # %% ../../nbs/evaluation/suites.ipynb #4fcd892e
 def _kinds_for(kinds, code):
@@ -540,12 +569,14 @@ def _kinds_for(kinds, code):
     if not names: raise ValueError(f'kinds={kinds!r} names nothing: expected some of {", ".join(suite_kinds)}')
     groups, chosen = {k.group for k in suite_kinds.values()}, []
     for n in names:
-        if n not in suite_kinds and n not in groups: raise ValueError(did_you_mean('kind of task', n, [*suite_kinds, *groups]))
+        if n not in suite_kinds and n not in groups:
+            raise ValueError(did_you_mean('kind of task', n, [*suite_kinds, *groups]))
         chosen += [k for k in suite_kinds.values() if n in (k.name, k.group) and k not in chosen]
     return [k for k in chosen if ('code' if code else 'prose') in k.of]
 
 def _check_number(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least: raise ValueError(f'{name}={value!r}: expected a whole number of at least {least}')
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f'{name}={value!r}: expected a whole number of at least {least}')
 
 # %% ../../nbs/evaluation/suites.ipynb #ce5ea4e1
 def _check_disjoint(docs, train):
@@ -553,7 +584,9 @@ def _check_disjoint(docs, train):
     digest = lambda t: blake2b(' '.join(t.split()).encode('utf-8', 'replace'), digest_size=16).digest()
     known = {digest(t) for _,t in train}
     for i,(d,t) in enumerate(docs):
-        if t.strip() and digest(t) in known: raise ValueError(f'document {i} of {d!r} ({t.strip()[:40]!r} ...) is also a training document: expected held-out text')
+        if t.strip() and digest(t) in known:
+            raise ValueError(f'document {i} of {d!r} ({t.strip()[:40]!r} ...) is also a training document: expected '
+                             f'held-out text')
 
 def _task(name, kind, held, n, known, ngram):
     docs, dropped = _pick(kind, held, n, known)
@@ -565,14 +598,16 @@ def _short(task, held, n):
     "What is missing, and from how much text"
     words = sum(len(_word.findall(t)) for t in held.docs)
     known = f', after {task.dropped} were dropped that occur in the training text' if task.dropped else ''
-    return f"kind '{task.kind}' needs {n} examples from {held.domain!r}, whose {len(held.docs)} held-out documents of {words:,} words give {len(task)}{known}: {n - len(task)} are missing"
+    return (f"kind '{task.kind}' needs {n} examples from {held.domain!r}, whose {len(held.docs)} held-out documents of "
+            f"{words:,} words give {len(task)}{known}: {n - len(task)} are missing")
 
 # %% ../../nbs/evaluation/suites.ipynb #8c7be300
 def _model_of(docs): return _NGram(t for _,t in docs)
 
 def _views(docs, ngram, seed, code, **options):
     "A `HeldOut` for each domain"
-    common = [p for p,_ in sorted(ngram.vocab.items(), key=lambda p: (-ngram.unigrams[p[1]], p[0])) if _word.match(p) and not re.search(r'[\d_]', p)]
+    common = [p for p,_ in sorted(ngram.vocab.items(), key=lambda p: (-ngram.unigrams[p[1]], p[0]))
+              if _word.match(p) and not re.search(r'[\d_]', p)]
     for d in dict.fromkeys(d for d,_ in docs):
         texts = [t for e,t in docs if e == d]
         is_code = _is_code(texts) if code is None else d in code if isinstance(code, (list, tuple, set)) else bool(code)
@@ -580,7 +615,8 @@ def _views(docs, ngram, seed, code, **options):
 
 def _named(name, taken):
     "A name that no other task has"
-    return name if name not in taken else next(f'{name}_{i}' for i in range(2, len(taken) + 3) if f'{name}_{i}' not in taken)
+    return name if name not in taken else next(f'{name}_{i}' for i in range(2, len(taken) + 3)
+                                               if f'{name}_{i}' not in taken)
 
 # %% ../../nbs/evaluation/suites.ipynb #e2482312
 def make_suite(
@@ -599,28 +635,39 @@ def make_suite(
     code=None,             # True, False or names of the domains that are Python code; None: those that look like it
 )->Suite:
     "Tasks from held-out text, the same for the same text, options and seed."
-    for n,value,least in [('num_examples', num_examples, 1), ('seed', seed, 0), ('context_words', context_words, 8), ('continuation_words', continuation_words, 2),
-                          ('num_candidates', num_candidates, 2), ('num_pairs', num_pairs, 2), ('min_examples', min_examples, 1)]: _check_number(n, value, least)
+    for n,value,least in [('num_examples', num_examples, 1), ('seed', seed, 0), ('context_words', context_words, 8),
+                          ('continuation_words', continuation_words, 2),
+                          ('num_candidates', num_candidates, 2), ('num_pairs', num_pairs, 2),
+                          ('min_examples', min_examples, 1)]:
+        _check_number(n, value, least)
     _kinds_for(kinds, False)
     docs, trained = _documents(data, train, name, domains)
     ngram, known = _model_of(trained or docs), _Known(t for _,t in trained) if trained else None
-    res = Suite({}, dict(num_examples=num_examples, seed=seed, context_words=context_words, continuation_words=continuation_words, num_candidates=num_candidates, num_pairs=num_pairs,
+    res = Suite({}, dict(num_examples=num_examples, seed=seed, context_words=context_words,
+                         continuation_words=continuation_words, num_candidates=num_candidates, num_pairs=num_pairs,
                          held_out=bool(trained), text=_digest(docs)))
     least = min(min_examples, num_examples) if kinds is None else num_examples
-    for held in _views(docs, ngram, seed, code, context_words=context_words, continuation_words=continuation_words, num_candidates=num_candidates, num_pairs=num_pairs):
-        for kind in _kinds_for(kinds, held.code): _add_task(res, kind, held, num_examples, least, known, ngram, kinds is None)
-    if not res.tasks: raise ValueError('data has too little text for any task: ' + '; '.join([*res.missing.values()][:3] or [f'kinds={kinds!r} are not made from it']))
+    for held in _views(docs, ngram, seed, code, context_words=context_words, continuation_words=continuation_words,
+                       num_candidates=num_candidates, num_pairs=num_pairs):
+        for kind in _kinds_for(kinds, held.code):
+            _add_task(res, kind, held, num_examples, least, known, ngram, kinds is None)
+    if not res.tasks:
+        raise ValueError('data has too little text for any task: '
+                         + '; '.join([*res.missing.values()][:3] or [f'kinds={kinds!r} are not made from it']))
     return res
 
 # %% ../../nbs/evaluation/suites.ipynb #ca6cc1e6
 def _documents(data, train, name, domains):
     "Held-out and training documents as lists of (domain, text), checked against each other"
-    if hasattr(data, 'train') and train is not None: raise ValueError('train is for texts: a TextData brings its own training documents')
-    docs, trained = ([list(_decoded(data, s)) for s in ('valid', 'train')] if hasattr(data, 'train') else [_given(data, name), _given(train or [], name, 'train')])
+    if hasattr(data, 'train') and train is not None:
+        raise ValueError('train is for texts: a TextData brings its own training documents')
+    docs, trained = ([list(_decoded(data, s)) for s in ('valid', 'train')] if hasattr(data, 'train')
+                     else [_given(data, name), _given(train or [], name, 'train')])
     if domains is not None:
         domains = [domains] if isinstance(domains, str) else domains
         for d in domains:
-            if d not in (there := list(dict.fromkeys(d for d,_ in docs))): raise ValueError(did_you_mean('domain', d, there))
+            if d not in (there := list(dict.fromkeys(d for d,_ in docs))):
+                raise ValueError(did_you_mean('domain', d, there))
         docs = [p for p in docs if p[0] in domains]
     docs = [p for p in docs if p[1].strip()]
     if not docs: raise ValueError('data holds no text: expected at least one document that is not empty')
@@ -641,11 +688,13 @@ def _add_task(suite, kind, held, n, least, known, ngram, lenient):
 @patch
 def baselines(self:Suite, groups=False)->pd.DataFrame:
     "Accuracy of guessing, of a unigram and of an n-gram model on each task; with `groups` the means of each group, too."
-    rows = [dict(task=t.name, group=t.group, domain=t.domain, n=len(t), dropped=t.dropped, chance=t.chance, unigram=t.baselines.get('unigram', math.nan),
+    rows = [dict(task=t.name, group=t.group, domain=t.domain, n=len(t), dropped=t.dropped, chance=t.chance,
+                 unigram=t.baselines.get('unigram', math.nan),
                  ngram=t.baselines.get('ngram', math.nan)) for t in self.tasks.values()]
     res = pd.DataFrame(rows)
     if not groups: return res
-    mean = [dict(task=g, group=g, domain='', n=int(sub.n.sum()), dropped=int(sub.dropped.sum())) | sub[['chance', 'unigram', 'ngram']].mean().to_dict()
+    mean = [dict(task=g, group=g, domain='', n=int(sub.n.sum()), dropped=int(sub.dropped.sum()))
+            | sub[['chance', 'unigram', 'ngram']].mean().to_dict()
             for g,names in self.groups.items() for sub in [res[res.task.isin(names)]]]
     return pd.concat([res, pd.DataFrame(mean)], ignore_index=True)
 
@@ -658,7 +707,8 @@ def save(self:Suite, path)->Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tasks = [{k: v for k,v in asdict(t).items() if k != 'docs'} for t in self.tasks.values()]
-    lines = [dict(format=_FORMAT, fingerprint=self.fingerprint, options=self.options, missing=self.missing, tasks=tasks), *(dict(task=n) | d for n,t in self.tasks.items() for d in t.docs)]
+    lines = [dict(format=_FORMAT, fingerprint=self.fingerprint, options=self.options, missing=self.missing,
+                  tasks=tasks), *(dict(task=n) | d for n,t in self.tasks.items() for d in t.docs)]
     write_atomic(path, ''.join(json.dumps(l) + '\n' for l in lines))
     return path
 
@@ -671,6 +721,7 @@ def load(cls:Suite, path)->Suite:
         for l in lines: tasks[l.pop('task')].docs.append(l)
         res = cls(tasks, head['options'], head['missing'])
         if head['format'] == _FORMAT and res.fingerprint == head['fingerprint']: return res
-    except (OSError, UnicodeDecodeError) as e: raise ValueError(f'suite {str(path)!r} cannot be read: {getattr(e, "strerror", None) or e}') from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f'suite {str(path)!r} cannot be read: {getattr(e, "strerror", None) or e}') from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError): pass
     raise ValueError(f'suite {str(path)!r} is damaged or no suite: expected a file written by Suite.save')

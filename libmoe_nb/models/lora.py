@@ -22,7 +22,8 @@ def _ends(names, others):
 def _linears(model, holds):
     "Names of the linear layers inside of those modules for which `holds(name, module)`"
     roots = [n for n, m in model.named_modules() if holds(n, m)]
-    return [n for n, m in model.named_modules() if (isinstance(m, nn.Linear) or type(m).__name__ == 'Conv1D') and any(n.startswith(f'{r}.') for r in roots)]
+    return [n for n, m in model.named_modules() if (isinstance(m, nn.Linear) or type(m).__name__ == 'Conv1D')
+            and any(n.startswith(f'{r}.') for r in roots)]
 
 # %% ../../nbs/models/lora.ipynb #7ab47a8a
 def lora_targets(
@@ -30,22 +31,28 @@ def lora_targets(
     parts=('attention', 'experts'), # of: attention, experts, shared_experts, routers
 )->dict:                            # keywords of peft's `LoraConfig`
     "Where in a model the low-rank adapters go."
-    known, parts = ('attention', 'experts', 'shared_experts', 'routers'), [parts] if isinstance(parts, str) else list(parts)
+    known, parts = (('attention', 'experts', 'shared_experts', 'routers'),
+                    [parts] if isinstance(parts, str) else list(parts))
     layers = [m for m in model.modules() if isinstance(m, MoELayer)]
     for p in parts:
         if p not in known: raise ValueError(f"parts must be of {', '.join(known)}, got {p!r}")
-        if p != 'attention' and not layers: raise ValueError(f"model must have mixture-of-experts layers for parts={p!r}, got a {type(model).__name__} without")
-    inside = dict(attention=lambda n, m: 'Attention' in type(m).__name__, shared_experts=lambda n, m: n.endswith('shared_experts'))
+        if p != 'attention' and not layers:
+            raise ValueError(f"model must have mixture-of-experts layers for "
+                             f"parts={p!r}, got a {type(model).__name__} without")
+    inside = dict(attention=lambda n, m: 'Attention' in type(m).__name__,
+                  shared_experts=lambda n, m: n.endswith('shared_experts'))
     found = {p: _linears(model, holds) for p, holds in inside.items() if p in parts}
     for p, names in found.items():
         if not names: raise ValueError(f'parts={p!r} found no linear layer in {type(model).__name__}')
     linears = [n for names in found.values() for n in names]
     if 'experts' in parts and any(type(model.get_submodule(n)).__name__ == 'Conv1D' for n in linears):
-        raise ValueError(f'parts must hold either experts or layers of type Conv1D, which peft cannot adapt together, got {parts}')
+        raise ValueError(f'parts must hold either experts or layers of type Conv1D, which peft cannot adapt together, '
+                         f'got {parts}')
     names = {n for n, _ in model.named_modules()}
     stacked = [f'experts.{n}' for n in (layers[0].experts.up_name, 'down_proj')] if 'experts' in parts else []
     whole = [n for n in ('router', 'shared_gate') if getattr(layers[0], n) is not None] if 'routers' in parts else []
-    return dict(target_modules=_ends(linears, names - {*linears}) if linears else [], target_parameters=stacked or None, modules_to_save=whole or None)
+    return dict(target_modules=_ends(linears, names - {*linears}) if linears else [], target_parameters=stacked or None,
+                modules_to_save=whole or None)
 
 # %% ../../nbs/models/lora.ipynb #2c64f910
 def add_lora(
@@ -59,6 +66,8 @@ def add_lora(
     try: from peft import LoraConfig, get_peft_model
     except ImportError: raise ImportError('add_lora needs peft: pip install libmoe-nb[peft]') from None
     targets = lora_targets(model, parts)
-    if targets['target_parameters'] and kwargs.get('lora_dropout'): raise ValueError(f"lora_dropout must be 0 where parts hold 'experts', whose differences are added to the weights, got {kwargs['lora_dropout']}")
+    if targets['target_parameters'] and kwargs.get('lora_dropout'):
+        raise ValueError(f"lora_dropout must be 0 where parts hold 'experts', whose differences are added to the "
+                         f"weights, got {kwargs['lora_dropout']}")
     task = dict(task_type='CAUSAL_LM') if hasattr(model, 'prepare_inputs_for_generation') else {}
     return get_peft_model(model, LoraConfig(r=r, lora_alpha=lora_alpha, **task | targets | kwargs))

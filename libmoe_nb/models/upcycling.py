@@ -50,18 +50,23 @@ def register_ffn(
     whole:bool=False, # replace the module even if there is dropout in it, where that is between the matrices
 ):
     "Make a way to write an FFN known; later ones are tried first."
-    if not down or bool(up) == bool(gate_up): raise ValueError(f"family '{name}' must name down and one of up and gate_up, got up={up!r}, gate_up={gate_up!r}, down={down!r}")
+    if not down or bool(up) == bool(gate_up):
+        raise ValueError(f"family '{name}' must name down and one of up and gate_up, got up={up!r}, "
+                         f"gate_up={gate_up!r}, down={down!r}")
     ffn_families[name] = FFNFamily(name, up or gate_up, down, gate, bool(gate_up), act, whole)
 
 # %% ../../nbs/models/upcycling.ipynb #82b22782
 register_ffn('two-matrix', up='up_proj', down='down_proj')                # MPT, Nemotron, Arcee
-register_ffn('llama', up='up_proj', gate='gate_proj', down='down_proj')   # Llama, SmolLM, Mistral, Qwen, OLMo, Gemma, ...
+# Llama, SmolLM, Mistral, Qwen, OLMo, Gemma, ...
+register_ffn('llama', up='up_proj', gate='gate_proj', down='down_proj')
 register_ffn('phi3', gate_up='gate_up_proj', down='down_proj')            # Phi-3, GLM
 register_ffn('gpt2', up='c_fc', down='c_proj')                            # GPT-2 (its Conv1D too), GPT-Neo, StarCoder2
 register_ffn('gpt_neox', up='dense_h_to_4h', down='dense_4h_to_h')        # GPT-NeoX, Pythia, Falcon, BLOOM
 register_ffn('gptj', up='fc_in', down='fc_out')                           # GPT-J, CodeGen
-register_ffn('clip', up='fc1', down='fc2')                                # CLIP, SigLIP, ViT, DINOv2, Phi, OPT, BART, Whisper
-register_ffn('bert', up='intermediate.dense', down='output.dense', act='intermediate.intermediate_act_fn')  # BERT, RoBERTa, ELECTRA
+# CLIP, SigLIP, ViT, DINOv2, Phi, OPT, BART, Whisper
+register_ffn('clip', up='fc1', down='fc2')
+# BERT, RoBERTa, ELECTRA
+register_ffn('bert', up='intermediate.dense', down='output.dense', act='intermediate.intermediate_act_fn')
 register_ffn('distilbert', up='lin1', down='lin2')
 register_ffn('t5', up='wi', down='wo', whole=True)                        # T5: ReLU
 register_ffn('t5_gated', up='wi_1', gate='wi_0', down='wo', whole=True)               # T5 1.1, Flan-T5, mT5, UMT5
@@ -85,14 +90,16 @@ def matrices(self:FFNFamily): return [p for p in (self.up, self.gate, self.down)
 @patch
 def act_path(self:FFNFamily, module):
     "Path of the activation in `module`, None if it has none"
-    return next((p for p in ([self.act] if isinstance(self.act, str) else _act_names) if callable(_at(module, p))), None)
+    return next((p for p in ([self.act] if isinstance(self.act, str) else _act_names) if callable(_at(module, p))),
+                None)
 
 @patch
 def matches(self:FFNFamily, module):
     "Is `module` an FFN of this family?"
     parts = [_at(module, p) for p in self.matrices]
     own = [m for m in module.children() if _is_linear(m)]
-    return all(map(_is_linear, parts)) and all(any(m is p for p in parts) for m in own) and bool(callable(self.act) or self.act_path(module))
+    return (all(map(_is_linear, parts)) and all(any(m is p for p in parts) for m in own)
+            and bool(callable(self.act) or self.act_path(module)))
 
 # %% ../../nbs/models/upcycling.ipynb #4352558e
 def _family(module): return next((f for f in reversed(ffn_families.values()) if f.matches(module)), None)
@@ -109,7 +116,9 @@ def find_ffns(
     found = {names[id(m)]: m for m in _ffns_in(root)}
     if patterns: found = {n: m for n, m in found.items() if any(_within(n, p) for p in patterns)}
     at = f' at where={where!r}' if patterns else ''
-    if not found: raise ValueError(f'model must have feed-forward networks of a known family, got {type(model).__name__}, in which none was found{at}')
+    if not found:
+        raise ValueError(f'model must have feed-forward networks of a known family, got {type(model).__name__}, in '
+                         f'which none was found{at}')
     return found
 
 # %% ../../nbs/models/upcycling.ipynb #6bcd3f60
@@ -120,12 +129,15 @@ def _within(name, pattern):
 # %% ../../nbs/models/upcycling.ipynb #9565a6b9
 def _ffns_in(root):
     "The feed-forward networks below `root`, in order"
-    seen, stacked = set(), {id(l.mlp) for m in root.modules() if isinstance(m, nn.ModuleList) for l in m if isinstance(getattr(l, 'mlp', None), nn.Module)}
+    seen, stacked = set(), {id(l.mlp) for m in root.modules() if isinstance(m, nn.ModuleList)
+                            for l in m if isinstance(getattr(l, 'mlp', None), nn.Module)}
     def walk(m):
         if id(m) in seen: return
         seen.add(id(m))
         known = isinstance(m, (MoELayer, FeedForward)) or 'experts' in m._modules or _family(m)
-        if known or id(m) in stacked and not any(isinstance(c, (MoELayer, FeedForward)) or _family(c) for c in m.modules()): yield m
+        if known or id(m) in stacked and not any(isinstance(c, (MoELayer, FeedForward)) or _family(c)
+                                                 for c in m.modules()):
+            yield m
         else:
             for c in m.children(): yield from walk(c)
     return list(walk(root))
@@ -134,13 +146,15 @@ def _ffns_in(root):
 def _needed(module):
     "Names of the arguments that a module's forward cannot do without"
     params = inspect.signature(module.forward).parameters.values()
-    return [p.name for p in params if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [p.name for p in params if p.default is p.empty
+            and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 @patch
 def is_whole(self:FFNFamily, module):
     "Is `module` this FFN and nothing else?"
     parts = {*self.matrices, self.act_path(module)}
-    extra = [n for n, m in module.named_children() if n not in parts and not isinstance(m, nn.Identity)] + _own_tensors(module)
+    extra = [n for n, m in module.named_children() if n not in parts
+             and not isinstance(m, nn.Identity)] + _own_tensors(module)
     return len(_needed(module)) == 1 and (self.whole or not extra and not any('drop' in n for n in vars(module)))
 
 @patch
@@ -148,7 +162,8 @@ def stays(self:FFNFamily, module):
     "Does a new layer take the place of the first matrix only, so that the rest of `module` stays?"
     return not self.gate and not self.fused and not self.is_whole(module)
 
-def _own_tensors(module): return [n for n, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]]
+def _own_tensors(module):
+    return [n for n, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]]
 
 # %% ../../nbs/models/upcycling.ipynb #57311fd7
 def _swap_plan(name, module, new):
@@ -156,7 +171,9 @@ def _swap_plan(name, module, new):
     family = None if isinstance(module, (MoELayer, FeedForward)) else _family(module)
     if family and family.stays(module):
         act = family.act_path(module)
-        if act is None: raise ValueError(f'layer {name} does more than its FFN, so its activation must be a module of it, got a function')
+        if act is None:
+            raise ValueError(f'layer {name} does more than its FFN, so its activation must be a module of it, got a '
+                             f'function')
         return {f'{name}.{family.up}': new, f'{name}.{act}': nn.Identity(), f'{name}.{family.down}': nn.Identity()}
     _check_swappable(module, name)
     if family and not family.whole and (p := _dropout(module)): new.register_forward_hook(partial(_dropped_out, p))
@@ -165,7 +182,8 @@ def _swap_plan(name, module, new):
 # %% ../../nbs/models/upcycling.ipynb #edfe42ae
 def _dropout(module):
     "Probability of the dropout in `module`: a module of its own, or a number by that name"
-    return max([0., *(m.p for m in module.children() if type(m) is nn.Dropout), *(v for n, v in vars(module).items() if 'drop' in n and isinstance(v, float))])
+    return max([0., *(m.p for m in module.children() if type(m) is nn.Dropout),
+                *(v for n, v in vars(module).items() if 'drop' in n and isinstance(v, float))])
 
 def _dropped_out(p, layer, args, output): return F.dropout(output, p, layer.training)
 
@@ -173,8 +191,12 @@ def _dropped_out(p, layer, args, output): return F.dropout(output, p, layer.trai
 def _check_swappable(ffn, name):
     "Raise if a function of hidden states alone cannot take the place of `ffn`"
     if isinstance(ffn, MoELayer): return
-    if hasattr(ffn, 'experts'): raise ValueError(f'model must be dense, but its layer {name} is a mixture of experts already: {type(ffn).__name__}')
-    if len(_needed(ffn)) != 1: raise ValueError(f'layer {name} must map hidden states alone, but {type(ffn).__name__} wants {", ".join(_needed(ffn))}')
+    if hasattr(ffn, 'experts'):
+        raise ValueError(f'model must be dense, but its layer {name} is a mixture of experts already: '
+                         f'{type(ffn).__name__}')
+    if len(_needed(ffn)) != 1:
+        raise ValueError(f'layer {name} must map hidden states alone, but {type(ffn).__name__} wants '
+                         f'{", ".join(_needed(ffn))}')
 
 # %% ../../nbs/models/upcycling.ipynb #7124024c
 def _twin(module, dtype):
@@ -190,7 +212,8 @@ class _Call(nn.Module):
 def _run(modules, x, other):
     "`modules` one after another on `x`, with `other` for whatever else they want: other states, or the first of what has a number"
     for m in modules:
-        out = m(x, **{n: torch.zeros(1, dtype=torch.long, device=x.device) if n.endswith('ids') else other for n in _needed(m)[1:]})
+        out = m(x, **{n: torch.zeros(1, dtype=torch.long, device=x.device) if n.endswith('ids') else other
+                      for n in _needed(m)[1:]})
         x = out if torch.is_tensor(out) else out[0]
     return x
 
@@ -202,7 +225,8 @@ def _fits(module, family, f=None):
     exact = up.weight.dtype if up.weight.dtype == torch.float64 else torch.float32
     tolerance = 1e-4 if up.weight.dtype == exact else .02  # T5 keeps its second matrix in another dtype than experts do
     twin, f = _twin(module, exact), f and f.to(exact)
-    x, other = torch.randn(2, 1, 4, _weight(up).shape[1], generator=torch.Generator().manual_seed(0)).to(up.weight.device, exact)
+    x, other = torch.randn(2, 1, 4, _weight(up).shape[1],
+                           generator=torch.Generator().manual_seed(0)).to(up.weight.device, exact)
     if not family.stays(module): return _near(twin(x), f(x), f(x), tolerance)
     act, parts = family.act_path(module), [family.up, family.act_path(module), family.down]
     f = f or nn.Sequential(*[_at(_twin(module, exact), p) for p in parts])
@@ -225,17 +249,21 @@ def _check_use(name, module, family, f=None):
     "Raise if `module` does not use its parts as `family` says; `f` is what they compute, read off the parts where they stay in place"
     if not family.stays(module): _check_swappable(module, name)
     try: fits = _fits(module, family, f)
-    except Exception as e: raise ValueError(f'layer {name} ({type(module).__name__}) could not be tried out on hidden states [1, 4, d]: {first_line(e)}') from e
+    except Exception as e:
+        raise ValueError(f'layer {name} ({type(module).__name__}) could not be tried out on hidden states [1, 4, d]: '
+                         f'{first_line(e)}') from e
     if fits: return
     also = ', '.join(f'{n} ({c})' for n, c in family.beside(module).items())
-    raise ValueError(f"layer {name} ({type(module).__name__}) has the parts of family '{family.name}', but computes something else with them"
+    raise ValueError(f"layer {name} ({type(module).__name__}) has the parts of family '{family.name}', but computes "
+                     f"something else with them"
                      + f' (it also holds {also})' * bool(also) + f': {_how_to_register}')
 
 # %% ../../nbs/models/upcycling.ipynb #27fe28c2
 def _check_seam(name, module):
     "Raise if `module`, which stays around a new layer, has something between the parts that go"
     family = None if isinstance(module, (MoELayer, FeedForward)) else _family(module)
-    if family and family.stays(module) and family.act_path(module) and not next(module.parameters()).is_meta: _check_use(name, module, family)
+    if family and family.stays(module) and family.act_path(module) and not next(module.parameters()).is_meta:
+        _check_use(name, module, family)
 
 # %% ../../nbs/models/upcycling.ipynb #b32979bc
 def moeify(
@@ -261,8 +289,10 @@ def _put(model, plan):
 def _check_width(model, spec):
     config = getattr(model, 'config', None)
     d = config.get_text_config().hidden_size if config is not None else spec.hidden_size
-    if spec.output_size not in (None, d): raise ValueError(f'output_size must be that of the model, {d}, inside of its decoder, got {spec.output_size}')
-    if d != spec.hidden_size: raise ValueError(f"hidden_size of the spec must be that of the model, {d}, got {spec.hidden_size}")
+    if spec.output_size not in (None, d):
+        raise ValueError(f'output_size must be that of the model, {d}, inside of its decoder, got {spec.output_size}')
+    if d != spec.hidden_size:
+        raise ValueError(f"hidden_size of the spec must be that of the model, {d}, got {spec.hidden_size}")
 
 def _like(layer, ffn):
     "`layer` on the device, in the dtype and in the mode of the FFN whose place it takes"
@@ -276,14 +306,16 @@ def _indices(layers, n):
     if isinstance(layers, str): layers = _named_layers(layers, n)
     layers = list(layers)
     for i in layers:
-        if not isinstance(i, int) or not -n <= i < n: raise ValueError(f'layers must hold indices of the {n} decoder layers, got {i!r}')
+        if not isinstance(i, int) or not -n <= i < n:
+            raise ValueError(f'layers must hold indices of the {n} decoder layers, got {i!r}')
     if not layers: raise ValueError('layers must name at least one decoder layer, got none')
     return sorted({i % n for i in layers})
 
 # %% ../../nbs/models/upcycling.ipynb #7e990d5d
 def _named_layers(s, n):
     m = re.fullmatch(r'(every|first|last)\s+(\d+)(st|nd|rd|th)?', s.strip())
-    if not m or not int(m[2]): raise ValueError(f"layers must be indices or like 'every 2nd', 'first 4' or 'last 4', got {s!r}")
+    if not m or not int(m[2]):
+        raise ValueError(f"layers must be indices or like 'every 2nd', 'first 4' or 'last 4', got {s!r}")
     k = int(m[2])
     return range(k - 1, n, k) if m[1] == 'every' else range(min(k, n)) if m[1] == 'first' else range(max(n - k, 0), n)
 
@@ -302,11 +334,15 @@ class FFNWeights:
     hidden_size = property(lambda self: self.up.shape[1])
     output_size = property(lambda self: self.down.shape[0])
     def to(self, dtype): return replace(self, **{n: t.to(dtype) for n, t in vars(self).items() if torch.is_tensor(t)})
-    def __repr__(self): return f'FFNWeights({self.hidden_size} to {self.intermediate_size}, {self.hidden_act}, gated={self.gated}, bias={self.up_bias is not None}, {self.up.dtype})'
-    def __call__(self, x): return ffn(x, self.up, self.down, self.up_bias, self.down_bias, activation(self.hidden_act), self.gated)
+    def __repr__(self):
+        return (f'FFNWeights({self.hidden_size} to {self.intermediate_size}, {self.hidden_act}, gated={self.gated}, '
+                f'bias={self.up_bias is not None}, {self.up.dtype})')
+    def __call__(self, x):
+        return ffn(x, self.up, self.down, self.up_bias, self.down_bias, activation(self.hidden_act), self.gated)
 
 # %% ../../nbs/models/upcycling.ipynb #62e6d51a
-def _bias(m, like): return None if like is None else m.weight.new_zeros(len(like)) if m.bias is None else m.bias.detach()
+def _bias(m, like):
+    return None if like is None else m.weight.new_zeros(len(like)) if m.bias is None else m.bias.detach()
 
 @patch
 def read(self:FFNFamily, module)->FFNWeights:
@@ -317,7 +353,8 @@ def read(self:FFNFamily, module)->FFNWeights:
     biased = any(m.bias is not None for m in [*ups, down])
     up_bias = torch.cat([_bias(m, m_w) for m, m_w in zip(ups, w)]) if biased else None
     act = self.act if callable(self.act) else _at(module, self.act_path(module))
-    return FFNWeights(torch.cat(w) if self.gate else w[0], w2, up_bias, _bias(down, w2).to(w2.dtype) if biased else None, _act_name(act), bool(self.gate) or self.fused)
+    return FFNWeights(torch.cat(w) if self.gate else w[0], w2, up_bias,
+                      _bias(down, w2).to(w2.dtype) if biased else None, _act_name(act), bool(self.gate) or self.fused)
 
 # %% ../../nbs/models/upcycling.ipynb #2ee40063
 @torch.no_grad()
@@ -336,15 +373,20 @@ def ffn_weights(
     name:str='',      # its name in the model, for errors
 )->FFNWeights:
     "The weights of a feed-forward network of a known family, checked against what it holds and computes."
-    if isinstance(module, MoELayer) or 'experts' in module._modules: raise ValueError(f'model must be dense, but its layer {name} is a mixture of experts already: {type(module).__name__}')
+    if isinstance(module, MoELayer) or 'experts' in module._modules:
+        raise ValueError(f'model must be dense, but its layer {name} is a mixture of experts already: '
+                         f'{type(module).__name__}')
     family = _family(module)
     if family is None: raise ValueError(_unknown(module, name))
     if lost := family.lost(module):
-        raise ValueError(f"layer {name} ({type(module).__name__}) holds more than family '{family.name}' reads, which would be lost: {', '.join(lost)}. {_how_to_register}")
+        raise ValueError(f"layer {name} ({type(module).__name__}) holds more than family '{family.name}' reads, which "
+                         f"would be lost: {', '.join(lost)}. {_how_to_register}")
     try: w = family.read(module)
     except ValueError as e: raise ValueError(f'layer {name} ({type(module).__name__}) cannot be read: {e}') from e
     if not w.up.is_floating_point() or w.up.shape[0] != w.intermediate_size * (1 + w.gated):
-        raise ValueError(f'weights of {name} must be plain matrices of one width, got {tuple(w.up.shape)} and {tuple(w.down.shape)} of {w.up.dtype}: a quantised model has to be dequantised first, two matrices in one are named by gate_up')
+        raise ValueError(f'weights of {name} must be plain matrices of one width, got {tuple(w.up.shape)} and '
+                         f'{tuple(w.down.shape)} of {w.up.dtype}: a quantised model has to be dequantised first, two '
+                         f'matrices in one are named by gate_up')
     if not w.up.is_meta: _check_use(name, module, family, w)
     return w
 
@@ -353,7 +395,9 @@ def ffn_weights(
 def beside(self:FFNFamily, module):
     "What `module` holds beside the weights of its parts: path -> the name of its class"
     parts, found = [p for p in (*self.matrices, self.act_path(module)) if p], {}
-    def tensors(m, at, **kw): found.update({at + n: type(t).__name__ for n, t in [*m.named_parameters(**kw), *m.named_buffers(**kw)] if at[:-1] not in self.matrices or n not in ('weight', 'bias')})
+    def tensors(m, at, **kw):
+        found.update({at + n: type(t).__name__ for n, t in [*m.named_parameters(**kw), *m.named_buffers(**kw)]
+                      if at[:-1] not in self.matrices or n not in ('weight', 'bias')})
     def walk(m, at):
         tensors(m, at, recurse=False)
         for n, c in m.named_children():
@@ -367,10 +411,12 @@ def beside(self:FFNFamily, module):
 def lost(self:FFNFamily, module):
     "What of that would be gone after a swap; dropout has its place behind the new layer"
     inside = lambda n: any(n.startswith(f'{p}.') for p in (*self.matrices, self.act_path(module)))
-    return [f'{n} ({c})' for n, c in self.beside(module).items() if (inside(n) if self.stays(module) else c != 'Dropout')]
+    return [f'{n} ({c})' for n, c in self.beside(module).items()
+            if (inside(n) if self.stays(module) else c != 'Dropout')]
 
 # %% ../../nbs/models/upcycling.ipynb #6e5efba6
-_how_to_register = "register_ffn('name', up='path.of.first.matrix', down='path.of.second.matrix', gate='path.of.gate') makes a family known"
+_how_to_register = ("register_ffn('name', up='path.of.first.matrix', down='path.of.second.matrix', "
+                    "gate='path.of.gate') makes a family known")
 
 def _unknown(module, name):
     parts = ', '.join(f'{n} ({type(m).__name__})' for n, m in module.named_modules() if n) or 'no modules'
@@ -395,7 +441,8 @@ def _report(name, module):
 def neurons(self:FFNWeights, index, share=1.):
     "The FFN of some of the neurons, with a share of the second bias"
     pick = lambda t: None if t is None else t.unflatten(0, (1 + self.gated, -1))[:, index].flatten(0, 1)
-    return replace(self, up=pick(self.up), down=self.down[:, index], up_bias=pick(self.up_bias), down_bias=None if self.down_bias is None else self.down_bias * share)
+    return replace(self, up=pick(self.up), down=self.down[:, index], up_bias=pick(self.up_bias),
+                   down_bias=None if self.down_bias is None else self.down_bias * share)
 
 @patch
 def pieces(self:FFNWeights, n):
@@ -449,7 +496,8 @@ def redrawn(self:FFNWeights, ratio):
 @initialisation('split', pieces=lambda n: n)
 def _split(w, spec, n):
     if n * spec.moe_intermediate_size != w.intermediate_size:
-        raise ValueError(f"init='split' must cut the FFN's {w.intermediate_size} neurons into {n} experts of equal width, got moe_intermediate_size={spec.moe_intermediate_size}")
+        raise ValueError(f"init='split' must cut the FFN's {w.intermediate_size} neurons into {n} experts of equal "
+                         f"width, got moe_intermediate_size={spec.moe_intermediate_size}")
     return w.pieces(n)
 
 @initialisation('virtual_group', pieces=lambda n: 0)
@@ -473,13 +521,15 @@ def _usual_weight(router, d):
     if router.norm_topk_prob: return router.routed_scaling_factor
     like = next(router.parameters())
     if like.is_meta: return 1.
-    w = router(1e-3 * torch.randn(1024, d, generator=torch.Generator().manual_seed(0)).to(like)).expert_weights.abs().sum(-1)
+    w = router(1e-3 * torch.randn(1024, d,
+                                  generator=torch.Generator().manual_seed(0)).to(like)).expert_weights.abs().sum(-1)
     return w[w > 0].mean().item()
 
 def _scales(layer, spec, init, c):
     "Factors for the second matrices of shared and of routed experts, so that the dense FFN is their sum"
     s, N_s = layer.shared_weight, spec.num_shared_experts if layer.shared_experts is not None else 0
-    a = N_s / spec.num_experts if init == 'split' else 1. if init == 'shared_only' else N_s / spec.top_k if s is None or not N_s else s
+    a = (N_s / spec.num_experts if init == 'split' else 1. if init == 'shared_only' else N_s / spec.top_k
+         if s is None or not N_s else s)
     before_shared, before_routed = (1., 1.) if s is None or not N_s else (s, 1 - s)
     shared = a * c / (N_s * before_shared) if N_s and before_shared else 1.
     routed = (1 - a) * c / (_usual_weight(layer.router, spec.hidden_size) * before_routed) if before_routed else 1.
@@ -517,10 +567,14 @@ def _draw_block(params, spec, width):
 def _fill_dense(net, blocks, scale, spec):
     "Put blocks side by side as one wide FFN"
     up, params = getattr(net, net.up_name), []
-    if blocks[0] is None: _draw_block((up.weight, net.down_proj.weight, up.bias, net.down_proj.bias), spec, net.intermediate_size); return
+    if blocks[0] is None:
+        _draw_block((up.weight, net.down_proj.weight, up.bias, net.down_proj.bias), spec, net.intermediate_size); return
     side = lambda ts: torch.cat([t.unflatten(0, (1 + net.gated, -1)) for t in ts], 1).flatten(0, 1)
-    up.weight.copy_(side([b.up for b in blocks])); net.down_proj.weight.copy_(torch.cat([b.down for b in blocks], 1) * scale)
-    if up.bias is not None: up.bias.copy_(side([b.up_bias for b in blocks])); net.down_proj.bias.copy_(sum(b.down_bias for b in blocks) * scale)
+    up.weight.copy_(side([b.up for b in blocks]))
+    net.down_proj.weight.copy_(torch.cat([b.down for b in blocks], 1) * scale)
+    if up.bias is not None:
+        up.bias.copy_(side([b.up_bias for b in blocks]))
+        net.down_proj.bias.copy_(sum(b.down_bias for b in blocks) * scale)
 
 # %% ../../nbs/models/upcycling.ipynb #294b3b5f
 @torch.no_grad()
@@ -565,14 +619,18 @@ _read_off = 'recipe num_experts top_k hidden_size output_size hidden_act gated b
 
 def _init_options(init):
     if init not in initialisations: raise ValueError(did_you_mean('init', init, initialisations))
-    return [p.name for p in inspect.signature(initialisations[init].experts).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    return [p.name for p in inspect.signature(initialisations[init].experts).parameters.values()
+            if p.kind == p.KEYWORD_ONLY]
 
 def _sort_options(recipe, init, exact, overrides):
     "`overrides` as fields of the spec (with its options) and options of the initialisation"
-    of_init, of_spec, of_recipe = _init_options(init), [f.name for f in fields(MoESpec) if f.name not in _read_off], recipe_options(recipe)
+    of_init, of_spec, of_recipe = (_init_options(init), [f.name for f in fields(MoESpec) if f.name not in _read_off],
+                                   recipe_options(recipe))
     for k in overrides:
-        if k in _read_off: raise ValueError(f'{k} must be left to the model, whose feed-forward networks it is read off')
-        if of_recipe is not None and k not in [*of_init, *of_spec, *of_recipe]: raise ValueError(did_you_mean('option', k, [*of_init, *of_spec, *of_recipe]))
+        if k in _read_off:
+            raise ValueError(f'{k} must be left to the model, whose feed-forward networks it is read off')
+        if of_recipe is not None and k not in [*of_init, *of_spec, *of_recipe]:
+            raise ValueError(did_you_mean('option', k, [*of_init, *of_spec, *of_recipe]))
     needed = dict(norm_topk_prob=True) | _exact_options(recipe) if exact else {}
     for k, v in needed.items():
         if overrides.get(k, v) != v: raise ValueError(f'{k} must be {v} where exact=True, got {overrides[k]!r}')
@@ -587,11 +645,15 @@ def _spec_for(w, name, recipe, num_experts, top_k, init, given):
     n, h = (top_k if recipe == 'dense' else num_experts), w.intermediate_size
     pieces, width = initialisations[init].pieces(n), given.get('moe_intermediate_size')
     if width is None:
-        if not pieces: raise ValueError(f"moe_intermediate_size must be given for init='{init}': the width of an expert, a divisor of {h}")
-        if h % pieces: raise ValueError(f'num_experts must divide the {h} neurons of {name} to split them, got {pieces}')
+        if not pieces:
+            raise ValueError(f"moe_intermediate_size must be given for init='{init}': the width of an expert, a "
+                             f"divisor of {h}")
+        if h % pieces:
+            raise ValueError(f'num_experts must divide the {h} neurons of {name} to split them, got {pieces}')
         width = h // pieces
     shared = dict(num_shared_experts=min(1, top_k - 1)) if recipe != 'dense' else {}
-    spec = MoESpec(recipe, w.hidden_size, num_experts, top_k, output_size=None if w.output_size == w.hidden_size else w.output_size, hidden_act=w.hidden_act, gated=w.gated, bias=w.up_bias is not None)
+    spec = MoESpec(recipe, w.hidden_size, num_experts, top_k, output_size=None if w.output_size == w.hidden_size
+                   else w.output_size, hidden_act=w.hidden_act, gated=w.gated, bias=w.up_bias is not None)
     return replace(spec, **shared | given | dict(moe_intermediate_size=width)).validate()
 
 # %% ../../nbs/models/upcycling.ipynb #26a455a6
@@ -600,13 +662,19 @@ def _check_init(layer, spec, init, h):
     d_e, dense = spec.moe_intermediate_size, isinstance(layer, FeedForward)
     N_s = spec.num_shared_experts if getattr(layer, 'shared_experts', None) is not None else 0
     if init in ('copy', 'drop') and d_e != h:
-        raise ValueError(f"moe_intermediate_size must be that of the model, {h}, for init='{init}', got {d_e}; init='virtual_group' makes narrower experts")
-    if init in ('virtual_group', 'shared_only') and h % d_e: raise ValueError(f'moe_intermediate_size must divide the {h} neurons of the FFN, got {d_e}')
-    if init == 'shared_only' and not N_s: raise ValueError(f"recipe must have shared experts for init='shared_only', got '{spec.recipe}'")
-    numbers = dict(num_shared_experts=N_s) if init == 'shared_only' else dict(num_shared_experts=N_s, num_experts=spec.num_experts - N_s, top_k=spec.top_k - N_s)
+        raise ValueError(f"moe_intermediate_size must be that of the model, {h}, for init='{init}', got {d_e}; "
+                         f"init='virtual_group' makes narrower experts")
+    if init in ('virtual_group', 'shared_only') and h % d_e:
+        raise ValueError(f'moe_intermediate_size must divide the {h} neurons of the FFN, got {d_e}')
+    if init == 'shared_only' and not N_s:
+        raise ValueError(f"recipe must have shared experts for init='shared_only', got '{spec.recipe}'")
+    numbers = (dict(num_shared_experts=N_s) if init == 'shared_only'
+               else dict(num_shared_experts=N_s, num_experts=spec.num_experts - N_s, top_k=spec.top_k - N_s))
     if init not in ('virtual_group', 'shared_only'): return
     for k, v in dict(top_k=spec.top_k).items() if dense else numbers.items():
-        if v % (h // d_e): raise ValueError(f'{k} must leave whole groups of {h // d_e} experts of moe_intermediate_size={d_e}, which make an FFN of {h}; it leaves {v}')
+        if v % (h // d_e):
+            raise ValueError(f'{k} must leave whole groups of {h // d_e} experts of moe_intermediate_size={d_e}, which '
+                             f'make an FFN of {h}; it leaves {v}')
 
 # %% ../../nbs/models/upcycling.ipynb #8d68c8e8
 def upcycle(
@@ -632,22 +700,27 @@ def upcycle(
     if not isinstance(model, nn.Module): model, inplace = load_dense(model), True
     model = _unwrapped(model, layers)
     ffns = list(find_ffns(model, where).items())
-    chosen, decoder = [ffns[i] for i in _indices(layers, len(ffns))], list(find_ffns(model)) if _is_causal_lm(model) else []
+    chosen, decoder = ([ffns[i] for i in _indices(layers, len(ffns))],
+                       list(find_ffns(model)) if _is_causal_lm(model) else [])
     plans, specs = {}, []
     with seeded(seed):
         for name, module in chosen:
             w = ffn_weights(module, name)
             specs.append(settled(_spec_for(w, name, recipe, num_experts, top_k, init, given)))
             with torch.device('meta'): _check_init(build_layer(specs[-1]), specs[-1], init, w.intermediate_size)
-            plans |= _swap_plan(name, module, _upcycled_layer(w, specs[-1], init, options, rescale, exact).train(module.training))
+            plans |= _swap_plan(name, module,
+                                _upcycled_layer(w, specs[-1], init, options, rescale, exact).train(module.training))
     model = _swapped_model(model, plans, inplace)
-    if not {n for n, _ in chosen} <= set(decoder): return _remembering(model, {n: s.to_dict() for (n, _), s in zip(chosen, specs)})
+    if not {n for n, _ in chosen} <= set(decoder):
+        return _remembering(model, {n: s.to_dict() for (n, _), s in zip(chosen, specs)})
     return _wrapped(model, specs, [decoder.index(n) for n, _ in chosen], len(decoder), aux_loss_reduction)
 
 # %% ../../nbs/models/upcycling.ipynb #53cdb34f
 def _swapped_model(model, plan, inplace):
     "`model`, or a copy of it with none of the modules that go, with the plan's modules in it"
-    if not inplace: model = copy.deepcopy(model, {id(m): nn.Identity() for path in plan if isinstance(m := _at(model, path), nn.Module)})
+    if not inplace:
+        model = copy.deepcopy(model,
+                              {id(m): nn.Identity() for path in plan if isinstance(m := _at(model, path), nn.Module)})
     _put(model, plan)
     stacks = {}
     for path, m in plan.items():
@@ -664,7 +737,9 @@ def _is_causal_lm(model):
 def _wrapped(base, specs, layers, n, reduction):
     "`base`, whose FFNs have been swapped, as a `MoEForCausalLM`"
     from libmoe_nb.models.causal import MoEConfig, MoEForCausalLM
-    if len(set(map(str, specs))) > 1: raise ValueError(f'layers must have feed-forward networks of one size, got {sorted({s.moe_intermediate_size for s in specs})}: choose some by `layers`')
+    if len(set(map(str, specs))) > 1:
+        raise ValueError(f'layers must have feed-forward networks of one size, got '
+                         f'{sorted({s.moe_intermediate_size for s in specs})}: choose some by `layers`')
     config = MoEConfig(copy.deepcopy(base.config), specs[0], None if len(layers) == n else layers, reduction)
     with torch.device('meta'): model = MoEForCausalLM(config)
     model.base, model._built = base, {}
@@ -675,8 +750,10 @@ def _wrapped(base, specs, layers, n, reduction):
 def _unwrapped(model, layers):
     from libmoe_nb.models.causal import MoEForCausalLM
     if not isinstance(model, MoEForCausalLM): return model
-    if model.config.spec.recipe != 'dense': raise ValueError(f'model must be dense, got a mixture of experts already: {model.config.spec.recipe}')
-    if layers is not None or model.config.layers is not None: raise ValueError('layers must be all layers where the model is a MoEForCausalLM of the dense recipe')
+    if model.config.spec.recipe != 'dense':
+        raise ValueError(f'model must be dense, got a mixture of experts already: {model.config.spec.recipe}')
+    if layers is not None or model.config.layers is not None:
+        raise ValueError('layers must be all layers where the model is a MoEForCausalLM of the dense recipe')
     return model.base
 
 # %% ../../nbs/models/upcycling.ipynb #862fbb89
@@ -687,11 +764,14 @@ def _remembering(model, specs):
     return model
 
 def _save_upcycled(self, save_directory, is_main_process=True, *args, push_to_hub=False, **kwargs):
-    if push_to_hub: raise ValueError('push_to_hub must be False for an upcycled model that is no causal language model: call its method push_to_hub, got True')
+    if push_to_hub:
+        raise ValueError('push_to_hub must be False for an upcycled model that is no causal language model: call its '
+                         'method push_to_hub, got True')
     type(self).save_pretrained(self, save_directory, is_main_process, *args, **kwargs | dict(variant='libmoe'))
     if not is_main_process: return
     path = Path(save_directory)/'config.json'
-    write_atomic(path, json.dumps(json.loads(path.read_text()) | dict(model_type=f'libmoe_{self.config.model_type}'), indent=2))
+    write_atomic(path, json.dumps(json.loads(path.read_text()) | dict(model_type=f'libmoe_{self.config.model_type}'),
+                                  indent=2))
 _save_upcycled.__name__ = 'save_pretrained' # by which pickle finds it
 
 # %% ../../nbs/models/upcycling.ipynb #a33d4b63
@@ -703,11 +783,19 @@ def load_upcycled(
     import transformers
     saved, _ = transformers.PreTrainedConfig.get_config_dict(name)
     kind = saved.pop('model_type', '')
-    if 'libmoe' not in saved: raise ValueError(f'name must be of a model that upcycle made, got {str(name)!r}, a {kind or "folder without a model type"}; causal language models are loaded by AutoModelForCausalLM')
+    if 'libmoe' not in saved:
+        raise ValueError(f'name must be of a model that upcycle made, got {str(name)!r}, a '
+                         f'{kind or "folder without a model type"}; causal language models are loaded by '
+                         f'AutoModelForCausalLM')
     cls = getattr(transformers, (made_by := (saved.get('architectures') or [''])[0]), None)
-    if cls is None: raise ValueError(f'name must be of a model whose configuration names a class of transformers, got {str(name)!r} with architectures={made_by!r}')
-    made, info = _rebuilding(cls).from_pretrained(name, config=transformers.AutoConfig.for_model(kind.removeprefix('libmoe_'), **saved), output_loading_info=True, **dict(ignore_mismatched_sizes=True) | kwargs | dict(variant='libmoe'))
-    bad = [f'{why}: {k if isinstance(k, str) else k[0]}' for why in ('missing_keys', 'mismatched_keys', 'unexpected_keys') for k in sorted(info[why])]
+    if cls is None:
+        raise ValueError(f'name must be of a model whose configuration names a class of transformers, got '
+                         f'{str(name)!r} with architectures={made_by!r}')
+    made, info = _rebuilding(cls).from_pretrained(
+        name, config=transformers.AutoConfig.for_model(kind.removeprefix('libmoe_'), **saved), output_loading_info=True,
+        **dict(ignore_mismatched_sizes=True) | kwargs | dict(variant='libmoe'))
+    bad = [f'{why}: {k if isinstance(k, str) else k[0]}'
+           for why in ('missing_keys', 'mismatched_keys', 'unexpected_keys') for k in sorted(info[why])]
     if bad: raise ValueError(f'checkpoint {name} does not fit its configuration: {"; ".join(bad[:4])}')
     made.__class__ = cls
     del made._built
@@ -727,7 +815,8 @@ def _rebuilding(cls):
     def initialize_weights(self):
         with _as_built(self, self._built): cls.initialize_weights(self)
         self._built = {}
-    return type(cls.__name__, (cls,), dict(__init__=init, initialize_weights=initialize_weights, __module__=cls.__module__))
+    return type(cls.__name__, (cls,),
+                dict(__init__=init, initialize_weights=initialize_weights, __module__=cls.__module__))
 
 # %% ../../nbs/models/upcycling.ipynb #2275670d
 def _replaced(model, built):
@@ -750,7 +839,9 @@ def _config_of(folder, name=None):
     "The configuration of a model, which errors call `name`"
     import transformers, libmoe_nb.models.causal
     try: return transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as e: raise ValueError(f'model must be the name or folder of a model of transformers, got {str(name or folder)!r}: {first_line(e)}') from e
+    except (OSError, ValueError) as e:
+        raise ValueError(f'model must be the name or folder of a model of transformers, got {str(name or folder)!r}: '
+                         f'{first_line(e)}') from e
 
 # %% ../../nbs/models/upcycling.ipynb #28169957
 def load_dense(
@@ -763,5 +854,7 @@ def load_dense(
     saved = getattr(transformers, (config.architectures or [''])[0], None)
     cls = transformers.AutoModelForCausalLM if causal else saved or transformers.AutoModel
     model, info = cls.from_pretrained(name, dtype='auto', output_loading_info=True)
-    if lost := sorted(info['missing_keys']): warnings.warn(f'{name} lacks {len(lost)} weights that a {type(model).__name__} has; they are random: {", ".join(lost[:3])}')
+    if lost := sorted(info['missing_keys']):
+        warnings.warn(f'{name} lacks {len(lost)} weights that a {type(model).__name__} has; they are random: '
+                      f'{", ".join(lost[:3])}')
     return model

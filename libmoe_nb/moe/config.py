@@ -16,7 +16,9 @@ from ..core.errors import check, did_you_mean, shown
 from ..core.settings import is_flag, read_setting, read_settings, settings
 
 # %% ../../nbs/moe/config.ipynb #8d493033
-own_recipes = dict(dense='Dense', smoe='SMoE', smoe_sigmoid='SMoE-Sigmoid', xmoe='XMoE', sharede_v2='SharedE-V2', sharede_v3='SharedE-V3', tcmoe='TC-MoE', moe_plus_plus='MoE++')  # name -> title
+# name -> title
+own_recipes = dict(dense='Dense', smoe='SMoE', smoe_sigmoid='SMoE-Sigmoid', xmoe='XMoE', sharede_v2='SharedE-V2',
+                   sharede_v3='SharedE-V3', tcmoe='TC-MoE', moe_plus_plus='MoE++')
 _sharing = 'sharede_v2', 'sharede_v3'                                      # those that have shared experts
 
 # %% ../../nbs/moe/config.ipynb #8cc19705
@@ -25,8 +27,10 @@ class _Checked:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             v = getattr(self, f.name)
-            if f.name in settings and not (v is None and f.default is None): object.__setattr__(self, f.name, read_setting(f.name, v))
-        if getattr(self, 'recipe', None) in own_recipes: object.__setattr__(self, 'options', read_settings(self.options))
+            if f.name in settings and not (v is None and f.default is None):
+                object.__setattr__(self, f.name, read_setting(f.name, v))
+        if getattr(self, 'recipe', None) in own_recipes:
+            object.__setattr__(self, 'options', read_settings(self.options))
 
 # %% ../../nbs/moe/config.ipynb #cf69221a
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ class MoESpec(_Checked):
     output_size: int = None            # size of the result; None: hidden_size, as everywhere inside a transformer
     second_init_scale: float = None    # s: second matrices start from s / √(hidden units that they sum over), not from expert_init_std
 
-    def to_dict(self): return {k: v for k, v in dataclasses.asdict(self).items() if v is not None or k not in ('output_size', 'second_init_scale')}
+    def to_dict(self):
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None
+                or k not in ('output_size', 'second_init_scale')}
 
 # %% ../../nbs/moe/config.ipynb #5e4b6a7f
 def _from_dict(cls, d, kind):
@@ -63,7 +69,9 @@ def _from_dict(cls, d, kind):
 def from_saved(cls, d, kind):
     "`_from_dict` of a file. A word in the place of true or false once meant yes, whatever it said, so nobody can tell what was meant"
     for k, v in d.items():
-        if is_flag(k) and isinstance(v, str): raise ValueError(f'{k} must be true or false where it was saved, got {v!r}, which libmoe-nb 0.1 took for yes: write true to have what was trained')
+        if is_flag(k) and isinstance(v, str):
+            raise ValueError(f'{k} must be true or false where it was saved, got {v!r}, which libmoe-nb 0.1 took for '
+                             f'yes: write true to have what was trained')
     return _from_dict(cls, d, kind)
 
 # %% ../../nbs/moe/config.ipynb #c94e6ed1
@@ -88,7 +96,8 @@ def check_shared(self:MoESpec,
     if n is None: n = self.num_shared_experts
     check(n >= 1, 'num_shared_experts', n, f'at least 1 for {self.recipe}')
     check(n < self.num_experts, 'num_shared_experts', n, f'at least 0 and below num_experts={self.num_experts}')
-    check(n < self.top_k, 'num_shared_experts', n, f'below top_k={self.top_k}, since every token uses the shared experts')
+    check(n < self.top_k, 'num_shared_experts', n,
+          f'below top_k={self.top_k}, since every token uses the shared experts')
 
 # %% ../../nbs/moe/config.ipynb #fbaa0fd1
 @dataclass(frozen=True)
@@ -103,7 +112,8 @@ recipes = {}  # every registered `Recipe` by its name, in the order of registrat
 # %% ../../nbs/moe/config.ipynb #f392981f
 def check_recipe(name):
     read_setting('recipe', name)
-    if name not in recipes and name not in own_recipes: raise ValueError(did_you_mean('recipe', name, {*recipes, *own_recipes}))
+    if name not in recipes and name not in own_recipes:
+        raise ValueError(did_you_mean('recipe', name, {*recipes, *own_recipes}))
     return name
 
 # %% ../../nbs/moe/config.ipynb #d0b5aaa2
@@ -171,27 +181,36 @@ def init_stds(self:MoESpec,
 @patch
 def spec(self:Preset, name:str, **overrides)->MoESpec:
     "The budget of one layer of this preset, for the recipe `name`; `overrides` change fields of it."
-    keys = 'hidden_size num_experts top_k num_shared_experts moe_intermediate_size hidden_act router_aux_loss_coef'.split()
+    keys = ('hidden_size num_experts top_k num_shared_experts moe_intermediate_size hidden_act '
+            'router_aux_loss_coef'.split())
     common = {k: getattr(self, k) for k in keys}
     if self.depth_scaled_init:
         std, depth = _init_stds(self)
         scale = {} if 'expert_init_std' in overrides else dict(second_init_scale=depth)
-        common |= dict(router_init_std=std, expert_init_std=(std, depth * (self.num_experts * self.moe_intermediate_size)**-0.5)) | scale
+        common |= dict(router_init_std=std,
+                       expert_init_std=(std, depth * (self.num_experts * self.moe_intermediate_size)**-0.5)) | scale
     return MoESpec.from_dict(dict(common, recipe=name) | overrides).validate()
 
 # %% ../../nbs/moe/config.ipynb #70577b0e
 presets = {p.name: p for p in [
     Preset('tiny', hidden_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=32, num_experts=8, top_k=4,
-           num_shared_experts=1, moe_intermediate_size=32, vocab_size=1024, sequence_length=128, batch_size=16, steps=60,
+           num_shared_experts=1, moe_intermediate_size=32, vocab_size=1024, sequence_length=128,
+           batch_size=16, steps=60,
            learning_rate=5e-3, warmup_steps=10),
     Preset('mini', hidden_size=128, num_hidden_layers=4, num_attention_heads=4, head_dim=32, num_experts=16, top_k=4,
-           num_shared_experts=1, moe_intermediate_size=64, vocab_size=4096, sequence_length=256, batch_size=2, steps=400,
+           num_shared_experts=1, moe_intermediate_size=64, vocab_size=4096, sequence_length=256,
+           batch_size=2, steps=400,
            learning_rate=3e-3, warmup_steps=20),
-    Preset('paper-0.15b', hidden_size=512, num_hidden_layers=16, num_attention_heads=4, head_dim=82, num_experts=66, top_k=8,
-           num_shared_experts=2, moe_intermediate_size=128, vocab_size=8000, sequence_length=1024, batch_size=64, steps=100_000,
-           learning_rate=2.5e-4, grad_clip=0.1, aux_loss_reduction='sum', partial_rotary_factor=0.5, depth_scaled_init=True),
-    Preset('paper-0.68b', hidden_size=1024, num_hidden_layers=18, num_attention_heads=4, head_dim=128, num_experts=66, top_k=8,
-           num_shared_experts=2, moe_intermediate_size=256, vocab_size=8000, sequence_length=1024, batch_size=64, steps=400_000,
+    Preset('paper-0.15b', hidden_size=512, num_hidden_layers=16, num_attention_heads=4, head_dim=82,
+           num_experts=66, top_k=8,
+           num_shared_experts=2, moe_intermediate_size=128, vocab_size=8000, sequence_length=1024, batch_size=64,
+           steps=100_000,
+           learning_rate=2.5e-4, grad_clip=0.1, aux_loss_reduction='sum', partial_rotary_factor=0.5,
+           depth_scaled_init=True),
+    Preset('paper-0.68b', hidden_size=1024, num_hidden_layers=18, num_attention_heads=4, head_dim=128,
+           num_experts=66, top_k=8,
+           num_shared_experts=2, moe_intermediate_size=256, vocab_size=8000, sequence_length=1024, batch_size=64,
+           steps=400_000,
            learning_rate=2.5e-4, warmup_steps=4000, grad_clip=0.25, aux_loss_reduction='sum', partial_rotary_factor=0.5,
            depth_scaled_init=True)]}
 
@@ -203,15 +222,18 @@ def get_preset(name:str)->Preset:
     return presets[name]
 
 # %% ../../nbs/moe/config.ipynb #d3dda3ac
-preset_fields, spec_fields = ([f.name for f in dataclasses.fields(c) if f.name not in ('name', 'recipe', 'options')] for c in (Preset, MoESpec))
+preset_fields, spec_fields = ([f.name for f in dataclasses.fields(c) if f.name not in ('name', 'recipe', 'options')]
+                              for c in (Preset, MoESpec))
 
 def apply_overrides(preset, overrides):
     "The preset with `overrides`, and those of them that are for `MoESpec` alone"
     p, overrides = get_preset(preset), {k: v for k, v in overrides.items() if v is not None}
     for k in overrides:
-        if k not in preset_fields + spec_fields: raise ValueError(did_you_mean('setting', k, {*preset_fields, *spec_fields}))
+        if k not in preset_fields + spec_fields:
+            raise ValueError(did_you_mean('setting', k, {*preset_fields, *spec_fields}))
     overrides = read_settings(overrides)
-    return dataclasses.replace(p, **{k: v for k, v in overrides.items() if k in preset_fields}), {k: v for k, v in overrides.items() if k not in preset_fields}
+    return (dataclasses.replace(p, **{k: v for k, v in overrides.items() if k in preset_fields}),
+            {k: v for k, v in overrides.items() if k not in preset_fields})
 
 # %% ../../nbs/moe/config.ipynb #29f96374
 def named_recipes(names, preset, layer, options):
@@ -229,13 +251,18 @@ def check_model_name(name):
     "Raise if `name` is neither a folder nor could be a name on the hub"
     path = Path(str(name)).expanduser()
     if path.is_dir(): return
-    what = 'is a file' if path.exists() else 'does not exist' if str(name).startswith(('/', '.', '~')) or str(name).count('/') > 1 or not str(name).strip() else None
-    if what: raise ValueError(f'model must be a folder, or a name on the Hugging Face hub, got {shown(str(name))}, which {what}')
+    what = ('is a file' if path.exists() else 'does not exist' if str(name).startswith(('/', '.', '~'))
+            or str(name).count('/') > 1 or not str(name).strip() else None)
+    if what:
+        raise ValueError(f'model must be a folder, or a name on the Hugging Face hub, got '
+                         f'{shown(str(name))}, which {what}')
 
 # %% ../../nbs/moe/config.ipynb #12040927
 def _numbers(s): return [int(x) for x in s.split('+')]
 
-_interventions = dict(drop_top1=(None, None), drop_top12=(None, None), drop_top=(int, ...), temperature=(float, ...), top_k=(int, ...),  # name -> how to read the value, value if none is given
+# name -> how to read the value, value if none is given
+_interventions = dict(drop_top1=(None, None), drop_top12=(None, None), drop_top=(int, ...), temperature=(float, ...),
+                      top_k=(int, ...),
                       random=(int, 0), ban=(_numbers, ...), force=(_numbers, ...))
 
 def read_intervention(s):
@@ -244,6 +271,7 @@ def read_intervention(s):
     if name not in _interventions: raise ValueError(did_you_mean('intervention', name, _interventions))
     read, default = _interventions[name]
     if read is None and eq: raise ValueError(f"intervention '{name}' takes no value, got '{s}'")
-    if default is ... and not value: raise ValueError(f"intervention '{name}' needs a value, for instance {name}=1, got '{s}'")
+    if default is ... and not value:
+        raise ValueError(f"intervention '{name}' needs a value, for instance {name}=1, got '{s}'")
     try: return name, read(value) if value else default
     except ValueError: raise ValueError(f"the value of intervention '{name}' must be a number, got '{value}'") from None

@@ -23,8 +23,10 @@ def _relu2(x): return F.relu(x).square()
 def _linear(x): return x
 
 _gelu_tanh = partial(F.gelu, approximate='tanh')
-_activations = dict(relu=F.relu, relu2=_relu2, relu6=F.relu6, leaky_relu=F.leaky_relu, elu=F.elu, silu=F.silu, swish=F.silu,
-    gelu=F.gelu, gelu_new=_gelu_tanh, gelu_pytorch_tanh=_gelu_tanh, gelu_fast=_gelu_tanh, quick_gelu=_quick_gelu, mish=F.mish,
+_activations = dict(relu=F.relu, relu2=_relu2, relu6=F.relu6, leaky_relu=F.leaky_relu, elu=F.elu, silu=F.silu,
+    swish=F.silu,
+    gelu=F.gelu, gelu_new=_gelu_tanh, gelu_pytorch_tanh=_gelu_tanh, gelu_fast=_gelu_tanh, quick_gelu=_quick_gelu,
+    mish=F.mish,
     hardswish=F.hardswish, softplus=F.softplus, sigmoid=torch.sigmoid, tanh=torch.tanh, linear=_linear)
 
 # %% ../../nbs/moe/experts.ipynb #966ab1ef
@@ -34,7 +36,8 @@ def activation(
     "The activation function called `hidden_act`"
     if callable(hidden_act): return hidden_act
     if hidden_act in _activations: return _activations[hidden_act]
-    raise ValueError(f"hidden_act={hidden_act!r} is not known; expected a function or one of {', '.join(sorted(_activations))}")
+    raise ValueError(f"hidden_act={hidden_act!r} is not known; expected a function or one of "
+                     f"{', '.join(sorted(_activations))}")
 
 # %% ../../nbs/moe/experts.ipynb #cb27f2ca
 def ffn(
@@ -61,7 +64,8 @@ def _normal(tensor, std, generator=None):
 
 def _positive(**sizes):
     for name,n in sizes.items():
-        if not isinstance(n, int) or n < 1: raise ValueError(f"{name}={n!r} is not a size; expected an integer of at least 1")
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"{name}={n!r} is not a size; expected an integer of at least 1")
 
 # %% ../../nbs/moe/experts.ipynb #38d8ced2
 class FeedForward(nn.Module):
@@ -77,7 +81,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.output_size = hidden_size if output_size is None else output_size
         _positive(hidden_size=hidden_size, intermediate_size=intermediate_size, output_size=self.output_size)
-        self.hidden_size,self.intermediate_size,self.hidden_act,self.gated = hidden_size,intermediate_size,hidden_act,gated
+        self.hidden_size,self.intermediate_size,self.hidden_act,self.gated = (hidden_size,intermediate_size,
+                                                                              hidden_act,gated)
         self.act = activation(hidden_act)
         self.up_name = 'gate_up_proj' if gated else 'up_proj'
         setattr(self, self.up_name, nn.Linear(hidden_size, intermediate_size * (1+gated), bias=bias))
@@ -85,7 +90,8 @@ class FeedForward(nn.Module):
         self.reset_parameters()
 
     def forward(self, hidden_states): # [..., d] -> [..., o]
-        h = getattr(self, self.up_name)(hidden_states) # the modules themselves, so that whatever wraps or hooks them is heard
+        # the modules themselves, so that whatever wraps or hooks them is heard
+        h = getattr(self, self.up_name)(hidden_states)
         return self.down_proj(_activated(h, self.act, self.gated))
 
     def reset_parameters(self,
@@ -125,7 +131,8 @@ class Experts(nn.Module):
     ):
         super().__init__()
         self.output_size = hidden_size if output_size is None else output_size
-        _positive(num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size, output_size=self.output_size)
+        _positive(num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size,
+                  output_size=self.output_size)
         self.num_experts,self.hidden_size,self.intermediate_size = num_experts,hidden_size,intermediate_size
         self.hidden_act,self.gated,self.bias,self.kernel = hidden_act,gated,bias,kernel
         self.act = activation(hidden_act)
@@ -169,13 +176,17 @@ class Experts(nn.Module):
 # %% ../../nbs/moe/experts.ipynb #9ba32e2a
 def _check(experts, x, index, w):
     N,d = experts.num_experts,experts.hidden_size
-    if x.dim() != 2 or x.shape[1] != d: raise ValueError(f"hidden_states has shape {tuple(x.shape)}; expected [tokens, {d}]")
+    if x.dim() != 2 or x.shape[1] != d:
+        raise ValueError(f"hidden_states has shape {tuple(x.shape)}; expected [tokens, {d}]")
     if index.dim() != 2 or len(index) != len(x) or index.is_floating_point():
-        raise ValueError(f"expert_index has shape {tuple(index.shape)} and dtype {index.dtype}; expected integers [{len(x)}, top_k]")
-    if w.shape != index.shape: raise ValueError(f"weights has shape {tuple(w.shape)}; expected that of expert_index, {tuple(index.shape)}")
+        raise ValueError(f"expert_index has shape {tuple(index.shape)} and dtype {index.dtype}; expected integers "
+                         f"[{len(x)}, top_k]")
+    if w.shape != index.shape:
+        raise ValueError(f"weights has shape {tuple(w.shape)}; expected that of expert_index, {tuple(index.shape)}")
     if index.device.type == 'cpu' and index.numel():
         lo,hi = index.numpy().min(),index.numpy().max()
-        if lo < 0 or hi > N: raise ValueError(f"expert_index holds {lo if lo < 0 else hi}; expected 0 to {N}, where {N} means no expert")
+        if lo < 0 or hi > N:
+            raise ValueError(f"expert_index holds {lo if lo < 0 else hi}; expected 0 to {N}, where {N} means no expert")
     if not torch.is_autocast_enabled(x.device.type) and x.dtype != experts.down_proj.dtype:
         raise ValueError(f"hidden_states has dtype {x.dtype}; expected that of the experts, {experts.down_proj.dtype}")
 
@@ -197,7 +208,8 @@ def _compute_dtype(x):
 def loop_kernel(experts, hidden_states, expert_index, weights):
     "The meaning of `Experts`: one expert after the other"
     dtype = _compute_dtype(hidden_states)
-    y = hidden_states.new_zeros(len(hidden_states), experts.output_size, dtype=torch.promote_types(dtype, weights.dtype))
+    y = hidden_states.new_zeros(len(hidden_states), experts.output_size,
+                                dtype=torch.promote_types(dtype, weights.dtype))
     N,stacked = experts.num_experts,experts.stacked
     each = zip(*((None,)*N if p is None else p.unbind() for p in stacked))
     for e,params in enumerate(each):
@@ -311,7 +323,8 @@ def _plan(expert_index, num_experts, cap, spare, half):
     return _Plan(blocks, S, S > real, *map(torch.from_numpy, (token, slot, np.arange(T, dtype=np.int32)*K)))
 
 # %% ../../nbs/moe/experts.ipynb #6e51f0cc
-def _gather(plan, x, s, name): return torch.index_select(x, 0, plan.token[s], out=_workspace(name, x, s.stop-s.start, x.shape[1]))
+def _gather(plan, x, s, name):
+    return torch.index_select(x, 0, plan.token[s], out=_workspace(name, x, s.stop-s.start, x.shape[1]))
 
 def _combine(plan, rows, weights=None):
     "Add up each token's slots (weighted): [S+1, d] -> [T, d]"
@@ -322,7 +335,8 @@ def _combine(plan, rows, weights=None):
 def _of_block(b, stacked, name):
     "The block's part of stacked parameters"
     if b.neighbours: return stacked[b.neighbours]
-    return torch.index_select(stacked, 0, torch.tensor(b.experts), out=_workspace(name, stacked, len(b.experts), *stacked.shape[1:]))
+    return torch.index_select(stacked, 0, torch.tensor(b.experts),
+                              out=_workspace(name, stacked, len(b.experts), *stacked.shape[1:]))
 
 def _per_expert(b, x): return x.view(len(b.experts), b.rows, -1)
 
@@ -362,7 +376,8 @@ def _sums(b, x, grad, w=None):
 # %% ../../nbs/moe/experts.ipynb #ff1ed5bc
 _aten = torch.ops.aten
 _forth = {F.relu: lambda x,out: torch.clamp_min(x, 0, out=out), F.silu: lambda x,out: _aten.silu.out(x, out=out),
-    F.gelu: lambda x,out: _aten.gelu.out(x, out=out), _gelu_tanh: lambda x,out: _aten.gelu.out(x, approximate='tanh', out=out)}
+    F.gelu: lambda x,out: _aten.gelu.out(x, out=out),
+    _gelu_tanh: lambda x,out: _aten.gelu.out(x, approximate='tanh', out=out)}
 _back = {F.relu: lambda g,x,out: _aten.threshold_backward.grad_input(g, x, 0, grad_input=out),
     F.silu: lambda g,x,out: _aten.silu_backward.grad_input(g, x, grad_input=out),
     F.gelu: lambda g,x,out: _aten.gelu_backward.grad_input(g, x, grad_input=out),
@@ -426,7 +441,8 @@ def _sorted_backward(ctx, grad):
     need_x,need_w,*need_params = needs[:6]
     used = {e for b in plan.blocks for e in b.experts}
     idle = [e for e in range(len(up)) if e not in used]
-    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) if n else None for p,n in zip((up,down,up_bias,down_bias), need_params)]
+    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) if n else None
+             for p,n in zip((up,down,up_bias,down_bias), need_params)]
     for g in grads:
         if g is not None and idle: g[idle] = 0
     g_up,g_down,g_up_bias,g_down_bias = grads
@@ -461,7 +477,8 @@ def _slots_per_block(experts, dtype):
     "(slots that fit the cache, slots of padding that cost as much as a product's set-up)"
     d,o,h,half = experts.hidden_size,experts.output_size,experts.intermediate_size,dtype.itemsize < 4
     h_up = h * (1+experts.gated)
-    return int((40e6 if half else 20e6) / ((d + o + h_up + h) * dtype.itemsize)),8 + int((1e7 if half else 2e6) / (d*h_up))
+    return (int((40e6 if half else 20e6) / ((d + o + h_up + h) * dtype.itemsize)),
+            8 + int((1e7 if half else 2e6) / (d*h_up)))
 
 # %% ../../nbs/moe/experts.ipynb #c4d668c9
 @register_kernel('sorted')
@@ -470,12 +487,14 @@ def sorted_kernel(experts, hidden_states, expert_index, weights):
     dtype = _compute_dtype(hidden_states)
     x,*params = (t if t is None else t.to(dtype) for t in (hidden_states, *experts.stacked))
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *params))
-    return _Sorted.apply(x, weights, *params, expert_index, experts.act, experts.gated, keep, *_slots_per_block(experts, dtype))
+    return _Sorted.apply(x, weights, *params, expert_index, experts.act, experts.gated, keep,
+                         *_slots_per_block(experts, dtype))
 
 # %% ../../nbs/moe/experts.ipynb #053babcc
 def _fits_grouped_mm(experts, dtype):
     sizes = experts.hidden_size,experts.intermediate_size,experts.output_size
-    return hasattr(F, 'grouped_mm') and dtype in (torch.float32, torch.bfloat16, torch.float16) and all(n*dtype.itemsize % 16 == 0 for n in sizes)
+    return (hasattr(F, 'grouped_mm') and dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and all(n*dtype.itemsize % 16 == 0 for n in sizes))
 
 # %% ../../nbs/moe/experts.ipynb #b0d58890
 @dataclass
@@ -544,7 +563,8 @@ def grouped_mm_kernel(experts, hidden_states, expert_index, weights):
     "`torch.nn.functional.grouped_mm` on the choices sorted by expert; the one for GPUs"
     dtype,N,w = _compute_dtype(hidden_states),experts.num_experts,weights
     if not _fits_grouped_mm(experts, dtype):
-        raise ValueError(f"kernel='grouped_mm' got dtype {dtype}, hidden_size={experts.hidden_size}, intermediate_size={experts.intermediate_size}; "
+        raise ValueError(f"kernel='grouped_mm' got dtype {dtype}, hidden_size={experts.hidden_size}, "
+                         f"intermediate_size={experts.intermediate_size}; "
                          "expected float32, bfloat16 or float16, and sizes of a multiple of 16 bytes")
     if not expert_index.numel(): return loop_kernel(experts, hidden_states, expert_index, weights)
     x,up,down,up_bias,down_bias = (t if t is None else t.to(dtype) for t in (hidden_states, *experts.stacked))
@@ -561,7 +581,8 @@ def _auto_kernel(experts, x):
     dtype = _compute_dtype(x)
     if x.device.type == 'cpu': return 'sorted'
     if x.device.type != 'cuda' or experts.num_experts <= 8 or dtype != torch.bfloat16: return 'loop'
-    return 'grouped_mm' if torch.cuda.get_device_capability(x.device) >= (8, 0) and _fits_grouped_mm(experts, dtype) else 'loop'
+    return ('grouped_mm' if torch.cuda.get_device_capability(x.device) >= (8, 0) and _fits_grouped_mm(experts, dtype)
+            else 'loop')
 
 # %% ../../nbs/moe/experts.ipynb #b5c1d1c6
 class ZeroComputationExperts(nn.Module):
@@ -586,20 +607,26 @@ class ZeroComputationExperts(nn.Module):
     def num_experts(self): return self.num_zero + self.num_copy + self.num_constant
 
     def reset_parameters(self, generator=None): # Source of the random numbers
-        for p,std in ((self.constant, self.constant_std), (self.constant_gate, self.gate_std)): _normal(p, std, generator)
+        for p,std in ((self.constant, self.constant_std), (self.constant_gate, self.gate_std)):
+            _normal(p, std, generator)
 
     def forward(self,
         hidden_states, # [T, d]
         weights,       # [T, Z], zero where an expert was not chosen
     ): # [T, d]
         if weights.shape != (len(hidden_states), self.num_experts):
-            raise ValueError(f"weights has shape {tuple(weights.shape)}; expected [{len(hidden_states)}, {self.num_experts}]")
+            raise ValueError(f"weights has shape {tuple(weights.shape)}; expected [{len(hidden_states)}, "
+                             f"{self.num_experts}]")
         _,copied,constant = weights.split([self.num_zero, self.num_copy, self.num_constant], -1)
         keep,dtype = copied.sum(-1, keepdim=True),_compute_dtype(hidden_states)
         if not self.num_constant: return (keep * hidden_states).to(dtype)
-        a = F.linear(hidden_states, self.constant_gate.flatten(0, 1)).unflatten(-1, (-1, 2)).to(torch.promote_types(dtype, torch.float32)).softmax(-1) # [T, C, 2]
+        # [T, C, 2]
+        a = F.linear(hidden_states, self.constant_gate.flatten(0, 1)).unflatten(-1, (-1, 2)).to(
+            torch.promote_types(dtype, torch.float32)).softmax(-1)
         mix = (constant[...,None] * a).to(torch.promote_types(dtype, weights.dtype))
-        return ((keep + mix[...,0].sum(-1, keepdim=True)) * hidden_states + mix[...,1].to(self.constant.dtype) @ self.constant).to(dtype)
+        return ((keep + mix[...,0].sum(-1, keepdim=True)) * hidden_states
+                + mix[...,1].to(self.constant.dtype) @ self.constant).to(dtype)
 
     def extra_repr(self):
-        return f'{self.hidden_size}, num_zero={self.num_zero}, num_copy={self.num_copy}, num_constant={self.num_constant}'
+        return (f'{self.hidden_size}, num_zero={self.num_zero}, num_copy={self.num_copy}, '
+                f'num_constant={self.num_constant}')

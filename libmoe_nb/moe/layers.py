@@ -55,7 +55,8 @@ def default_losses(
     **balance, # passed to `load_balancing_loss`
 )->dict:       # name -> (weight, function of routing and mask)
     "The balance loss and, where it has a weight, the router z-loss."
-    losses = {'load_balancing_loss': (spec.router_aux_loss_coef, partial(load_balancing_loss, group=spec.aux_loss_group, **balance))}
+    losses = {'load_balancing_loss': (spec.router_aux_loss_coef,
+                                      partial(load_balancing_loss, group=spec.aux_loss_group, **balance))}
     if spec.router_z_loss_coef: losses['router_z_loss'] = (spec.router_z_loss_coef, router_z_loss)
     return losses
 
@@ -64,7 +65,8 @@ def default_losses(
 def _sums(self:MoELayer):
     "Pairs of what holds second matrices and the hidden units that they sum over"
     pairs = [(self.experts, self.router.num_experts * self.spec.moe_intermediate_size)]
-    return pairs + ([] if self.shared_experts is None else [(self.shared_experts, self.shared_experts.intermediate_size)])
+    return pairs + ([] if self.shared_experts is None
+                    else [(self.shared_experts, self.shared_experts.intermediate_size)])
 
 # %% ../../nbs/moe/layers.ipynb #f3a84b46
 @patch
@@ -111,7 +113,8 @@ def zero_weights(routing):
 def aux_losses(self:MoELayer, routing, mask=None, shares=None):
     "Each loss of this layer, before its weight: name -> scalar"
     if shares is None: return {n: f(routing, mask) for n, (_, f) in self.losses.items()}
-    return {n: f(routing, mask, shares=shares) if _takes_shares(f) else f(routing, mask) * shares[1].sum() for n, (_, f) in self.losses.items()}
+    return {n: f(routing, mask, shares=shares) if _takes_shares(f) else f(routing, mask) * shares[1].sum()
+            for n, (_, f) in self.losses.items()}
 
 def _takes_shares(f): return 'shares' in inspect.signature(f).parameters
 
@@ -190,16 +193,19 @@ def build_layer(spec:MoESpec)->nn.Module:
     build, known = get_recipe(spec.validate().recipe).build, recipe_options(spec.recipe)
     for o in spec.options:
         if known is not None and o not in known: raise ValueError(did_you_mean(f'option of {spec.recipe}', o, known))
-    layer = MoELayer(spec, build_router(build, spec, **spec.options)) if isinstance(build, type) else build(spec, **spec.options)
+    layer = (MoELayer(spec, build_router(build, spec, **spec.options)) if isinstance(build, type)
+             else build(spec, **spec.options))
     _warn_if_constant(layer, spec)
     return layer
 
 # %% ../../nbs/moe/layers.ipynb #3ec9e991
 def _warn_if_constant(layer, spec):
     router = getattr(layer, 'router', None)
-    if not getattr(router, 'constant_weight', False) or router.num_choices == 1 or next(router.parameters()).is_meta: return
+    if not getattr(router, 'constant_weight', False) or router.num_choices == 1 or next(router.parameters()).is_meta:
+        return
     why = 'norm_topk_prob=True (or exact=True)' if spec.norm_topk_prob else f'options={spec.options}'
-    warnings.warn(f'the router of {spec.recipe} cannot learn from the language loss: with {why} and one routed expert a token its weight is always 1. '
+    warnings.warn(f'the router of {spec.recipe} cannot learn from the language loss: with {why} and one routed expert '
+                  f'a token its weight is always 1. '
                   'Leave it out, or route a token to more experts (top_k)', stacklevel=3)
 
 # %% ../../nbs/moe/layers.ipynb #99b2cb43
@@ -213,7 +219,8 @@ def settled(spec:MoESpec)->MoESpec:
 @recipe('dense', title='Dense')
 def dense(spec):
     "One feed-forward network of width K * d_e: as many active parameters as the sparse recipes."
-    ffn = FeedForward(spec.hidden_size, spec.top_k * spec.moe_intermediate_size, spec.hidden_act, spec.gated, spec.bias, spec.output_size)
+    ffn = FeedForward(spec.hidden_size, spec.top_k * spec.moe_intermediate_size, spec.hidden_act, spec.gated, spec.bias,
+                      spec.output_size)
     up, down = spec.init_stds(ffn.intermediate_size)
     ffn.reset_parameters(up_std=up, down_std=down)
     return ffn
@@ -254,12 +261,16 @@ def tcmoe(spec, *, null_reward_coef=1e-5, **kwargs):
 # %% ../../nbs/moe/layers.ipynb #d7953e01
 @recipe('moe_plus_plus', title='MoE++')
 @delegates(ResidualRouter, but=['num_zero_computation_experts'])
-def moe_plus_plus(spec, *, num_zero=1, num_copy=1, num_constant=None, zero_expert_weight=0.75, constant_std=None, constant_gate_std=None, **kwargs):
+def moe_plus_plus(spec, *, num_zero=1, num_copy=1, num_constant=None, zero_expert_weight=0.75, constant_std=None,
+                  constant_gate_std=None, **kwargs):
     "Zero-computation experts beside the others, and a gating residual from layer to layer."
-    if spec.output_size not in (None, spec.hidden_size): raise ValueError(f'output_size must be hidden_size={spec.hidden_size} for moe_plus_plus, whose copy experts return what they are given, got {spec.output_size}')
+    if spec.output_size not in (None, spec.hidden_size):
+        raise ValueError(f'output_size must be hidden_size={spec.hidden_size} for moe_plus_plus, whose copy experts '
+                         f'return what they are given, got {spec.output_size}')
     if num_constant is None: num_constant = max(round(spec.num_experts / 8) - num_zero - num_copy, 1)
     Z = num_zero + num_copy + num_constant
     eta = torch.cat([torch.ones(spec.num_experts, device='cpu'), torch.full((Z,), zero_expert_weight, device='cpu')])
     return MoELayer(spec, build_router(ResidualRouter, spec, num_zero_computation_experts=Z, **kwargs),
-                    zero_experts=ZeroComputationExperts(spec.hidden_size, num_zero, num_copy, num_constant, constant_std, constant_gate_std),
+                    zero_experts=ZeroComputationExperts(spec.hidden_size, num_zero, num_copy, num_constant,
+                                                        constant_std, constant_gate_std),
                     losses=default_losses(spec, choice_weights=eta))

@@ -26,7 +26,8 @@ def _token_mask(routing:Routing, mask, dtype):
     "[T] of ones, zeros at padding"
     if mask is None: return torch.ones(routing.num_tokens, dtype=dtype, device=routing.scores.device)
     if mask.numel() != routing.num_tokens:
-        raise ValueError(f'mask must have one entry for each of the {routing.num_tokens} tokens, got shape {tuple(mask.shape)}')
+        raise ValueError(f'mask must have one entry for each of the {routing.num_tokens} tokens, got shape '
+                         f'{tuple(mask.shape)}')
     return mask.reshape(-1).to(dtype)
 
 def _masked_mean(values, m):
@@ -72,12 +73,15 @@ def load_balancing_loss(
     G, m = _groups(routing, group), _token_mask(routing, mask, scores.dtype)
     p = scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     p = p.masked_fill(m[:, None] == 0, 0).reshape(G, -1, U).sum(1)                                   # [G, U]
-    n = m.view(G, -1).sum(-1, keepdim=True)                                                          # [G, 1] real tokens
-    counts = m.new_zeros(G, U + 1).scatter_add_(1, index.reshape(G, -1), m[:, None].expand_as(index).reshape(G, -1))[:, :U]
+    # [G, 1] real tokens
+    n = m.view(G, -1).sum(-1, keepdim=True)
+    counts = m.new_zeros(G, U + 1).scatter_add_(1, index.reshape(G, -1),
+                                                m[:, None].expand_as(index).reshape(G, -1))[:, :U]
     if group == 'global_batch': counts, n = _over_ranks(counts, n)
     f, P = counts / counts.sum(-1, keepdim=True).clamp_min(1), p / torch.where(n > 0, n, 1)
     if choice_weights is not None: f = f * choice_weights.to(f)
-    if shares is not None and group == 'sequence' and G == shares.shape[1]: return U * ((f * P).sum(-1) * shares[0]).sum()
+    if shares is not None and group == 'sequence' and G == shares.shape[1]:
+        return U * ((f * P).sum(-1) * shares[0]).sum()
     mean = U * (f * P).sum() / (n > 0).sum().clamp_min(1)
     return mean if shares is None else mean * _share(shares, group)
 

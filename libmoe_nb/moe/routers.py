@@ -108,7 +108,8 @@ class Router(nn.Module):
         if top_k > M: raise ValueError(f'top_k must be at most the {M} choices of the router, got {top_k}')
         if M % n_group: raise ValueError(f'n_group must divide the {M} choices of the router, got {n_group}')
         if not 1 <= topk_group <= n_group or topk_group * (M // n_group) < top_k:
-            raise ValueError(f'topk_group must be between 1 and n_group={n_group} and leave at least top_k={top_k} choices, got {topk_group}')
+            raise ValueError(f'topk_group must be between 1 and n_group={n_group} and leave at least top_k={top_k} '
+                             f'choices, got {topk_group}')
         self.num_experts, self.top_k, self.num_choices, self.init_std = num_experts, top_k, M, init_std
         self.norm_topk_prob = top_k > 1 or M == 1 if norm_topk_prob is None else norm_topk_prob
         self.routed_scaling_factor, self.n_group, self.topk_group = routed_scaling_factor, n_group, topk_group
@@ -205,7 +206,8 @@ class CosineRouter(SoftmaxRouter):
         if double_softmax not in (False, True, 'chosen'):
             raise ValueError(f"double_softmax must be False, True or 'chosen', got {double_softmax!r}")
         self.router_size, self.gain, self.double_softmax = router_size or max(num_experts // 2, 1), gain, double_softmax
-        self.temperature, self.learnable_temperature, self.embedding_norm = temperature, learnable_temperature, embedding_norm
+        self.temperature, self.learnable_temperature, self.embedding_norm = (temperature, learnable_temperature,
+                                                                             embedding_norm)
         super().__init__(hidden_size, num_experts, top_k, **kwargs)
 
     def build(self, hidden_size, num_choices):
@@ -242,7 +244,8 @@ def weigh(self:CosineRouter, scores, top_k_index):
     return scores.gather(-1, top_k_index).softmax(-1) * self.routed_scaling_factor
 
 @patch(as_prop=True)
-def constant_weight(self:CosineRouter): return self.top_k == 1 and (bool(self.norm_topk_prob) or self.double_softmax == 'chosen')
+def constant_weight(self:CosineRouter):
+    return self.top_k == 1 and (bool(self.norm_topk_prob) or self.double_softmax == 'chosen')
 
 # %% ../../nbs/moe/routers.ipynb #c5069416
 @delegates()
@@ -277,9 +280,11 @@ def weigh(self:TernaryRouter, scores, top_k_index):
 class ResidualRouter(SoftmaxRouter):
     "MoE++: softmax over experts and zero-computation experts, with a gating residual from the previous router."
     uses_previous_logits = True
-    def __init__(self, hidden_size, num_experts, top_k, *, num_zero_computation_experts:int=0, gating_residual:bool=True, **kwargs):
+    def __init__(self, hidden_size, num_experts, top_k, *, num_zero_computation_experts:int=0,
+                 gating_residual:bool=True, **kwargs):
         self.has_residual = gating_residual
-        super().__init__(hidden_size, num_experts, top_k, num_choices=num_experts + num_zero_computation_experts, **kwargs)
+        super().__init__(hidden_size, num_experts, top_k, num_choices=num_experts + num_zero_computation_experts,
+                         **kwargs)
 
     def build(self, hidden_size, num_choices):
         super().build(hidden_size, num_choices)
@@ -292,7 +297,8 @@ class ResidualRouter(SoftmaxRouter):
         l = super().logits(x)
         if previous_logits is None or self.gating_residual is None: return l
         if previous_logits.shape != l.shape:
-            raise ValueError(f'previous_logits must be {tuple(l.shape)}, for the same tokens and choices, got {tuple(previous_logits.shape)}')
+            raise ValueError(f'previous_logits must be {tuple(l.shape)}, for the same tokens and choices, got '
+                             f'{tuple(previous_logits.shape)}')
         return l + F.linear(previous_logits.to(l), self.gating_residual.to(l.dtype))
 
 # %% ../../nbs/moe/routers.ipynb #0e501bc9
@@ -300,7 +306,8 @@ class ResidualRouter(SoftmaxRouter):
 def _apply(self:Router, fn, recurse=True):
     bias = self.expert_bias
     nn.Module._apply(self, fn, recurse)
-    if bias is not None and self.expert_bias.dtype in (torch.bfloat16, torch.float16): self.expert_bias = bias.to(self.expert_bias.device)
+    if bias is not None and self.expert_bias.dtype in (torch.bfloat16, torch.float16):
+        self.expert_bias = bias.to(self.expert_bias.device)
     return self
 
 # %% ../../nbs/moe/routers.ipynb #54b614ac

@@ -22,9 +22,12 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from ..moe.config import recipes
 
 # %% ../../nbs/plots/figures.ipynb #85ecf78b
-style = {'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#888888', 'axes.grid': True, 'grid.color': '#e8e8e8',
-         'axes.axisbelow': True, 'axes.titlelocation': 'left', 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'font.size': 9,
-         'axes.labelcolor': '#333333', 'xtick.color': '#555555', 'ytick.color': '#333333', 'legend.frameon': False, 'lines.linewidth': 1.7,
+style = {'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#888888', 'axes.grid': True,
+         'grid.color': '#e8e8e8',
+         'axes.axisbelow': True, 'axes.titlelocation': 'left', 'axes.titlesize': 10, 'axes.titleweight': 'bold',
+         'font.size': 9,
+         'axes.labelcolor': '#333333', 'xtick.color': '#555555', 'ytick.color': '#333333', 'legend.frameon': False,
+         'lines.linewidth': 1.7,
          'lines.markersize': 4.5, 'figure.facecolor': 'white', 'axes.facecolor': 'white', 'svg.fonttype': 'path'}
 
 # %% ../../nbs/plots/figures.ipynb #bc6e8937
@@ -38,8 +41,10 @@ def in_style(**more): # further settings, by their names in `rcParams`
     finally: plt.rcParams.update(before)
 
 # %% ../../nbs/plots/figures.ipynb #b7ef6e98
-_looks = dict(dense=('#222222', '--', 's'), smoe=('#0060c0', '-', 'o'), smoe_sigmoid=('#4fb3f0', '-', '^'), xmoe=('#eda800', '-', 'D'),
-    sharede_v2=('#11774f', '-', 'v'), sharede_v3=('#83d0a8', '-', 'P'), tcmoe=('#d1500a', '-', 'X'), moe_plus_plus=('#a0459a', '-', '*'))
+_looks = dict(dense=('#222222', '--', 's'), smoe=('#0060c0', '-', 'o'), smoe_sigmoid=('#4fb3f0', '-', '^'),
+    xmoe=('#eda800', '-', 'D'),
+    sharede_v2=('#11774f', '-', 'v'), sharede_v3=('#83d0a8', '-', 'P'), tcmoe=('#d1500a', '-', 'X'),
+    moe_plus_plus=('#a0459a', '-', '*'))
 _further = [('#8c6d46', '-.', 'h'), ('#7a7a7a', '-.', 'p'), ('#5b5bd6', '-.', '<')]
 
 # %% ../../nbs/plots/figures.ipynb #c69e366d
@@ -63,12 +68,17 @@ def panels(
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout='constrained', **kw)[1]
 
 # %% ../../nbs/plots/figures.ipynb #6c0d6e1c
-def _axes(ax, width=5.2, height=3.2): return plt.subplots(figsize=(width, height), layout='constrained')[1] if ax is None else ax
+def _axes(ax, width=5.2, height=3.2):
+    return plt.subplots(figsize=(width, height), layout='constrained')[1] if ax is None else ax
 
-_names = dict(valid_perplexity='validation perplexity', valid_loss='validation loss (nats per token)', train_loss='training loss (nats per token)',
-    train_perplexity='training perplexity', tokens='training tokens', step='steps', perplexity='validation perplexity', load_max_mean='busiest expert / mean load',
-    margin='router margin (best − second score)', change_rate='expert change rate (0: nothing changed)', saturation='router saturation (1: as at the end)',
-    loss_change='change of loss (nats per token)', accuracy_change='change of accuracy', entropy='entropy of load (1: uniform)', dead_experts='experts without a token', aux_loss='auxiliary loss')
+_names = dict(valid_perplexity='validation perplexity', valid_loss='validation loss (nats per token)',
+    train_loss='training loss (nats per token)',
+    train_perplexity='training perplexity', tokens='training tokens', step='steps', perplexity='validation perplexity',
+    load_max_mean='busiest expert / mean load',
+    margin='router margin (best − second score)', change_rate='expert change rate (0: nothing changed)',
+    saturation='router saturation (1: as at the end)',
+    loss_change='change of loss (nats per token)', accuracy_change='change of accuracy',
+    entropy='entropy of load (1: uniform)', dead_experts='experts without a token', aux_loss='auxiliary loss')
 def _label(name): return _names.get(name, name.replace('_', ' '))
 
 def _as_text(legend):
@@ -91,7 +101,9 @@ def _lost(df, x, y):
 
 def _legend(ax, ends):
     order = sorted(ends, key=lambda e: -ends[e][0])
-    if order: _as_text(ax.legend([ends[r][1] for r in order], [recipe_title(r) + ends[r][2] for r in order], loc='center left', bbox_to_anchor=(1, .5), handlelength=2.6))
+    if order:
+        _as_text(ax.legend([ends[r][1] for r in order], [recipe_title(r) + ends[r][2] for r in order],
+                           loc='center left', bbox_to_anchor=(1, .5), handlelength=2.6))
 
 # %% ../../nbs/plots/figures.ipynb #4c5c1d4a
 @in_style()
@@ -142,12 +154,14 @@ def plot_perplexity(
     for i, r in enumerate(mean.index):
         runs, n = df.loc[df.recipe == r, x].dropna(), (df.recipe == r).sum()
         if len(runs) > 1: ax.plot(runs, [i] * len(runs), ls='', marker='o', ms=4, mec='#222222', mfc='white', mew=.8)
-        text = (f'{mean[r]:.1f}' + (f' ± {runs.std():.1f}' if len(runs) > 1 else '') + (f' ({n - len(runs)} of {n} diverged)' if len(runs) < n else '')) if len(runs) else 'diverged'
+        text = (f'{mean[r]:.1f}' + (f' ± {runs.std():.1f}' if len(runs) > 1 else '')
+                + (f' ({n - len(runs)} of {n} diverged)' if len(runs) < n else '')) if len(runs) else 'diverged'
         ax.annotate(text, (runs.max() if len(runs) else 0, i), (6, 0), textcoords='offset points',
             va='center', bbox=dict(facecolor='white', edgecolor='none', pad=.4))
     if unigram is not None: _floor(ax.axvline, unigram, ax)
     ax.set_yticks(range(len(mean)), [recipe_title(r) for r in mean.index], parse_math=False)
-    ax.set(xlabel=_label(x), xlim=(0, np.nanmax([1.03 * (unigram or 0), df[x].max() * 1.36]) or 1.)); ax.grid(axis='y', visible=False)
+    ax.set(xlabel=_label(x), xlim=(0, np.nanmax([1.03 * (unigram or 0), df[x].max() * 1.36]) or 1.))
+    ax.grid(axis='y', visible=False)
     return ax
 
 # %% ../../nbs/plots/figures.ipynb #87b95e90
@@ -159,15 +173,20 @@ def plot_domains(
 ):                    # Figure
     "Validation perplexity by domain, one panel each."
     df = df.assign(**{x: df[x].astype(float).where(np.isfinite(df[x].astype(float)))})
-    domains, order = list(df.domain.unique()), df.groupby('recipe')[x].mean().sort_values(ascending=False, na_position='first').index
+    domains, order = (list(df.domain.unique()),
+                      df.groupby('recipe')[x].mean().sort_values(ascending=False, na_position='first').index)
     if fig is None: fig = plt.figure(figsize=(max(2.3*len(domains) + 1, 4), .7 + .28*len(order)), layout='constrained')
     for ax, d in zip(np.ravel(fig.subplots(1, len(domains), sharey=True)), domains):
         for i, r in enumerate(order):
             runs = df.loc[(df.domain == d) & (df.recipe == r), x].dropna()
-            if not len(runs): ax.text(.5, i, '–', transform=ax.get_yaxis_transform(), ha='center', va='center'); continue
-            ax.plot([runs.min(), runs.max()], [i, i], color=recipe_style(r)['color'], lw=2.2, alpha=.5, solid_capstyle='round')
+            if not len(runs):
+                ax.text(.5, i, '–', transform=ax.get_yaxis_transform(), ha='center', va='center'); continue
+            ax.plot([runs.min(), runs.max()], [i, i], color=recipe_style(r)['color'], lw=2.2, alpha=.5,
+                    solid_capstyle='round')
             ax.plot(runs.mean(), i, **dict(recipe_style(r), linestyle=''), ms=7)
-        ax.set_title(d, parse_math=False); ax.set_yticks(range(len(order)), [recipe_title(r) for r in order], parse_math=False); ax.margins(x=.12); ax.set_ylim(-.5, len(order) - .5)
+        ax.set_title(d, parse_math=False)
+        ax.set_yticks(range(len(order)), [recipe_title(r) for r in order], parse_math=False)
+        ax.margins(x=.12); ax.set_ylim(-.5, len(order) - .5)
     fig.supxlabel(_label(x), fontsize=9)
     return fig
 
@@ -200,13 +219,16 @@ def plot_loads(
 ):                    # Figure
     "Heat maps of expert load: a panel a domain, a row a layer, a column an expert."
     domains, L, N = list(df.domain.unique()), df.layer.nunique(), df.expert.nunique()
-    if fig is None: fig = plt.figure(figsize=(min(1.4 + len(domains)*max(.11*N, 1.5), 14), .8 + .24*L), layout='constrained')
+    if fig is None:
+        fig = plt.figure(figsize=(min(1.4 + len(domains)*max(.11*N, 1.5), 14), .8 + .24*L), layout='constrained')
     axes = np.ravel(fig.subplots(1, len(domains), sharey=True))
     for ax, d in zip(axes, domains):
         layers, grid = _load_grid(df[df.domain == d])
         image = ax.pcolormesh(grid, cmap='PuOr_r', norm=Normalize(-3, 3), edgecolors='white', lw=.4)
-        ax.set_title(d, fontweight='normal', fontsize=9, parse_math=False); ax.grid(False); ax.spines[:].set_visible(False); ax.tick_params(length=0)
-        ax.set_yticks(np.arange(L) + .5, layers); ax.set_xticks([.5, N - .5], ['0', f'{N-1}'] if N > 1 else ['0', '']); ax.invert_yaxis()
+        ax.set_title(d, fontweight='normal', fontsize=9, parse_math=False)
+        ax.grid(False); ax.spines[:].set_visible(False); ax.tick_params(length=0)
+        ax.set_yticks(np.arange(L) + .5, layers)
+        ax.set_xticks([.5, N - .5], ['0', f'{N-1}'] if N > 1 else ['0', '']); ax.invert_yaxis()
     axes[0].set_ylabel('layer'); axes[len(axes)//2].set_xlabel('expert')
     if title: fig.suptitle(title, fontweight='bold', fontsize=10, x=.01, ha='left', parse_math=False)
     _fit_label(_load_scale(fig, image, list(axes)), 'load (1: uniform)')
@@ -231,11 +253,14 @@ def plot_balance(
     return fig
 
 # %% ../../nbs/plots/figures.ipynb #ce34ce5e
-_muted, _marks = ['#cc6677', '#332288', '#ddcc77', '#117733', '#88ccee', '#882255', '#44aa99', '#999933', '#aa4499'], 'osD^vPX*h'
+_muted, _marks = (['#cc6677', '#332288', '#ddcc77', '#117733', '#88ccee', '#882255', '#44aa99', '#999933', '#aa4499'],
+                  'osD^vPX*h')
 
 def _by(df, by):
     "The column that tells lines apart; None: there is one line"
-    if by is None: return next((c for c in ('recipe', 'model', 'trace', 'domain') if c in df and (c != 'domain' or df[c].nunique() > 1)), None)
+    if by is None:
+        return next((c for c in ('recipe', 'model', 'trace', 'domain')
+                     if c in df and (c != 'domain' or df[c].nunique() > 1)), None)
     if by not in df: raise ValueError(f"by must name a column of df ({', '.join(map(str, df.columns))}), got {by!r}")
     return by
 
@@ -245,8 +270,10 @@ def _looks_of(by, names):
     "For each value of a column: keywords for `Axes.plot`"
     if by == 'recipe': return {n: recipe_style(n) for n in names}
     if by is None: return {n: dict(color='#333333', linestyle='-', marker='o') for n in names}
-    if all(isinstance(n, (int, float, np.number)) for n in names): return {n: dict(color=_shade(i, len(names)), linestyle='-', marker=None) for i, n in enumerate(names)}
-    return {n: dict(color=_muted[i % 9], linestyle=['-', '--', '-.', ':'][i // 9 % 4], marker=_marks[i % 9]) for i, n in enumerate(names)}
+    if all(isinstance(n, (int, float, np.number)) for n in names):
+        return {n: dict(color=_shade(i, len(names)), linestyle='-', marker=None) for i, n in enumerate(names)}
+    return {n: dict(color=_muted[i % 9], linestyle=['-', '--', '-.', ':'][i // 9 % 4], marker=_marks[i % 9])
+            for i, n in enumerate(names)}
 
 def _values(df, by):
     "The values of a column in the order of the figure"
@@ -262,7 +289,8 @@ def _chance(df, value, random):
     if isinstance(random, pd.DataFrame): return [at for at in [random[value].mean()] if np.isfinite(at)]
     if not isinstance(random, str): return [float(random)] if np.isfinite(float(random)) else []
     if random != 'auto': raise ValueError(f"random must be 'auto', None, a number or a table, got {random!r}")
-    if value == 'entropy' and 'K' in df: at = [sum(1 / i for i in range(2, k + 1)) / np.log(k) for k in df.K.unique() if k > 1]
+    if value == 'entropy' and 'K' in df:
+        at = [sum(1 / i for i in range(2, k + 1)) / np.log(k) for k in df.K.unique() if k > 1]
     elif value == 'entropy' and 'N' in df: at = [1.]
     elif value == 'saturation' and {'k', 'N'} <= {*df}: at = df.k / df.N
     else: at = []
@@ -282,7 +310,9 @@ def _lines(ax, df, x, y, by, dash):
         for i, k in enumerate(ks):
             d = _spread(part if k is None else part[part[dash] == k], x, y, 1)
             if d.empty: continue
-            line, = ax.plot(d.index, d['mean'], **dict(looks[n], **({} if k is None else dict(linestyle=_dashes[i % 4]))), markevery=max(len(d) // 16, 1))
+            line, = ax.plot(d.index, d['mean'],
+                            **dict(looks[n], **({} if k is None else dict(linestyle=_dashes[i % 4]))),
+                            markevery=max(len(d) // 16, 1))
             if (d.high > d.low).any(): ax.fill_between(d.index, d.low, d.high, color=line.get_color(), alpha=.15, lw=0)
             ends.setdefault(n, (d['mean'].iloc[-1], line))
     return ends
@@ -291,20 +321,28 @@ def _lines(ax, df, x, y, by, dash):
 def _key(ax, ends, by, chance, dashes=()):
     "Legend or colour scale, beside the axes"
     many = len(ends) > 8 and all(isinstance(n, (int, float, np.number)) for n in ends)
-    order = [] if many or by is None else sorted(ends, key=lambda n: n if isinstance(n, (int, float, np.number)) else -ends[n][0])
-    pairs = [(ends[n][1], recipe_title(n) if by == 'recipe' else f'{_label(by)} {n}' if isinstance(n, (int, float, np.number)) else str(n)) for n in order]
+    order = ([] if many or by is None
+             else sorted(ends, key=lambda n: n if isinstance(n, (int, float, np.number)) else -ends[n][0]))
+    pairs = [(ends[n][1], recipe_title(n) if by == 'recipe' else f'{_label(by)} {n}'
+              if isinstance(n, (int, float, np.number)) else str(n)) for n in order]
     pairs += [(plt.Line2D([], [], color='#555555', ls=_dashes[i % 4]), d) for i, d in enumerate(dashes)]
-    if chance: pairs.append(([ax.axhline(at, color='#777777', lw=1.2, ls=':', zorder=1) for at in chance][0], 'random routing: ' + ', '.join(f'{at:.3g}' for at in chance)))
-    if pairs: _as_text(ax.legend(*zip(*pairs), loc='upper left' if many else 'center left', bbox_to_anchor=(0, -.2) if many else (1, .5), handlelength=2.6))
+    if chance:
+        pairs.append(([ax.axhline(at, color='#777777', lw=1.2, ls=':', zorder=1) for at in chance][0],
+                      'random routing: ' + ', '.join(f'{at:.3g}' for at in chance)))
+    if pairs:
+        _as_text(ax.legend(*zip(*pairs), loc='upper left' if many else 'center left',
+                           bbox_to_anchor=(0, -.2) if many else (1, .5), handlelength=2.6))
     if many:
         at = plt.cm.ScalarMappable(Normalize(min(ends), max(ends)), ListedColormap([_shade(i, 64) for i in range(64)]))
-        bar = ax.figure.colorbar(at, ax=ax, shrink=.9, aspect=16, pad=.02, label=_label(by)); bar.outline.set_visible(False)
+        bar = ax.figure.colorbar(at, ax=ax, shrink=.9, aspect=16, pad=.02, label=_label(by))
+        bar.outline.set_visible(False)
 
 # %% ../../nbs/plots/figures.ipynb #8c718f6a
 def _plot_lines(df, value, x, by, dash, random, ax):
     by, ax = _by(df, by), _axes(ax)
     ends = _lines(ax, df, x, value, by, dash)
-    _key(ax, ends, by, _chance(df, value, random), [k if isinstance(k, str) else f'{_label(dash)} = {k}' for k in _values(df, dash)] if dash else ())
+    _key(ax, ends, by, _chance(df, value, random),
+         [k if isinstance(k, str) else f'{_label(dash)} = {k}' for k in _values(df, dash)] if dash else ())
     ax.set(xlabel=_label(x), ylabel=_label(value))
     return ax
 
@@ -335,7 +373,8 @@ def plot_over_checkpoints(
     ax=None,
 ):                    # Axes
     "A metric over training, with the spread over seeds."
-    if dash is None and 'k' in df and df.k.nunique() > 1: df, dash = df.assign(choices=np.where(df.k == 1, 'k = 1', 'k = K')), 'choices'
+    if dash is None and 'k' in df and df.k.nunique() > 1:
+        df, dash = df.assign(choices=np.where(df.k == 1, 'k = 1', 'k = K')), 'choices'
     ax = _plot_lines(df, value, x, by, dash, random, ax)
     if x == 'tokens': ax.xaxis.set_major_formatter(EngFormatter(sep=''))
     return ax
@@ -354,17 +393,21 @@ def plot_allocation(
     names, df = _values(df, by), df if 'seed' in df else df.assign(seed=0)
     looks, ends, ax = _looks_of(by, names), {}, _axes(ax, 5.2, .9 + len(domains) * (.16 + .1 * len(names)))
     for i, n in enumerate(names):
-        d = (df if by is None else df[df[by] == n]).groupby(['domain', 'seed'])[value].mean().unstack('seed').reindex(domains)
+        d = (df if by is None
+             else df[df[by] == n]).groupby(['domain', 'seed'])[value].mean().unstack('seed').reindex(domains)
         at = np.arange(len(domains)) + (.5 - (i + .5) / len(names)) * .72
         ax.hlines(at, d.min(axis=1), d.max(axis=1), color=looks[n]['color'], lw=2.2, alpha=.5)
         line, = ax.plot(d.mean(axis=1), at, **dict(looks[n], linestyle='', marker=looks[n]['marker'] or 'o'), ms=5.5)
         ends[n] = -i, line
     for i in range(1, len(domains)): ax.axhline(i - .5, color='#e8e8e8', lw=.8, zorder=0)
-    chance = [(ax.axvline(at, color='#777777', lw=1.2, ls=':', zorder=1), f'random routing: {at:.3g}') for at in _chance(df, value, random)]
+    chance = [(ax.axvline(at, color='#777777', lw=1.2, ls=':', zorder=1), f'random routing: {at:.3g}')
+              for at in _chance(df, value, random)]
     pairs = [] if by is None else [(l, recipe_title(n) if by == 'recipe' else str(n)) for n, (_, l) in ends.items()]
     if pairs + chance: _as_text(ax.legend(*zip(*pairs, *chance), loc='center left', bbox_to_anchor=(1, .5)))
-    ax.set_yticks(range(len(domains)), domains, parse_math=False); ax.grid(axis='y', visible=False); ax.tick_params(axis='y', length=0)
-    ax.set(xlabel='entropy of allocation (1: even)' if value == 'entropy' else _label(value), ylim=(-.5, len(domains) - .5))
+    ax.set_yticks(range(len(domains)), domains, parse_math=False)
+    ax.grid(axis='y', visible=False); ax.tick_params(axis='y', length=0)
+    ax.set(xlabel='entropy of allocation (1: even)' if value == 'entropy' else _label(value),
+           ylim=(-.5, len(domains) - .5))
     return ax
 
 # %% ../../nbs/plots/figures.ipynb #3c22b8a4
@@ -372,11 +415,16 @@ def _one_layer(df, layer, keys):
     "The rows of one layer, one row for each combination of `keys`"
     layers = sorted(df.layer.unique())
     if isinstance(layer, (int, np.integer)) and layer < 0: layer = layers[layer] if -layer <= len(layers) else layer
-    if not layers: raise ValueError('df must have rows of at least one layer, got none: a layer of one expert has no pairs, for instance')
+    if not layers:
+        raise ValueError('df must have rows of at least one layer, got none: a layer of one expert has no pairs, for '
+                         'instance')
     if layer not in layers: raise ValueError(f'layer must be one of {", ".join(map(str, layers))}, got {layer!r}')
     d = df[df.layer == layer]
-    mixed = [c for c in ('recipe', 'model', 'trace', 'seed', 'step', 'domain') if c in d and c not in keys and d[c].nunique() > 1]
-    if d.duplicated(keys).any(): raise ValueError(f'df must be about one trace, got several rows for the same {" and ".join(keys)}' + (f': choose one {", ".join(mixed)}' if mixed else ''))
+    mixed = [c for c in ('recipe', 'model', 'trace', 'seed', 'step', 'domain')
+             if c in d and c not in keys and d[c].nunique() > 1]
+    if d.duplicated(keys).any():
+        raise ValueError(f'df must be about one trace, got several rows for the same {" and ".join(keys)}'
+                         + (f': choose one {", ".join(mixed)}' if mixed else ''))
     return layer, d
 
 def _heat(ax, grid, rows, columns, **kw):
@@ -385,8 +433,10 @@ def _heat(ax, grid, rows, columns, **kw):
     image = ax.pcolormesh(np.ma.masked_invalid(grid), edgecolors='white', lw=.4 if max(R, C) <= 40 else .1, **kw)
     for axis, names, n in ((ax.xaxis, columns, C), (ax.yaxis, rows, R)):
         step = -(-n // 36)
-        axis.set_ticks(np.arange(0, n, step) + .5, [str(v) for v in list(names)[::step]], fontsize=8 if n <= 20 else 6.5, parse_math=False)
-    ax.invert_yaxis(); ax.grid(False); ax.spines[:].set_visible(False); ax.tick_params(length=0); ax.set_facecolor('#eeeeee')
+        axis.set_ticks(np.arange(0, n, step) + .5, [str(v) for v in list(names)[::step]],
+                       fontsize=8 if n <= 20 else 6.5, parse_math=False)
+    ax.invert_yaxis()
+    ax.grid(False); ax.spines[:].set_visible(False); ax.tick_params(length=0); ax.set_facecolor('#eeeeee')
     return image
 
 def _scale(image, ax, label, **kw):
@@ -406,13 +456,17 @@ def plot_co_activation(
 ):                    # Axes
     "Matrix of the experts that are active together."
     layer, d = _one_layer(df, layer, ['expert', 'other'])
-    if experts is None: experts = d.drop_duplicates('expert').sort_values('tokens', ascending=False, kind='stable').expert[:top]
+    if experts is None:
+        experts = d.drop_duplicates('expert').sort_values('tokens', ascending=False, kind='stable').expert[:top]
     grid = d.pivot(index='expert', columns='other', values='co_activation').reindex(index=experts, columns=experts)
     ax = _axes(ax, 1.6 + .19 * min(len(grid), 36), .9 + .19 * min(len(grid), 36))
-    image = _heat(ax, grid.to_numpy(dtype=float), grid.index, grid.columns, cmap='Blues', norm=Normalize(0, vmax or np.fmax.reduce(grid.to_numpy(dtype=float), axis=None, initial=1e-9)))
+    image = _heat(ax, grid.to_numpy(dtype=float), grid.index, grid.columns, cmap='Blues',
+                  norm=Normalize(0, vmax or np.fmax.reduce(grid.to_numpy(dtype=float), axis=None, initial=1e-9)))
     ax.set(title=f'layer {layer}', xlabel='expert', ylabel='given expert'); ax.set_aspect('equal')
     N, label = d.N.iloc[0], "share of the row's tokens"
-    chance = d.groupby('expert').co_activation.sum(min_count=1).mean() / max(N - 1, 1) if d.expert.nunique() == N else np.nan      # the table is whole, so a row's sum tells K - 1
+    # the table is whole, so a row's sum tells K - 1
+    chance = (d.groupby('expert').co_activation.sum(min_count=1).mean() / max(N - 1, 1) if d.expert.nunique() == N
+              else np.nan)
     bar = _scale(image, ax, label + (f' (line: random, {chance:.2f})' if np.isfinite(chance) else ''))
     if np.isfinite(chance): bar.ax.axhline(chance, color='#d1500a', lw=2)
     return ax
@@ -433,7 +487,8 @@ def plot_specialisation(
         v = grid.to_numpy(dtype=float, na_value=0)
         grid = grid.iloc[:, np.lexsort((-v.max(0), np.where(v.max(0) > 0, v.argmax(0), len(v))))]
     ax = _axes(ax, 2.6 + min(max(.2 * grid.shape[1], 2), 9), .9 + .26 * len(grid))
-    image = _heat(ax, np.log2(grid.to_numpy(dtype=float).clip(2.**-3)), domains, grid.columns, cmap='PuOr_r', norm=Normalize(-3, 3))
+    image = _heat(ax, np.log2(grid.to_numpy(dtype=float).clip(2.**-3)), domains, grid.columns, cmap='PuOr_r',
+                  norm=Normalize(-3, 3))
     ax.set(title=f'layer {layer}', xlabel='expert, sorted by the domain it prefers' if sort else 'expert')
     bar = _scale(image, ax, 'lift (1: random)', ticks=[-3, 0, 3]); bar.ax.set_yticklabels(['≤ ⅛', '1', '≥ 8'])
     return ax
@@ -475,17 +530,22 @@ def plot_perturbation(
     for i, n in enumerate(names):
         d = (df if by is None else df[df[by] == n]).groupby('intervention')[value]
         at = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * h
-        ax.barh(at, d.mean().reindex(groups), h * .92, color=looks[n]['color'], label=None if by is None else recipe_title(n) if by == 'recipe' else str(n))
+        ax.barh(at, d.mean().reindex(groups), h * .92, color=looks[n]['color'],
+                label=None if by is None else recipe_title(n) if by == 'recipe' else str(n))
         for y, g in zip(at, groups):
-            if len(v := d.get_group(g) if g in d.groups else []) > 1: ax.plot(v, [y] * len(v), ls='', marker='o', ms=3.5, mec='#222222', mfc='white', mew=.8)
+            if len(v := d.get_group(g) if g in d.groups else []) > 1:
+                ax.plot(v, [y] * len(v), ls='', marker='o', ms=3.5, mec='#222222', mfc='white', mew=.8)
     if by is not None: _as_text(ax.legend(loc='center left', bbox_to_anchor=(1, .5)))
-    ax.axvline(0, color='#555555', lw=1); ax.set_yticks(range(len(groups)), groups, parse_math=False); ax.invert_yaxis(); ax.grid(axis='y', visible=False)
+    ax.axvline(0, color='#555555', lw=1)
+    ax.set_yticks(range(len(groups)), groups, parse_math=False); ax.invert_yaxis(); ax.grid(axis='y', visible=False)
     ax.set_xlabel(_label(value)); ax.tick_params(axis='y', length=0)
     return ax
 
 # %% ../../nbs/plots/figures.ipynb #979b571d
 _fills = ['#77aadd', '#ee8866', '#eedd88', '#ffaabb', '#99ddff', '#44bb99', '#bbcc33', '#aaaa00']
-_rules = ['', *(f'text-decoration:{side} {kind} #111;text-decoration-skip-ink:none' for side in ('underline', 'overline') for kind in ('solid 2px', 'dotted 2px', 'double 1px', 'wavy 1px'))]
+_rules = ['',
+          *(f'text-decoration:{side} {kind} #111;text-decoration-skip-ink:none' for side in ('underline', 'overline')
+            for kind in ('solid 2px', 'dotted 2px', 'double 1px', 'wavy 1px'))]
 
 def _chip(expert, num_experts):
     "Style of a token of an expert; N: of none"
@@ -505,13 +565,15 @@ def _pieces(tokenizer, ids):
 
 def _shown(piece):
     "Escaped, with what cannot be seen made visible"
-    visible = ''.join(c if c == '\n' or c == '\t' or ord(c) >= 32 and ord(c) != 127 else chr(0x2400 + ord(c)) if ord(c) < 32 else '␡' for c in piece)
+    visible = ''.join(c if c == '\n' or c == '\t' or ord(c) >= 32 and ord(c) != 127 else chr(0x2400 + ord(c))
+                      if ord(c) < 32 else '␡' for c in piece)
     return escape(visible or '·').replace('\n', '↵\n')
 
 # %% ../../nbs/plots/figures.ipynb #8ff78586
 def _decisions(l, t):
     "Experts of token `t` with their weights, in words"
-    name = lambda c: 'none' if l.expert_of[c] >= l.num_experts else f"expert {'−' if l.sign_of[c] < 0 else ''}{l.expert_of[c]}"
+    name = lambda c: ('none' if l.expert_of[c] >= l.num_experts
+                      else f"expert {'−' if l.sign_of[c] < 0 else ''}{l.expert_of[c]}")
     return ', '.join(f'{name(c)}: {w:.2f}' for c, w in zip(l.chosen[t], l.weight[t]))
 
 def _token_span(l, trace, t, piece, rank, numbers):
@@ -519,7 +581,8 @@ def _token_span(l, trace, t, piece, rank, numbers):
     where = f', {trace.domains[d]}' if 0 <= d < len(trace.domains) else ''
     title = escape(f'token {trace.token[t]} at {trace.position[t]}{where}. {_decisions(l, t)}')
     number = f'<sub style="font-size:.65em">{e if e < l.num_experts else "–"}</sub>' if numbers else ''
-    return f'<span title="{title}" style="{_chip(e, l.num_experts)};border-radius:3px;padding:1px 0">{_shown(piece)}{number}</span>'
+    return (f'<span title="{title}" style="{_chip(e, l.num_experts)};border-radius:3px;padding:1px '
+            f'0">{_shown(piece)}{number}</span>')
 
 # %% ../../nbs/plots/figures.ipynb #e14e934d
 def token_html(
@@ -533,17 +596,22 @@ def token_html(
 )->str:                   # HTML, complete in itself
     "Text of a probe set, each token coloured by its expert."
     l, stop = trace.layer(layer), min(start + num_tokens, trace.num_tokens)
-    if not 0 <= start < trace.num_tokens: raise ValueError(f'start must be a token between 0 and {trace.num_tokens - 1}, got {start}')
+    if not 0 <= start < trace.num_tokens:
+        raise ValueError(f'start must be a token between 0 and {trace.num_tokens - 1}, got {start}')
     if not 0 <= rank < l.top_k: raise ValueError(f'rank must be between 0 and {l.top_k - 1}, got {rank}')
     shown, N = l.expert[start:stop, rank], l.num_experts
     pieces = _pieces(tokenizer, trace.token[start:stop].tolist())
     text = ''.join(_token_span(l, trace, t, p, rank, numbers) for t, p in zip(range(start, stop), pieces))
     ids, counts = np.unique(shown, return_counts=True)
-    key = ' '.join(f'<span style="white-space:nowrap;margin-right:.7em"><span style="{_chip(e, N)};border-radius:3px;padding:0 .45em">{e if e < N else "none"}</span> {c}</span>'
+    key = ' '.join(f'<span style="white-space:nowrap;margin-right:.7em"><span '
+                   f'style="{_chip(e, N)};border-radius:3px;padding:0 .45em">{e if e < N else "none"}</span> {c}</span>'
                    for c, e in sorted(zip(counts.tolist(), ids.tolist()), key=lambda p: (-p[0], p[1])))
-    about = f'Layer {layer % len(trace.layers)}, {"first" if rank == 0 else f"number {rank + 1}"} choice of {len(shown)} tokens. Expert and its tokens:'
-    return (f'<div style="color:inherit;line-height:1.75;max-width:60em"><div style="font-size:.85em;margin-bottom:.5em">{about} {key}</div>'
-            f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.9em">{text}</div></div>')
+    about = (f'Layer {layer % len(trace.layers)}, {"first" if rank == 0 else f"number {rank + 1}"} choice of '
+             f'{len(shown)} tokens. Expert and its tokens:')
+    return (f'<div style="color:inherit;line-height:1.75;max-width:60em"><div '
+            f'style="font-size:.85em;margin-bottom:.5em">{about} {key}</div>'
+            f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-monospace,Menlo,Consolas,'
+            f'monospace;font-size:.9em">{text}</div></div>')
 
 # %% ../../nbs/plots/figures.ipynb #d21871d6
 @in_style()
@@ -557,7 +625,8 @@ def plot_comparison(
     if fig is None: fig = plt.figure(figsize=(10, 3.6), layout='constrained')
     left, right = fig.subplots(1, 2, width_ratios=[1.1, 1])
     plot_curves(curves, floor=unigram, log=True, ax=left)
-    left.yaxis.set_major_formatter('{x:.0f}'); left.yaxis.set_minor_formatter('{x:.0f}'); (left.get_legend() or left.legend([], [])).remove()
+    left.yaxis.set_major_formatter('{x:.0f}')
+    left.yaxis.set_minor_formatter('{x:.0f}'); (left.get_legend() or left.legend([], [])).remove()
     plot_perplexity(runs, unigram=unigram, ax=right)
     return fig
 

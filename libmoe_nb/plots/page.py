@@ -37,8 +37,11 @@ _cards = """.cards-N, .cards-N tbody { display: block } .cards-N thead { display
 
 def _sheet(body):
     "All styles: a table of class cards-N has cards where less than N pixels are left, on paper in smaller letters"
-    rule = lambda medium, n, at: f'@media {medium} {{ @container (max-width: {at - 1}px) {{ {_cards.replace("N", str(n))} }} }}'
-    return _css + '\n'.join(rule(m, n, round(n * f)) for n in sorted({int(n) for n in re.findall(r'cards-(\d{3,4})\b', body)}) for m, f in (('screen', 1), ('print', .76)))
+    rule = lambda medium, n, at: (f'@media {medium} {{ @container (max-width: {at - 1}px) {{ '
+                                  f'{_cards.replace("N", str(n))} }} }}')
+    return _css + '\n'.join(rule(m, n, round(n * f))
+                            for n in sorted({int(n) for n in re.findall(r'cards-(\d{3,4})\b', body)})
+                            for m, f in (('screen', 1), ('print', .76)))
 
 # %% ../../nbs/plots/page.ipynb #86b0e030
 def report_figure(
@@ -48,14 +51,16 @@ def report_figure(
 ):                     # element
     "A figure inside the page."
     from libmoe_nb.plots.figures import figure_uri
-    return ft.Figure(ft.Img(src=figure_uri(getattr(fig, 'figure', fig)), alt=alt), *([ft.Figcaption(caption)] if caption else []))
+    return ft.Figure(ft.Img(src=figure_uri(getattr(fig, 'figure', fig)), alt=alt),
+                     *([ft.Figcaption(caption)] if caption else []))
 
 # %% ../../nbs/plots/page.ipynb #7b42b0a7
 def _text(o): return ''.join(map(_text, o.children)) if hasattr(o, 'children') else '' if o is None else str(o)
 
 def _pixels(cell):
     "About how wide a cell must be; words of a heading may stand below each other, and what may break anywhere needs 14rem"
-    words = _text(cell).split() if cell.tag == 'th' else ['x' * 25] if 'w' in cell.attrs.get('class', '').split() else [_text(cell)]
+    words = (_text(cell).split() if cell.tag == 'th' else ['x' * 25] if 'w' in cell.attrs.get('class', '').split()
+             else [_text(cell)])
     return 9. * max(map(len, words), default=0) + 18
 
 def _room(head, rows):
@@ -70,7 +75,8 @@ def report_cells(
     tag=ft.Td,
 ):
     "Cells of a row; a value may be a cell already."
-    return [v if getattr(v, 'tag', '') in ('td', 'th') else tag(v, cls='l') if i < left else tag(v) for i, v in enumerate(values)]
+    return [v if getattr(v, 'tag', '') in ('td', 'th') else tag(v, cls='l') if i < left else tag(v)
+            for i, v in enumerate(values)]
 
 def report_table(
     head,       # values
@@ -103,5 +109,6 @@ def report_page(
     "The whole page."
     body = ft.Body(ft.Header(ft.H1(title), ft.P(lead, cls='lead')), *sections, ft.Footer(footer))
     body = ft.to_xml(body)
-    head = ft.Head(ft.Meta(charset='utf-8'), ft.Meta(name='viewport', content='width=device-width, initial-scale=1'), ft.Title(title), ft.Style(ft.Safe(_sheet(body))))
+    head = ft.Head(ft.Meta(charset='utf-8'), ft.Meta(name='viewport', content='width=device-width, initial-scale=1'),
+                   ft.Title(title), ft.Style(ft.Safe(_sheet(body))))
     return '<!doctype html>\n' + ft.to_xml(ft.Html(head, ft.Safe(body), lang='en'))

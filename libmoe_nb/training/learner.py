@@ -35,7 +35,8 @@ from ..moe.routers import Routing, tokens_per_expert, update_expert_bias
 # %% ../../nbs/training/learner.ipynb #217f9a90
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')
-    from fastai.basics import (Callback, CancelBackwardException, CancelEpochException, CancelStepException, DataLoaders, Learner, Metric, OptimWrapper,
+    from fastai.basics import (Callback, CancelBackwardException, CancelEpochException, CancelStepException,
+                               DataLoaders, Learner, Metric, OptimWrapper,
                                ValueMetric, L, default_device, noop, set_seed)
     from fastai.callback.progress import ProgressCallback
     from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin
@@ -49,8 +50,10 @@ def next_token_loss(
     reduction:str='mean',  # 'mean' over the tokens that count, 'sum', or 'none' for one value a token
 )->Tensor:
     "Cross entropy in nats."
-    res = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100, reduction='none').view(labels.shape)
-    return res if reduction == 'none' else res.sum() if reduction == 'sum' else res.sum() / (labels != -100).sum().clamp(min=1)
+    res = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100,
+                          reduction='none').view(labels.shape)
+    return (res if reduction == 'none' else res.sum() if reduction == 'sum'
+            else res.sum() / (labels != -100).sum().clamp(min=1))
 
 # %% ../../nbs/training/learner.ipynb #7a9930c2
 def _as_batch(b):
@@ -70,7 +73,8 @@ class TrainBatches:
         seed:int=0,
     ):
         store_attr()
-        self.position, self.skip = 0, 0  # number of the next batch; how many batches of the coming epoch are done already
+        # number of the next batch; how many batches of the coming epoch are done already
+        self.position, self.skip = 0, 0
         self.rank, self.world = 0, 1     # which part of each batch this process takes
     def __len__(self): return self.steps
     def __iter__(self):
@@ -101,7 +105,8 @@ class ValidBatches:
 # %% ../../nbs/training/learner.ipynb #a95520e9
 class MoELearner(Learner):
     "A fastai `Learner` whose batch is one optimiser step, and which can go on where another process stopped."
-    def __init__(self, dls, model, *, grad_accum:int=1, bf16:bool=False, seed:int=0, loss_func=next_token_loss, **kwargs):
+    def __init__(self, dls, model, *, grad_accum:int=1, bf16:bool=False, seed:int=0,
+                 loss_func=next_token_loss, **kwargs):
         self.grad_accum, self.bf16, self.seed = grad_accum, bf16, seed
         self.step = 0            # optimiser steps so far; within a batch, the number of the step that it makes
         self.routings = {}       # layer -> its `Routing` for each part of the batch, where a callback wants it
@@ -120,10 +125,12 @@ def _predict(self:MoELearner):
     "Run the model on `xb`, and keep what routers decided if a callback wants it"
     wanted = self.training and any(getattr(cb, 'uses_routing', False) for cb in self.cbs)
     shares = {} if self.shares is None else dict(aux_shares=self.shares)
-    with autocast(self.yb[0].device, self.bf16), _recorder(self.model, wanted) as records: self.output = self.model(**self.xb[0], **shares, use_cache=False)
+    with autocast(self.yb[0].device, self.bf16), _recorder(self.model, wanted) as records:
+        self.output = self.model(**self.xb[0], **shares, use_cache=False)
     self.pred = self.output.logits
     mask = self.xb[0].get('attention_mask')
-    for n, rs in records.items(): self.routings.setdefault(n, []).extend((_detached(r), None if mask is None else mask.bool()) for r in rs)
+    for n, rs in records.items():
+        self.routings.setdefault(n, []).extend((_detached(r), None if mask is None else mask.bool()) for r in rs)
 
 def _detached(r:Routing):
     return r.replace(**{k: getattr(r, k).detach() for k in ('router_logits', 'scores', 'top_k_weights')})
@@ -199,7 +206,8 @@ def _check_loss(self:MoELearner):
     if hasattr(self, 'lr_finder') or self.loss.isfinite(): return
     self.diverged = self.step
     if getattr(self.dls.train, 'rank', 0) == 0:
-        warnings.warn(f'the loss is {self.loss.item()} at step {self.step}: training stops here, and this state is not saved. A lower lr, a smaller grad_clip or a longer warm-up may keep it finite.')
+        warnings.warn(f'the loss is {self.loss.item()} at step {self.step}: training stops here, and this state is not '
+                      f'saved. A lower lr, a smaller grad_clip or a longer warm-up may keep it finite.')
 
 # %% ../../nbs/training/learner.ipynb #f3638efb
 @patch
@@ -240,13 +248,15 @@ def _validate(model, data, batch_size, steps, bf16, routing):
     with evaluating(model) as device:
         for x, labels, domain in ValidBatches(data.valid, batch_size, steps):
             x, labels, domain = {k: v.to(device) for k, v in x.items()}, labels.to(device), domain.to(device)
-            with autocast(device, bf16), _recorder(model, routing) as records: logits = model(**x, use_cache=False).logits
+            with autocast(device, bf16), _recorder(model, routing) as records:
+                logits = model(**x, use_cache=False).logits
             yield labels, domain, next_token_loss(logits, labels, reduction='none'), records
 
 # %% ../../nbs/training/learner.ipynb #0701f086
 def _perplexity(loss, tokens):
     loss = loss / tokens if tokens else math.nan
-    return dict(loss=loss, perplexity=math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan, tokens=int(tokens))
+    return dict(loss=loss, perplexity=math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan,
+                tokens=int(tokens))
 
 # %% ../../nbs/training/learner.ipynb #86713d79
 def evaluate_perplexity(
@@ -263,7 +273,8 @@ def evaluate_perplexity(
     for labels, domain, loss, records in _validate(model, data, batch_size, steps, bf16, routing):
         keep = labels != -100
         at = domain[keep].cpu()
-        sums += torch.stack([torch.bincount(at, w, minlength=D) for w in (loss[keep].double().cpu(), torch.ones(len(at), dtype=torch.float64))])
+        sums += torch.stack([torch.bincount(at, w, minlength=D)
+                             for w in (loss[keep].double().cpu(), torch.ones(len(at), dtype=torch.float64))])
         _add_loads(loads, records, domain, D)
     total, by_domain = sums.sum(1).tolist(), sums.T.tolist()
     res = dict(**_perplexity(*total), domains={n: _perplexity(*s) for n, s in zip(data.domains, by_domain)})
@@ -279,7 +290,8 @@ def _add_loads(loads, records, domain, D):
         loads[n] = old[0] + new, old[1] + all
 
 def _load_table(loads, domains, layers):
-    rows = [dict(layer=layers.index(n), name=n, domain=d, expert=e, tokens=int(c), share=float(c / max(k, 1)), load=float(c / counts.mean()) if counts.sum() else 0.)
+    rows = [dict(layer=layers.index(n), name=n, domain=d, expert=e, tokens=int(c), share=float(c / max(k, 1)),
+                 load=float(c / counts.mean()) if counts.sum() else 0.)
             for n, (C, K) in loads.items() for d, counts, k in zip(domains, C, K) for e, c in enumerate(counts)]
     return pd.DataFrame(rows, columns='layer name domain expert tokens share load'.split())
 
@@ -351,7 +363,8 @@ class ExpertBiasUpdate(Callback):
         layers = moe_layers(unwrap(self.learn.model))
         for name, records in self.learn.routings.items():
             if not _has_bias(layers[name]): continue
-            update_expert_bias(layers[name].router, _summed(tokens_per_expert(r, m, choices=True) for r, m in records), self.rate)
+            update_expert_bias(layers[name].router, _summed(tokens_per_expert(r, m, choices=True) for r, m in records),
+                               self.rate)
 
 def _has_bias(layer): return isinstance(layer, MoELayer) and layer.router.expert_bias is not None
 
@@ -384,7 +397,8 @@ def warmup_cosine(
 ):                                # function of the step s
     "Learning rate by step: linear warm-up, then a cosine."
     up, down = SchedLin(0., lr), SchedCos(lr, lr * final_lr_fraction)
-    return lambda s: up((s + 1) / (warmup_steps + 1)) if s < warmup_steps else down(min((s - warmup_steps) / max(steps - 1 - warmup_steps, 1), 1.))
+    return lambda s: (up((s + 1) / (warmup_steps + 1)) if s < warmup_steps
+                      else down(min((s - warmup_steps) / max(steps - 1 - warmup_steps, 1), 1.)))
 
 # %% ../../nbs/training/learner.ipynb #24d238d7
 class StepScheduler(ParamScheduler):
@@ -403,7 +417,9 @@ def fit_cosine(self:MoELearner,
     cbs=None,
 ):
     "Fit with linear warm-up and a cosine."
-    given = dict(zip(('lr', 'warmup_steps', 'final_lr_fraction'), (d if v is None else v for v, d in zip((lr, warmup_steps, final_lr_fraction), (self.lr, *self.schedule)))))
+    given = dict(zip(('lr', 'warmup_steps', 'final_lr_fraction'),
+                     (d if v is None else v for v, d in zip((lr, warmup_steps, final_lr_fraction),
+                                                            (self.lr, *self.schedule)))))
     lr, w, f = read_settings(given).values()
     sched = StepScheduler(dict(lr=warmup_cosine(lr, n_epoch * len(self.dls.train), w, f)))
     sched.told = dict(lr=lr, warmup_steps=w, final_lr_fraction=f)
@@ -414,7 +430,8 @@ def _check_model(model, data):
     config = model.config.get_text_config() if hasattr(model, 'config') else None
     S = getattr(config, 'max_position_embeddings', None)
     check_ids(data, model)
-    check(S is None or S >= data.sequence_length, 'max_position_embeddings of the model', S, f'at least the sequence_length of the data, {data.sequence_length}')
+    check(S is None or S >= data.sequence_length, 'max_position_embeddings of the model', S,
+          f'at least the sequence_length of the data, {data.sequence_length}')
 
 # %% ../../nbs/training/learner.ipynb #e3bf98c5
 def moe_learner(
@@ -442,14 +459,18 @@ def moe_learner(
 )->MoELearner:
     "A fastai learner for a language model and text."
     p, device = get_preset(preset), find_device(device) if device is not None else default_device()
-    of_preset = dict(batch_size=batch_size, steps=steps, lr=lr, weight_decay=weight_decay, betas=betas, grad_clip=grad_clip, warmup_steps=warmup_steps, final_lr_fraction=final_lr_fraction)
+    of_preset = dict(batch_size=batch_size, steps=steps, lr=lr, weight_decay=weight_decay, betas=betas,
+                     grad_clip=grad_clip, warmup_steps=warmup_steps, final_lr_fraction=final_lr_fraction)
     s = {n: getattr(p, 'learning_rate' if n == 'lr' else n) if v is None else v for n, v in of_preset.items()}
-    s = AttrDict(read_settings(s | dict(grad_accum=grad_accum, bf16=bf16, expert_bias_rate=expert_bias_rate, seed=seed, valid_batch_size=valid_batch_size, valid_steps=valid_steps, domains=domains)))
+    s = AttrDict(read_settings(s | dict(grad_accum=grad_accum, bf16=bf16, expert_bias_rate=expert_bias_rate, seed=seed,
+                                        valid_batch_size=valid_batch_size, valid_steps=valid_steps, domains=domains)))
     check(s.grad_accum <= s.batch_size, 'grad_accum', s.grad_accum, f'at most batch_size={s.batch_size}')
     _check_model(model, data)
-    dls = DataLoaders(TrainBatches(data.train, s.batch_size, s.steps, s.seed), ValidBatches(data.valid, s.valid_batch_size or s.batch_size, s.valid_steps), device=device)
+    dls = DataLoaders(TrainBatches(data.train, s.batch_size, s.steps, s.seed),
+                      ValidBatches(data.valid, s.valid_batch_size or s.batch_size, s.valid_steps), device=device)
     opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=s.betas, fused=dls.device.type in ('cpu', 'cuda')))
-    learn = MoELearner(dls, model, grad_accum=s.grad_accum, bf16=s.bf16, seed=s.seed, opt_func=opt, lr=s.lr, wd=s.weight_decay, **kwargs)
+    learn = MoELearner(dls, model, grad_accum=s.grad_accum, bf16=s.bf16, seed=s.seed, opt_func=opt, lr=s.lr,
+                       wd=s.weight_decay, **kwargs)
     learn.schedule, learn.fingerprint = (s.warmup_steps, s.final_lr_fraction), getattr(data, 'fingerprint', None)
     return _equip(learn, data, s.grad_clip, s.expert_bias_rate, s.domains, cbs)
 
@@ -457,9 +478,11 @@ def moe_learner(
 def _equip(learn, data, grad_clip, bias_rate, domains, cbs):
     aux, speed = AuxLoss(getattr(getattr(learn.model, 'config', None), 'router_aux_loss_coef', 1.)), Throughput()
     biased = any(_has_bias(l) for l in moe_layers(learn.model).values())
-    learn.add_cbs([aux, speed, *([GradientClip(grad_clip)] if grad_clip else []), *([ExpertBiasUpdate(bias_rate)] if biased else [])]).add_cbs(cbs)
+    learn.add_cbs([aux, speed, *([GradientClip(grad_clip)] if grad_clip else []),
+                   *([ExpertBiasUpdate(bias_rate)] if biased else [])]).add_cbs(cbs)
     columns = [Perplexity(i, n) for i, n in enumerate(data.domains)] if domains else []
-    learn.metrics = [Perplexity(), *columns, ValueMetric(lambda: aux.value, 'aux_loss'), ValueMetric(lambda: speed.value and round(speed.value), 'tokens/s'), *learn.metrics]
+    learn.metrics = [Perplexity(), *columns, ValueMetric(lambda: aux.value, 'aux_loss'),
+                     ValueMetric(lambda: speed.value and round(speed.value), 'tokens/s'), *learn.metrics]
     return learn
 
 # %% ../../nbs/training/learner.ipynb #f61385d9
@@ -476,10 +499,12 @@ def _schedule(cb, steps):
     "What a `ParamScheduler` was told, or, as it holds functions, some of their values"
     if told := vars(cb).get('told'): return told
     at = [p * steps if isinstance(cb, StepScheduler) else p for p in (0., .05, .25, .5, .75, .95, 1.)]
-    return {f'schedule of {n}': [np.asarray(f(p), dtype=float).tolist() for p in at] for n, f in cb.scheds.items() if callable(f)}
+    return {f'schedule of {n}': [np.asarray(f(p), dtype=float).tolist() for p in at]
+            for n, f in cb.scheds.items() if callable(f)}
 
 # %% ../../nbs/training/learner.ipynb #58e5837c
-_of_no_run = 'transformers_version _name_or_path architectures dtype torch_dtype training evaluation output_router_logits use_cache'.split()
+_of_no_run = ('transformers_version _name_or_path architectures dtype torch_dtype training evaluation '
+              'output_router_logits use_cache'.split())
 
 def _config_settings(model):
     "The configuration of a model, without what says nothing about its training"
@@ -495,7 +520,8 @@ def _settings(learn):
     for cb in learn.cbs:
         if isinstance(cb, GradientClip): res['grad_clip'] = cb.max_norm
         if hasattr(type(cb), 'settings'): res |= cb.settings()
-    res |= dict(bf16=learn.bf16, grad_accum=learn.grad_accum, processes=_world(learn), device=torch.device(learn.dls.device or 'cpu').type,
+    res |= dict(bf16=learn.bf16, grad_accum=learn.grad_accum, processes=_world(learn),
+                device=torch.device(learn.dls.device or 'cpu').type,
                 valid_batch_size=getattr(valid, 'batch_size', None), valid_steps=getattr(valid, 'steps', None))
     return json.loads(json.dumps(dict(res, model=_config_settings(learn.model)), default=str))
 
@@ -504,7 +530,8 @@ def _settings(learn):
 def history(self:MoELearner)->pd.DataFrame:
     "The progress table of the last fit."
     r = self.recorder
-    return pd.DataFrame([list(v) for v in r.values], columns=r.metric_names[1:1 + len(r.values[0])] if r.values else None).rename_axis('epoch')
+    return pd.DataFrame([list(v) for v in r.values],
+                        columns=r.metric_names[1:1 + len(r.values[0])] if r.values else None).rename_axis('epoch')
 
 # %% ../../nbs/training/learner.ipynb #4b9d7c99
 @patch
@@ -518,7 +545,8 @@ def lr_find(self:MoELearner, **kwargs):
         self.step, train.position, self.resumed = before
         train.skip = 0
         _set_rng_state(rng)
-        with contextlib.suppress(OSError): (self.path/self.model_dir).rmdir()    # where it is empty: fastai made it for this
+        # where it is empty: fastai made it for this
+        with contextlib.suppress(OSError): (self.path/self.model_dir).rmdir()
 
 # %% ../../nbs/training/learner.ipynb #f7507647
 def _rng_state():
@@ -528,9 +556,11 @@ def _rng_state():
 
 def _set_rng_state(s):
     torch.set_rng_state(s['torch'].to(torch.uint8).cpu())
-    np.random.set_state({**s['numpy'], 'state': dict(key=np.asarray(s['numpy']['state']['key'], dtype=np.uint32), pos=s['numpy']['state']['pos'])})
+    np.random.set_state({**s['numpy'], 'state': dict(key=np.asarray(s['numpy']['state']['key'], dtype=np.uint32),
+                                                     pos=s['numpy']['state']['pos'])})
     random.setstate(s['python'])
-    if torch.cuda.is_available() and len(s.get('cuda', ())) == torch.cuda.device_count(): torch.cuda.set_rng_state_all([t.to(torch.uint8).cpu() for t in s['cuda']])
+    if torch.cuda.is_available() and len(s.get('cuda', ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([t.to(torch.uint8).cpu() for t in s['cuda']])
 
 # %% ../../nbs/training/learner.ipynb #04b1e2e8
 def routing_stats(
@@ -540,9 +570,11 @@ def routing_stats(
     "Balance and decidedness of one router on one batch."
     load, N = tokens_per_expert(routing, mask), routing.num_experts
     f = load / load.sum().clamp(min=1)
-    best, m = routing.scores.topk(min(2, routing.num_choices), dim=-1)[0], torch.ones(routing.num_tokens, device=load.device) if mask is None else mask.flatten().float()
+    best, m = (routing.scores.topk(min(2, routing.num_choices), dim=-1)[0],
+               torch.ones(routing.num_tokens, device=load.device) if mask is None else mask.flatten().float())
     mean = lambda v: ((v * m).sum() / m.sum().clamp(min=1)).item()
-    return dict(load_max_mean=(N * f.max()).item(), dead_experts=int((load == 0).sum()), entropy=(torch.special.entr(f).sum() / math.log(N)).item() if N > 1 else 1.,
+    return dict(load_max_mean=(N * f.max()).item(), dead_experts=int((load == 0).sum()),
+                entropy=(torch.special.entr(f).sum() / math.log(N)).item() if N > 1 else 1.,
                 margin=mean(best[:, 0] - best[:, 1:].sum(-1)), weight_sum=mean(routing.top_k_weights.sum(-1)))
 
 # %% ../../nbs/training/learner.ipynb #eeeace9a
@@ -550,9 +582,11 @@ def _joined(records):
     "The records and masks of a batch's parts as one"
     if len(records) == 1: return records[0]
     (r, m), rs = records[0], [r for r, _ in records]
-    cat = {k: torch.cat([getattr(r, k) for r in rs]) for k in ('router_logits', 'scores', 'top_k_index', 'top_k_weights')}
+    cat = {k: torch.cat([getattr(r, k) for r in rs])
+           for k in ('router_logits', 'scores', 'top_k_index', 'top_k_weights')}
     masks = [torch.ones(r.shape, dtype=torch.bool, device=r.scores.device) if m is None else m for r, m in records]
-    return r.replace(**cat, shape=(sum(r.shape[0] for r in rs), *r.shape[1:])), None if all(m is None for _, m in records) else torch.cat(masks)
+    return (r.replace(**cat, shape=(sum(r.shape[0] for r in rs), *r.shape[1:])),
+            None if all(m is None for _, m in records) else torch.cat(masks))
 
 # %% ../../nbs/training/learner.ipynb #55a6103b
 class RoutingTelemetry(Callback):
@@ -567,7 +601,8 @@ class RoutingTelemetry(Callback):
     def _row(self, i, name, records):
         (r, mask), layer = _joined(records), moe_layers(unwrap(self.learn.model))[name]
         losses = {n: v.item() for n, v in layer.aux_losses(r, mask).items()} if isinstance(layer, MoELayer) else {}
-        return dict(step=self.learn.step, tokens=self.learn.step * self.learn.yb[0].numel(), layer=i, **routing_stats(r, mask), **losses)
+        return dict(step=self.learn.step, tokens=self.learn.step * self.learn.yb[0].numel(), layer=i,
+                    **routing_stats(r, mask), **losses)
     def table(self): return pd.DataFrame(self.rows)
     def state(self): return dict(rows=self.rows)
     def load_state(self, s): self.rows = s['rows']
@@ -635,7 +670,8 @@ def after_batch(self:MetricsWriter):
     l = self.learn
     if not l.training or not self.fitting: return
     if l.step % self.every == 0 or l.step == 1:
-        self.write('train', epoch=l.epoch, tokens=l.throughput.tokens, loss=l.loss, aux_loss=l.aux_loss.last, lr=l.opt.hypers[-1]['lr'],
+        self.write('train', epoch=l.epoch, tokens=l.throughput.tokens, loss=l.loss, aux_loss=l.aux_loss.last,
+                   lr=l.opt.hypers[-1]['lr'],
                    tokens_per_second=l.throughput.last, seconds=l.throughput.seconds)
     for cb in l.cbs:
         if isinstance(cb, RoutingTelemetry): self._tell(cb.rows)
@@ -659,9 +695,11 @@ def _tell(self:MetricsWriter, rows):
 @patch
 def after_validate(self:MetricsWriter):
     if not self.fitting: return
-    names = {m: f'perplexity_{m.name}' if isinstance(m, Perplexity) and m.domain is not None else m.name for m in self.learn.metrics}
+    names = {m: f'perplexity_{m.name}' if isinstance(m, Perplexity) and m.domain is not None else m.name
+             for m in self.learn.metrics}
     values = {n: m.value for m, n in names.items() if n not in ('aux_loss', 'tokens/s')}
-    self.write('valid', epoch=self.learn.epoch, tokens=self.learn.throughput.tokens, loss=self.learn.recorder.loss.value, **values, seconds=self.learn.throughput.seconds)
+    self.write('valid', epoch=self.learn.epoch, tokens=self.learn.throughput.tokens,
+               loss=self.learn.recorder.loss.value, **values, seconds=self.learn.throughput.seconds)
 
 # %% ../../nbs/training/learner.ipynb #608b562f
 def read_metrics(
@@ -678,25 +716,31 @@ def _pack(o, tensors, name):
         tensors[name] = o.detach().cpu().clone().contiguous()
         return dict(tensor=name)
     if isinstance(o, dict): return dict(dict=[[k, _pack(v, tensors, f'{name}.{k}')] for k, v in o.items()])
-    if isinstance(o, (list, tuple, L)): return {'tuple' if isinstance(o, tuple) else 'list': [_pack(v, tensors, f'{name}.{i}') for i, v in enumerate(o)]}
+    if isinstance(o, (list, tuple, L)):
+        return {'tuple' if isinstance(o, tuple)
+                else 'list': [_pack(v, tensors, f'{name}.{i}') for i, v in enumerate(o)]}
     return o.item() if isinstance(o, np.generic) else o
 
 def _unpack(o, tensors):
     if not isinstance(o, dict): return o
     (kind, v), = o.items()
     if kind == 'tensor': return tensors[v]
-    return {k: _unpack(x, tensors) for k, x in v} if kind == 'dict' else (tuple if kind == 'tuple' else list)(_unpack(x, tensors) for x in v)
+    return ({k: _unpack(x, tensors) for k, x in v} if kind == 'dict'
+            else (tuple if kind == 'tuple' else list)(_unpack(x, tensors) for x in v))
 
 # %% ../../nbs/training/learner.ipynb #4ab95ad9
 def _recorder_state(learn):
     r, sched = learn.recorder, [cb for cb in learn.cbs if isinstance(cb, ParamScheduler)]
     numbers = lambda v: torch.tensor([float(x) for x in v], dtype=torch.float64)
-    return dict(lrs=numbers(r.lrs), losses=torch.stack(r.losses) if r.losses else torch.zeros(0), iters=list(r.iters), values=[list(v) for v in r.values],
-                smooth=(r.smooth_loss.count, r.smooth_loss.val), hps={k: numbers(v) for s in sched[:1] for k, v in s.hps.items()})
+    return dict(lrs=numbers(r.lrs), losses=torch.stack(r.losses) if r.losses else torch.zeros(0), iters=list(r.iters),
+                values=[list(v) for v in r.values],
+                smooth=(r.smooth_loss.count, r.smooth_loss.val),
+                hps={k: numbers(v) for s in sched[:1] for k, v in s.hps.items()})
 
 def _load_recorder(learn, s):
     r = learn.recorder
-    r.lrs, r.losses, r.iters, r.values = s['lrs'].tolist(), list(s['losses']), L(s['iters']), L(L(v) for v in s['values'])
+    r.lrs, r.losses, r.iters, r.values = (s['lrs'].tolist(), list(s['losses']), L(s['iters']),
+                                          L(L(v) for v in s['values']))
     r.smooth_loss.count, r.smooth_loss.val = s['smooth']
     for cb in learn.cbs:
         if isinstance(cb, ParamScheduler): cb.hps.update({k: v.tolist() for k, v in s['hps'].items() if k in cb.hps})
@@ -706,7 +750,8 @@ def _identity(learn):
     "What a checkpoint and a learner must have in common"
     shapes = [f'{n} {tuple(t.shape)} {t.dtype}' for n, t in unwrap(learn.model).state_dict().items()]
     b = learn.dls.train
-    return dict(model=blake2b('\n'.join(shapes).encode(), digest_size=8).hexdigest(), data=getattr(learn, 'fingerprint', None), seed=b.seed, batch_size=b.batch_size,
+    return dict(model=blake2b('\n'.join(shapes).encode(), digest_size=8).hexdigest(),
+                data=getattr(learn, 'fingerprint', None), seed=b.seed, batch_size=b.batch_size,
                 steps=b.steps, sequence_length=getattr(b.dataset, 'sequence_length', None), optimizer=_opt_name(learn))
 
 def _opt_name(learn):
@@ -749,8 +794,11 @@ def save_checkpoint(
 )->Path:            # the new folder in it
     "Write the state of training into a new folder `step-...` of `folder`."
     folder, tensors = Path(folder), {}
-    state = dict(opt=learn.opt.state_dict(), rng=_rng_state(), recorder=_recorder_state(learn), callbacks={cb.name: cb.state() for cb in learn.cbs if hasattr(type(cb), 'state')})
-    info = dict(identity=_identity(learn), settings=getattr(learn, 'settings', {}), step=learn.step, position=learn.dls.train.position, place=list(place), train_iter=learn.train_iter, **_pack(state, tensors, 'state'))
+    state = dict(opt=learn.opt.state_dict(), rng=_rng_state(), recorder=_recorder_state(learn),
+                 callbacks={cb.name: cb.state() for cb in learn.cbs if hasattr(type(cb), 'state')})
+    info = dict(identity=_identity(learn), settings=getattr(learn, 'settings', {}), step=learn.step,
+                position=learn.dls.train.position, place=list(place), train_iter=learn.train_iter,
+                **_pack(state, tensors, 'state'))
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
     new, path = folder/f'.tmp-{os.getpid()}', folder/f'step-{learn.step:08d}'
@@ -768,7 +816,8 @@ def checkpoints(
 )->list:    # their paths
     "The checkpoints in a folder, newest first."
     found = {p: p.name[5:].removesuffix('-old') for p in Path(folder).glob('step-*')}
-    return sorted((p for p, n in found.items() if n.isdigit()), key=lambda p: (int(found[p]), not p.name.endswith('-old')), reverse=True)
+    return sorted((p for p, n in found.items() if n.isdigit()),
+                  key=lambda p: (int(found[p]), not p.name.endswith('-old')), reverse=True)
 
 # %% ../../nbs/training/learner.ipynb #97da0d63
 class Checkpoint(Callback):
@@ -780,7 +829,8 @@ class Checkpoint(Callback):
         keep_last:int=2,      # older ones are removed
     ):
         if keep_last < 1: raise ValueError(f'keep_last must be at least 1, got {keep_last}')
-        self.folder, self.every, self.keep_last, self.place, self.trained = Path(folder), every, keep_last, (0, 0), False
+        self.folder, self.every, self.keep_last, self.place, self.trained = (Path(folder), every, keep_last,
+                                                                             (0, 0), False)
     def before_fit(self): self.run, self.trained = not hasattr(self.learn, 'lr_finder'), False
     def before_train(self): self.trained, self.place = True, (self.learn.epoch, self.learn.dls.train.skip)
     def after_batch(self):
@@ -793,7 +843,8 @@ class Checkpoint(Callback):
         if not is_main(): return
         if self.learn.diverged: return
         if not all(p.isfinite().all() for p in self.learn.model.parameters()):
-            warnings.warn(f'no checkpoint was saved at step {self.learn.step}: there are weights that are not finite, and earlier checkpoints are kept')
+            warnings.warn(f'no checkpoint was saved at step {self.learn.step}: there are weights that are not finite, '
+                          f'and earlier checkpoints are kept')
             return
         save_checkpoint(self.learn, self.folder, self.place)
         _prune(self.folder, self.keep_last)
@@ -804,7 +855,8 @@ def _read_checkpoint(path, identity):
     "A checkpoint's JSON, or a `ValueError` that says why it is refused"
     refuse = lambda why: ValueError(f'checkpoint {path} is {why}')
     try: info = json.loads((path/'checkpoint.json').read_text())
-    except (OSError, ValueError) as e: raise refuse(f'damaged: checkpoint.json cannot be read ({type(e).__name__})') from None
+    except (OSError, ValueError) as e:
+        raise refuse(f'damaged: checkpoint.json cannot be read ({type(e).__name__})') from None
     if not isinstance(info, dict) or info.get('format') != _FORMAT: raise refuse(f'no {_FORMAT}')
     if info.pop('seal', None) != _seal(info): raise refuse('damaged: checkpoint.json is not what was written')
     for n, d in info['files'].items():
@@ -814,16 +866,21 @@ def _read_checkpoint(path, identity):
     return info
 
 # %% ../../nbs/training/learner.ipynb #462325bb
-_free = 'grad_accum processes device valid_batch_size valid_steps'.split()   # up to rounding, training is the same with other values
+# up to rounding, training is the same with other values
+_free = 'grad_accum processes device valid_batch_size valid_steps'.split()
 
-def _allowed(name, change): return name in _free or any(name == c or name.startswith(f'{c}[') or name.endswith(f'.{c}') for c in change)
+def _allowed(name, change):
+    return name in _free or any(name == c or name.startswith(f'{c}[') or name.endswith(f'.{c}') for c in change)
 
 def _check_settings(resumed, asked):
     "Refuse what a fit asks for that its checkpoint was not trained with, or say that it is applied"
     new, path, change = differences(resumed['settings'], asked, strict=False), resumed['path'], resumed['change']
     if refused := {n: v for n, v in new.items() if not _allowed(n, change)}:
-        raise ValueError(f'checkpoint {path} was trained with other settings: its {tell_differences(refused)}. Ask for what it had, or allow a change by name: resume(..., change={list(refused)})')
-    if new: warnings.warn(f'going on from {path.name} with other settings: {tell_differences(new, "{0} is {2!r}, was {1!r}")}')
+        raise ValueError(f'checkpoint {path} was trained with other settings: its {tell_differences(refused)}. Ask for '
+                         f'what it had, or allow a change by name: resume(..., change={list(refused)})')
+    if new:
+        warnings.warn(f'going on from {path.name} with other settings: '
+                      f'{tell_differences(new, "{0} is {2!r}, was {1!r}")}')
 
 # %% ../../nbs/training/learner.ipynb #66f3f43e
 def resume(
@@ -847,10 +904,12 @@ def _load_checkpoint(learn, path, info, change=()):
     learn.model.to(learn.dls.device)
     load_model(unwrap(learn.model), path/'model.safetensors', device=str(learn.dls.device))
     s = _unpack(dict(dict=info['dict']), load_file(path/'training.safetensors'))
-    asked = {k: v for k, v in learn.opt.state_dict().items() if k in ('param_groups', 'hypers')}   # the moments are the checkpoint's, the settings this learner's
+    # the moments are the checkpoint's, the settings this learner's
+    asked = {k: v for k, v in learn.opt.state_dict().items() if k in ('param_groups', 'hypers')}
     learn.opt.load_state_dict({**s['opt'], **asked})
     learn.step, learn.dls.train.position = info['step'], info['position']
-    learn.resumed = dict(s, place=info['place'], train_iter=info['train_iter'], settings=info.get('settings', {}), path=path, change=change)
+    learn.resumed = dict(s, place=info['place'], train_iter=info['train_iter'], settings=info.get('settings', {}),
+                         path=path, change=change)
     for cb in learn.cbs:
         if hasattr(type(cb), 'load_state') and cb.name in s['callbacks']: cb.load_state(s['callbacks'][cb.name])
 
@@ -859,7 +918,8 @@ class _Distributed(Callback):
     "The model in `DistributedDataParallel` for the duration of a fit"
     order = 11
     def __init__(self, accelerator): self.accelerator = accelerator
-    def before_fit(self): self.learn.model = self.accelerator.prepare_model(self.learn.model.to(self.accelerator.device))
+    def before_fit(self):
+        self.learn.model = self.accelerator.prepare_model(self.learn.model.to(self.accelerator.device))
     def after_fit(self): self.learn.model = unwrap(self.learn.model)
 
 # %% ../../nbs/training/learner.ipynb #abb83a9b
@@ -870,7 +930,8 @@ def distribute(self:MoELearner,
     "Train on the processes that `accelerate launch` started; where there is one, change nothing."
     from accelerate import Accelerator
     a, train = Accelerator(**kwargs), self.dls.train
-    check(train.batch_size % a.num_processes == 0, 'batch_size', train.batch_size, f'a multiple of the number of processes, {a.num_processes}')
+    check(train.batch_size % a.num_processes == 0, 'batch_size', train.batch_size,
+          f'a multiple of the number of processes, {a.num_processes}')
     train.rank, train.world, self.dls.device = a.process_index, a.num_processes, a.device
     if not a.is_main_process:
         self.logger = noop

@@ -24,7 +24,9 @@ class _Listener(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         if not self.run: return
-        if not hasattr(self.learn, 'metrics_writer'): raise ValueError(f'{type(self).__name__} passes on what MetricsWriter writes: give the learner a MetricsWriter(path) too')
+        if not hasattr(self.learn, 'metrics_writer'):
+            raise ValueError(f'{type(self).__name__} passes on what MetricsWriter writes: give the learner a '
+                             f'MetricsWriter(path) too')
         writer = self.learn.metrics_writer
         if self.tell not in writer.listeners: writer.listeners.append(self.tell)
         self.begin(writer, self.learn.step)
@@ -50,7 +52,8 @@ class _TensorBoard:
             warnings.simplefilter('ignore')
             from torch.utils.tensorboard import SummaryWriter
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0, **kwargs)
-        if config and not step: self.writer.add_text('config', '\n'.join('    ' + l for l in json.dumps(config, indent=1).splitlines()))
+        if config and not step:
+            self.writer.add_text('config', '\n'.join('    ' + l for l in json.dumps(config, indent=1).splitlines()))
     def log(self, values, step):
         for n, v in values.items(): self.writer.add_scalar(n, v, step)
         self.writer.flush()                      # or else a kill loses two minutes
@@ -63,7 +66,8 @@ class _Trackio:
         import trackio
         self.trackio = trackio
         with contextlib.redirect_stdout(io.StringIO()):
-            self.run = trackio.init(project, name, config=config, resume='allow' if step else 'never', **dict(dict(embed=False, auto_log_gpu=False, auto_log_cpu=False), **kwargs))
+            self.run = trackio.init(project, name, config=config, resume='allow' if step else 'never',
+                                    **dict(dict(embed=False, auto_log_gpu=False, auto_log_cpu=False), **kwargs))
     def log(self, values, step): self.run.log(values, step=step)
     def close(self):
         with contextlib.redirect_stdout(io.StringIO()): self.trackio.finish()
@@ -72,7 +76,8 @@ class _Wandb:
     title, package, replaces = 'Weights & Biases', 'wandb', False
     def __init__(self, folder, project, name, config, id, step, **kwargs):
         import wandb
-        settings = dict(project=project, name=name, config=config, id=id, dir=str(folder), resume='allow', reinit='create_new', settings=wandb.Settings(silent=True))
+        settings = dict(project=project, name=name, config=config, id=id, dir=str(folder), resume='allow',
+                        reinit='create_new', settings=wandb.Settings(silent=True))
         self.run = wandb.init(**dict(settings, **kwargs))
     def log(self, values, step): self.run.log(values, step=step)
     def close(self): self.run.finish()
@@ -86,7 +91,8 @@ def check_tracker(
 ):
     "Raise if there is no such tracker, or its package is not installed."
     if to not in trackers: raise ValueError(did_you_mean('tracker', to, trackers))
-    if importlib.util.find_spec(p := trackers[to].package) is None: raise ValueError(f"{argument}={to!r} needs the package {p}: pip install 'libmoe-nb[{p}]'")
+    if importlib.util.find_spec(p := trackers[to].package) is None:
+        raise ValueError(f"{argument}={to!r} needs the package {p}: pip install 'libmoe-nb[{p}]'")
 
 # %% ../../nbs/training/trackers.ipynb #46cba886
 class TelemetryLogger(_Listener):
@@ -101,7 +107,8 @@ class TelemetryLogger(_Listener):
         **kwargs,          # for `SummaryWriter`, `trackio.init` or `wandb.init`
     ):
         check_tracker(to)
-        self.to, self.folder, self.project, self.name_of_run, self.config, self.kwargs = to, Path(folder), project, name or Path(folder).name, config, kwargs
+        self.to, self.folder, self.project, self.name_of_run, self.config, self.kwargs = (
+            to, Path(folder), project, name or Path(folder).name, config, kwargs)
         self.notes = None
 
 # %% ../../nbs/training/trackers.ipynb #442361eb
@@ -112,12 +119,14 @@ _open = {}  # file of notes -> tracker; one that an interrupted fit left open is
 def begin(self:TelemetryLogger, writer, step):
     "Open the tracker, where it is to go on from `step`"
     self.folder.mkdir(parents=True, exist_ok=True)
-    self.notes, self.rows, self.layers = (self.folder/f'.sent-{self.to}.json').absolute(), [], len(moe_layers(unwrap(self.learn.model)))
+    self.notes, self.rows, self.layers = ((self.folder/f'.sent-{self.to}.json').absolute(), [],
+                                          len(moe_layers(unwrap(self.learn.model))))
     known = read_json(self.notes) if step and self.notes.exists() else dict(id=uuid4().hex[:8], last={})
     self.id, self.last = known['id'], known['last']
     self.done = {} if trackers[self.to].replaces else dict(self.last)
     self.close()
-    self.tracker = _open[self.notes] = trackers[self.to](self.folder, self.project, self.name_of_run, self.config, self.id, step, **self.kwargs)
+    self.tracker = _open[self.notes] = trackers[self.to](self.folder, self.project, self.name_of_run, self.config,
+                                                         self.id, step, **self.kwargs)
 
 @patch
 def close(self:TelemetryLogger):
@@ -148,7 +157,8 @@ class LivePlot(_Listener):
         ys=('train_loss', 'load_max_mean', 'margin'), # panels
         show=None,    # called with the first figure, returns an object with `update`; None: IPython's display
     ): self.every, self.ys, self.show, self.handle, self.figure, self.rows = every, tuple(ys), show, None, None, []
-    def begin(self, writer, step): self.rows, self.drawn = read_metrics(writer.path).to_dict('records') if step else [], step
+    def begin(self, writer, step):
+        self.rows, self.drawn = read_metrics(writer.path).to_dict('records') if step else [], step
     def tell(self, row): self.rows.append(row)
     def after_batch(self):
         if self.learn.training and self.learn.step >= self.drawn + self.every: self.draw()

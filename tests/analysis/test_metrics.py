@@ -6,7 +6,8 @@ from libmoe_nb.analysis.metrics import *
 from libmoe_nb.analysis.metrics import random_trace
 from libmoe_nb.analysis.traces import make_trace
 
-sizes = st.tuples(st.integers(1, 40), st.integers(2, 9), st.integers(1, 4), st.integers(0, 10**6)).filter(lambda s: s[2] < s[1])
+sizes = st.tuples(st.integers(1, 40), st.integers(2, 9), st.integers(1, 4),
+                  st.integers(0, 10**6)).filter(lambda s: s[2] < s[1])
 quick = settings(max_examples=40, deadline=None)
 
 
@@ -19,7 +20,8 @@ def traces(size, n=2):
 
 def relabelled(t, perm, order=None):
     order = np.arange(t.num_tokens) if order is None else order
-    return make_trace(perm[np.asarray(t.choice)][:, order], t.meta['num_experts'][0], t.meta['top_k'][0], np.asarray(t.weight)[:, order], np.asarray(t.score)[:, order],
+    return make_trace(perm[np.asarray(t.choice)][:, order], t.meta['num_experts'][0], t.meta['top_k'][0],
+                      np.asarray(t.weight)[:, order], np.asarray(t.score)[:, order],
                       token=t.token[order], domain=t.domain[order], domains=t.domains)
 
 
@@ -42,7 +44,8 @@ def test_order_of_tokens_and_names_of_experts_do_not_matter(size):
     a2, b2 = relabelled(a, perm, order), relabelled(b, perm, order)
     assert np.isclose(expert_change_rate(a, b).change_rate[0], expert_change_rate(a2, b2).change_rate[0])
     assert np.allclose(router_saturation(a, b).saturation, router_saturation(a2, b2).saturation)
-    for f in (expert_allocation_entropy, expert_weight_entropy): assert np.allclose(f(a).entropy, f(a2).entropy, atol=1e-6, equal_nan=True)
+    for f in (expert_allocation_entropy, expert_weight_entropy):
+        assert np.allclose(f(a).entropy, f(a2).entropy, atol=1e-6, equal_nan=True)
     assert np.allclose(router_margin(a, by_domain=True).margin, router_margin(a2, by_domain=True).margin, atol=1e-6)
     for c in ('max_over_mean', 'cv'): assert np.allclose(load_imbalance(a)[c], load_imbalance(a2)[c])
     assert (dead_experts(a).dead == dead_experts(a2).dead).all()
@@ -60,9 +63,11 @@ def test_against_plain_loops(size):
     a, b = traces(size)
     T, N, K, _ = size
     A, B = (np.asarray(x.choice)[..., :K] for x in (a, b))
-    assert np.isclose(expert_change_rate(a, b).change_rate[0], np.mean([len(set(x) - set(y)) / K for l in range(2) for x, y in zip(A[l], B[l])]))
+    assert np.isclose(expert_change_rate(a, b).change_rate[0],
+                      np.mean([len(set(x) - set(y)) / K for l in range(2) for x, y in zip(A[l], B[l])]))
     for _, r in router_saturation(a, b).iterrows():
-        assert np.isclose(r.saturation, np.mean([len(set(x[:r.k]) & set(y[:r.k])) / r.k for x, y in zip(A[r.layer], B[r.layer])]))
+        assert np.isclose(r.saturation,
+                          np.mean([len(set(x[:r.k]) & set(y[:r.k])) / r.k for x, y in zip(A[r.layer], B[r.layer])]))
     for _, r in expert_allocation_entropy(a).iterrows():
         n = [sum(e in x for x in A[r.layer][a.domain == 'abc'.index(r.domain)]) for e in range(N)]
         assert np.isclose(r.entropy, -sum(c / sum(n) * math.log(c / sum(n)) for c in n if c) / math.log(N))
@@ -73,12 +78,14 @@ def test_against_plain_loops(size):
         assert np.isclose(r.lift, r.share / overall) if overall else np.isnan(r.lift)
     v, rate = sorted(set(a.token)), []
     for l in range(2):
-        best = [[sorted(range(N), key=lambda e: (-sum((x == e).sum() for x, i in zip(X[l], a.token) if i == w), e))[:K] for w in v] for X in (A, B)]
+        best = [[sorted(range(N), key=lambda e: (-sum((x == e).sum() for x, i in zip(X[l], a.token) if i == w), e))[:K]
+                 for w in v] for X in (A, B)]
         rate += [len(set(x) - set(y)) / K for x, y in zip(*best)]
     assert np.isclose(expert_change_rate(a, b, by='vocabulary').change_rate[0], np.mean(rate))
     for k in range(1, K + 1):   # all K choices of an entry are counted, and the k most frequent kept
         for l, s in enumerate(router_saturation(a, b, k=k, by='vocabulary').saturation):
-            best = [[sorted(range(N), key=lambda e: (-sum((x == e).sum() for x, i in zip(X[l], a.token) if i == w), e))[:k] for w in v] for X in (A, B)]
+            best = [[sorted(range(N), key=lambda e: (-sum((x == e).sum() for x, i in zip(X[l], a.token) if i == w),
+                                                     e))[:k] for w in v] for X in (A, B)]
             assert np.isclose(s, np.mean([len(set(x) & set(y)) / k for x, y in zip(*best)]))
 
 
@@ -93,10 +100,14 @@ def test_saturation_by_vocabulary_is_the_authors_example():
 def test_ranges(size):
     a, b = traces(size)
     T, N, K, _ = size
-    assert expert_change_rate(a, b).change_rate.between(0, 1).all() and router_saturation(a, b).saturation.between(0, 1).all()
-    assert expert_allocation_entropy(a).entropy.between(0, 1 + 1e-9).all() and expert_weight_entropy(a).entropy.dropna().between(0, 1 + 1e-6).all()
-    assert router_margin(a).margin.dropna().between(0, 1).all() and co_activation(a).co_activation.dropna().between(0, 1).all()
-    assert load_imbalance(a).max_over_mean.between(1 - 1e-9, N / K + 1e-9).all() and load_imbalance(a).cv.between(0, math.sqrt(N)).all()
+    assert (expert_change_rate(a, b).change_rate.between(0, 1).all()
+            and router_saturation(a, b).saturation.between(0, 1).all())
+    assert (expert_allocation_entropy(a).entropy.between(0, 1 + 1e-9).all()
+            and expert_weight_entropy(a).entropy.dropna().between(0, 1 + 1e-6).all())
+    assert (router_margin(a).margin.dropna().between(0, 1).all()
+            and co_activation(a).co_activation.dropna().between(0, 1).all())
+    assert (load_imbalance(a).max_over_mean.between(1 - 1e-9, N / K + 1e-9).all()
+            and load_imbalance(a).cv.between(0, math.sqrt(N)).all())
     assert np.allclose(selection_ratio(a).groupby('layer').ratio.sum(), K)
     own = co_activation(a).groupby(['layer', 'expert']).co_activation.sum(min_count=1).dropna()
     assert np.allclose(own, K - 1)
@@ -124,7 +135,8 @@ def test_collapse():
 
 def test_units_of_ternary_routing():
     "Two positives and a null: nothing is counted that runs no expert, and an expert chosen twice has the token once"
-    t = make_trace([[[0, 2, 4], [1, 5, 4]]], num_experts=2, top_k=3, expert_of=[0, 1, 0, 1, 2, 2, 2], sign_of=[1, 1, -1, -1, 1, 1, 1])
+    t = make_trace([[[0, 2, 4], [1, 5, 4]]], num_experts=2, top_k=3, expert_of=[0, 1, 0, 1, 2, 2, 2],
+                   sign_of=[1, 1, -1, -1, 1, 1, 1])
     s = selection_ratio(t)
     assert s.ratio.tolist() == [.5, .5] and s.N.eq(2).all()
     assert selection_ratio(t, units='choices').ratio.tolist() == [.5, .5, .5, 0, 1, .5, 0]
@@ -135,7 +147,8 @@ def test_units_of_ternary_routing():
 def test_bad_arguments():
     a, b = random_trace(10, seed=0), random_trace(11, seed=0)
     with pytest.raises(ValueError, match='tokens of a: 10 there, 11 here'): expert_change_rate(a, b)
-    with pytest.raises(ValueError, match="units must be 'experts' or 'choices', got 'neurons'"): selection_ratio(a, units='neurons')
+    with pytest.raises(ValueError, match="units must be 'experts' or 'choices', got 'neurons'"):
+        selection_ratio(a, units='neurons')
     with pytest.raises(ValueError, match='top must be'): expert_allocation_entropy(a, top=9)
     with pytest.raises(ValueError, match="of must be 'score' or 'weight'"): router_margin(a, of='logit')
     with pytest.raises(ValueError, match="by must be"): router_saturation(a, a, by='day')

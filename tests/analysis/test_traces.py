@@ -17,7 +17,8 @@ def probe(n=3, B=2, S=16, seed=0):
     g = torch.Generator().manual_seed(seed)
     for _ in range(n):
         mask = torch.arange(S) < torch.randint(S // 2, S + 1, (B, 1), generator=g)
-        yield dict(input_ids=torch.randint(3, 90, (B, S), generator=g), attention_mask=mask.long(), domain=torch.randint(0, 3, (B,), generator=g))
+        yield dict(input_ids=torch.randint(3, 90, (B, S), generator=g), attention_mask=mask.long(),
+                   domain=torch.randint(0, 3, (B,), generator=g))
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +28,8 @@ def models(): return [from_scratch('smoe', 'tiny', seed=s, router_init_std=.3) f
 @pytest.fixture(scope='module')
 def files(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp('traces')
-    for i, m in enumerate(models): write_trace(m, probe(), folder/f'{i}.safetensors', domains=['x', 'y', 'z'], info=dict(step=i))
+    for i, m in enumerate(models):
+        write_trace(m, probe(), folder/f'{i}.safetensors', domains=['x', 'y', 'z'], info=dict(step=i))
     return [folder/f'{i}.safetensors' for i in (0, 1)]
 
 
@@ -39,22 +41,27 @@ def test_a_trace_is_what_routers_chose(recipe, tmp_path):
     at = 0
     for b in probe():
         keep = b['attention_mask'].reshape(-1).bool()
-        with torch.no_grad(), record_routing(m) as records: m(input_ids=b['input_ids'], attention_mask=b['attention_mask'])
+        with torch.no_grad(), record_routing(m) as records:
+            m(input_ids=b['input_ids'], attention_mask=b['attention_mask'])
         n = int(keep.sum())
         for i, (r,) in enumerate(records.values()):
             l = t.layer(i)
             assert (l.chosen[at:at + n] == r.top_k_index[keep].numpy()).all()
-            np.testing.assert_allclose(l.weight[at:at + n, :l.top_k], r.top_k_weights[keep].numpy(), rtol=2e-3, atol=1e-4)
-            assert (l.expert[at:at + n] == (r.top_k_index if r.expert_of is None else r.expert_of[r.top_k_index])[keep].numpy()).all()
+            np.testing.assert_allclose(l.weight[at:at + n, :l.top_k], r.top_k_weights[keep].numpy(),
+                                       rtol=2e-3, atol=1e-4)
+            assert (l.expert[at:at + n] == (r.top_k_index if r.expert_of is None
+                                            else r.expert_of[r.top_k_index])[keep].numpy()).all()
             left = r.scores[keep].scatter(-1, r.top_k_index[keep], -1)
-            assert (l.choice[at:at + n, l.top_k:] == left.sort(dim=-1, descending=True, stable=True)[1][:, :2].numpy()).all()
+            assert (l.choice[at:at + n, l.top_k:] == left.sort(dim=-1, descending=True,
+                                                               stable=True)[1][:, :2].numpy()).all()
         at += n
     assert at == t.num_tokens and t.recipe == recipe and m.training is False
 
 
 def test_the_example_by_hand_runs(tmp_path, monkeypatch):
     cells = json.loads((Path(__file__).parents[2]/'nbs/analysis/traces.ipynb').read_text(encoding='utf-8'))['cells']
-    code, = re.findall(r'```python\n(.*?)```', '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown'), re.S)
+    code, = re.findall(r'```python\n(.*?)```',
+                       '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown'), re.S)
     t = write_trace(from_scratch('tcmoe', 'tiny', seed=0, router_init_std=.3), probe(), tmp_path/'trace.safetensors')
     monkeypatch.chdir(tmp_path)
     exec(code, names := {})
@@ -71,7 +78,9 @@ def test_next_ranks_follow_the_bias(tmp_path):
 
 def test_padding_and_positions(files):
     t, batches = read_trace(files[0]), list(probe())
-    want = [(i.item(), s, d.item()) for b in batches for row, mask, d in zip(b['input_ids'], b['attention_mask'], b['domain']) for s, i in enumerate(row[mask.bool()])]
+    want = [(i.item(), s, d.item()) for b in batches
+            for row, mask, d in zip(b['input_ids'], b['attention_mask'], b['domain'])
+            for s, i in enumerate(row[mask.bool()])]
     assert [tuple(x) for x in zip(t.token.tolist(), t.position.tolist(), t.domain.tolist())] == want
 
 
@@ -90,15 +99,18 @@ def test_by_hand_from_the_raw_file(files):
     d = a['domain'] == 1
     f = np.bincount(ca[1][d].ravel(), minlength=N) / (d.sum() * K)
     e = metrics.expert_allocation_entropy(ta)
-    assert np.isclose(e[(e.layer == 1) & (e.domain == 'y')].entropy.iloc[0], -(f[f > 0] * np.log(f[f > 0])).sum() / np.log(N))
+    assert np.isclose(e[(e.layer == 1) & (e.domain == 'y')].entropy.iloc[0],
+                      -(f[f > 0] * np.log(f[f > 0])).sum() / np.log(N))
     w = a['weight'][0, :, :K].astype(float)
     w /= w.sum(-1, keepdims=True)
-    assert np.isclose(metrics.expert_weight_entropy(ta, by_domain=False).entropy[0], (-(w * np.log(np.where(w > 0, w, 1))).sum(-1) / np.log(K)).mean(), atol=1e-5)
+    assert np.isclose(metrics.expert_weight_entropy(ta, by_domain=False).entropy[0],
+                      (-(w * np.log(np.where(w > 0, w, 1))).sum(-1) / np.log(K)).mean(), atol=1e-5)
     s = a['score'][0].astype(float)
     assert np.isclose(metrics.router_margin(ta).margin[0], (s[:, 0] - s[:, 1]).mean(), atol=1e-5)
     has = lambda i: (ca[0] == i).any(-1)
     c = metrics.co_activation(ta).set_index(['layer', 'expert', 'other']).co_activation
-    assert all(np.isclose(c[0, i, j], (has(i) & has(j)).sum() / has(i).sum()) for i in range(N) for j in range(N) if i != j and has(i).any())
+    assert all(np.isclose(c[0, i, j], (has(i) & has(j)).sum() / has(i).sum()) for i in range(N)
+               for j in range(N) if i != j and has(i).any())
 
 
 @pytest.mark.parametrize('name', ['mixtral', 'deepseek_v3', 'gpt_oss', 'llama4_text'])
@@ -106,7 +118,8 @@ def test_transformers_models(name, tmp_path):
     m = tiny_moe(name)
     t = write_trace(m, probe(), tmp_path/'t', domains=['x', 'y', 'z'])
     assert t.meta['num_experts'] == [8, 8] and t.meta['model'] == type(m).__name__
-    for f in metrics.trace_metrics.values(): assert len(f(t, **(dict(min_count=1) if 'min_count' in f.__code__.co_varnames else {})))
+    for f in metrics.trace_metrics.values():
+        assert len(f(t, **(dict(min_count=1) if 'min_count' in f.__code__.co_varnames else {})))
     assert metrics.expert_output_similarity(m, probe()).similarity.between(0, 1).all()
     assert len(metrics.expert_parameter_similarity(m)) == 2 * 28
     assert metrics.balance_loss(m, probe()).balance_loss.ge(.5).all()
@@ -134,10 +147,12 @@ def test_a_million_tokens_need_the_memory_of_a_batch(tmp_path):
         before = peak()
         t = write_trace(m, (dict(input_ids=torch.zeros(16, B // 16, dtype=torch.long)) for _ in range(n // B)), sys.argv[2])
         print(t.num_tokens, peak() - before)''')
-    out = subprocess.run([sys.executable, '-c', code, str(1 << 20), str(tmp_path/'t')], capture_output=True, text=True, timeout=300, check=True).stdout.split()
+    out = subprocess.run([sys.executable, '-c', code, str(1 << 20), str(tmp_path/'t')], capture_output=True, text=True,
+                         timeout=300, check=True).stdout.split()
     assert int(out[0]) == 1 << 20
     assert (tmp_path/'t').stat().st_size > 30e6
-    assert float(out[1]) < 30                                   # MB; the columns of tokens that reading opens are 10 of them
+    # MB; the columns of tokens that reading opens are 10 of them
+    assert float(out[1]) < 30
 
 
 def test_killed_while_writing(files, tmp_path):
@@ -198,5 +213,6 @@ def test_bad_arguments(models, tmp_path):
     with pytest.raises(ValueError, match='existing folder'): write_trace(models[0], probe(), tmp_path/'no'/'t')
     with pytest.raises(ValueError, match='at least one token'): write_trace(models[0], [], tmp_path/'t')
     with pytest.raises(ValueError, match='extra'): write_trace(models[0], probe(), tmp_path/'t', extra=-1)
-    with pytest.raises(ValueError, match='mixture-of-experts'): write_trace(from_scratch('dense', 'tiny'), probe(), tmp_path/'t')
+    with pytest.raises(ValueError, match='mixture-of-experts'):
+        write_trace(from_scratch('dense', 'tiny'), probe(), tmp_path/'t')
     assert not list(tmp_path.iterdir())

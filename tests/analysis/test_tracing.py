@@ -56,7 +56,8 @@ def test_identity_changes_no_bit_and_interventions_do(recipe, ids):
 
 @torch.no_grad()
 def test_generation_with_the_cache_routes_as_one_pass_does(model, ids):
-    with record_routing(model) as steps: out = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with record_routing(model) as steps:
+        out = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
     with record_routing(model) as whole: model(input_ids=out[:, :-1])
     for n, rs in steps.items():
         assert [r.shape for r in rs] == [(2, 12)] + [(2, 1)] * 4
@@ -66,10 +67,12 @@ def test_generation_with_the_cache_routes_as_one_pass_does(model, ids):
 
 @torch.no_grad()
 def test_an_intervention_acts_on_every_generated_token(model, ids):
-    with intervene(model, drop_top1), record_routing(model) as done: out = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with intervene(model, drop_top1), record_routing(model) as done:
+        out = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     again = ids
     for _ in range(4):
-        with intervene(model, drop_top1): again = torch.cat([again, model(input_ids=again).logits[:, -1:].argmax(-1)], 1)
+        with intervene(model, drop_top1):
+            again = torch.cat([again, model(input_ids=again).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(out, again)
     assert all(len(rs) == 4 for rs in done.values())
 
@@ -81,7 +84,8 @@ def test_padding_changes_no_real_tokens_record(recipe, ids):
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)
     mask = (torch.arange(15) >= 3).long().expand(2, -1)
     with record_routing(m) as plain: m(input_ids=ids)
-    with record_routing(m) as left: m(input_ids=padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    with record_routing(m) as left:
+        m(input_ids=padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
     for n in plain:
         a, b = plain[n][0], left[n][0]
         torch.testing.assert_close(a.scores.view(2, 12, -1), b.scores.view(2, 15, -1)[:, 3:], atol=1e-5, rtol=1e-4)
@@ -112,7 +116,8 @@ def test_compiled_models(ids):
         torch._dynamo.reset()
         c = torch.compile(m, backend='eager')
         torch.testing.assert_close(c(input_ids=ids).logits, y)
-        with record_routing(m) as records, intervene(c, drop_top1): torch.testing.assert_close(c(input_ids=ids).logits, z)
+        with record_routing(m) as records, intervene(c, drop_top1):
+            torch.testing.assert_close(c(input_ids=ids).logits, z)
         assert all(len(r) == 1 for r in records.values())
         torch.testing.assert_close(c(input_ids=ids).logits, y)
 
@@ -120,7 +125,8 @@ def test_compiled_models(ids):
 @torch.no_grad()
 def test_swapped_routers(model, ids):
     names = list(moe_layers(model))
-    with swap_routers(model, dict(zip(names, reversed(names)))), record_routing(model) as records: y = model(input_ids=ids).logits
+    with swap_routers(model, dict(zip(names, reversed(names)))), record_routing(model) as records:
+        y = model(input_ids=ids).logits
     swapped = copy.deepcopy(model)
     a, b = (moe_layers(swapped)[n] for n in (names[0], names[-1]))
     if not a.router.uses_previous_logits:
@@ -138,7 +144,8 @@ def test_records_pickle_without_their_router(model, ids):
 
 
 def test_own_models_need_no_transformers():
-    code = ('import sys, torch\nfrom libmoe_nb.moe.config import MoESpec\nfrom libmoe_nb.moe.layers import build_layer\nfrom libmoe_nb.analysis.tracing import *\nfrom libmoe_nb.analysis.interventions import *\n'
+    code = ('import sys, torch\nfrom libmoe_nb.moe.config import MoESpec\nfrom libmoe_nb.moe.layers import '
+            'build_layer\nfrom libmoe_nb.analysis.tracing import *\nfrom libmoe_nb.analysis.interventions import *\n'
             'm = build_layer(MoESpec(hidden_size=8, num_experts=4, top_k=2, moe_intermediate_size=4))\n'
             'with record_routing(m) as r, intervene(m, drop_top1): m(torch.randn(3, 8))\n'
             'import libmoe_nb.analysis.adapters\n'

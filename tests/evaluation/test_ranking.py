@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import special, stats
 
-from libmoe_nb.evaluation.ranking import _crossed, _pair, _sheet, _sign_flip, _variance, holm, mean_rank, paired_test, rank_interval, ranking_verdict, score_table, task_scores, to_latex, to_markdown, total_score_change
+from libmoe_nb.evaluation.ranking import (_crossed, _pair, _sheet, _sign_flip, _variance, holm, mean_rank, paired_test,
+                                          rank_interval, ranking_verdict, score_table, task_scores, to_latex,
+                                          to_markdown, total_score_change)
 
 def draw(accuracy, seeds=1, docs=60, tasks=2, seed_effect=0., doc_effect=1., seed=0):
     "Scores [models, seeds, tasks, docs]"
@@ -18,14 +20,16 @@ def draw(accuracy, seeds=1, docs=60, tasks=2, seed_effect=0., doc_effect=1., see
 
 def frame(x, names='abcdefgh'):
     at = np.indices(x.shape).reshape(4, -1)
-    return pd.DataFrame(dict(model=[names[i] for i in at[0]], seed=at[1], task=[f't{i}' for i in at[2]], doc=at[3], value=x.ravel()))
+    return pd.DataFrame(dict(model=[names[i] for i in at[0]], seed=at[1], task=[f't{i}' for i in at[2]], doc=at[3],
+                             value=x.ravel()))
 
 def simulate(*args, **kw): return frame(draw(*args, **kw))
 
 # tables
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=2, max_size=6), st.randoms(use_true_random=False))
+@given(st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=2, max_size=6),
+       st.randoms(use_true_random=False))
 def test_mean_rank_of_permuted_models(rows, random):
     v = pd.DataFrame(rows, index=list('abcdef')[:len(rows)])
     order = list(v.index)
@@ -33,7 +37,8 @@ def test_mean_rank_of_permuted_models(rows, random):
     r = mean_rank(v)
     pd.testing.assert_series_equal(mean_rank(v.loc[order]), r.loc[order])
     assert math.isclose(r.mean(), (len(rows) + 1) / 2)
-    by_hand = [np.mean([1 + sum(o > x for o in v[c]) + (sum(o == x for o in v[c]) - 1) / 2 for c, x in v.loc[m].items()]) for m in v.index]
+    by_hand = [np.mean([1 + sum(o > x for o in v[c]) + (sum(o == x for o in v[c]) - 1) / 2
+                        for c, x in v.loc[m].items()]) for m in v.index]
     np.testing.assert_allclose(r, by_hand)
 
 def test_better_on_every_task_is_first():
@@ -48,7 +53,8 @@ def test_permuted_models_and_rows(seeds):
     same = [c for c in t if c not in ('rank_low', 'rank_high')]
     pd.testing.assert_frame_equal(p.loc[list('abcd'), same], t[same])
     shuffled = score_table(df.sample(frac=1, random_state=0)).set_index('model')
-    pd.testing.assert_frame_equal(shuffled.loc[list('abcd'), ['mean', 'mean_stderr', 'rank']], t[['mean', 'mean_stderr', 'rank']])
+    pd.testing.assert_frame_equal(shuffled.loc[list('abcd'), ['mean', 'mean_stderr', 'rank']],
+                                  t[['mean', 'mean_stderr', 'rank']])
     a, b = paired_test(df), paired_test(df.sample(frac=1, random_state=1))
     key = lambda d: {frozenset(r[:2]): abs(r.difference) for r in d.itertuples(index=False)}
     assert all(math.isclose(v, key(b)[k], abs_tol=1e-12) for k, v in key(a).items())
@@ -97,7 +103,8 @@ def test_sign_flip_is_exact_for_few_documents(seed):
 
 def test_sign_flip_agrees_with_scipy():
     d = np.random.default_rng(0).choice([-1., 0, 1], 150, p=[.15, .6, .25])
-    theirs = stats.permutation_test((d,), np.sum, permutation_type='samples', n_resamples=20_000, rng=np.random.default_rng(1)).pvalue
+    theirs = stats.permutation_test((d,), np.sum, permutation_type='samples', n_resamples=20_000,
+                                    rng=np.random.default_rng(1)).pvalue
     assert abs(_sign_flip(d[:, None], np.ones(150), 20_000)[0] - theirs) < .01
 
 @settings(max_examples=50, deadline=None)
@@ -135,7 +142,8 @@ def test_power():
 
 def test_family_of_true_nulls():
     "Of comparisons of five equal models, few may claim any difference"
-    hits = [(paired_test(simulate([.5] * 5, docs=50, seed=i), permutations=300, resamples=5, seed=i).p_holm < .05).any() for i in range(60)]
+    hits = [(paired_test(simulate([.5] * 5, docs=50, seed=i), permutations=300, resamples=5, seed=i).p_holm < .05).any()
+            for i in range(60)]
     assert np.mean(hits) < .15
 
 def test_variance_of_crossed_scores():
@@ -168,8 +176,10 @@ def test_identical_models():
 def test_verdict_says_what_the_tests_say():
     t = paired_test(simulate([.9, .5, .49], docs=200, seeds=3))
     says = ranking_verdict(t, names=str.upper)
-    assert says.startswith('A has the highest') and ' 2 of 3 pairs differ by more than chance: A over ' in says and 'Not told apart' not in says and 'one seed' not in says
-    assert ' The two differ by more than chance: ' in ranking_verdict(paired_test(simulate([.9, .3], docs=200, seeds=3)))
+    assert (says.startswith('A has the highest') and ' 2 of 3 pairs differ by more than chance: A over ' in says
+            and 'Not told apart' not in says and 'one seed' not in says)
+    assert ' The two differ by more than chance: ' in ranking_verdict(
+        paired_test(simulate([.9, .3], docs=200, seeds=3)))
     assert ' All 3 pairs differ by more than chance: ' in ranking_verdict(t.assign(p_holm=0.))
     alone = ranking_verdict(paired_test(simulate([.9, .89, .1], docs=100)))
     assert 'Not told apart from the first: ' in alone and 'one seed' in alone
@@ -180,8 +190,10 @@ def test_export():
     t = score_table(simulate([.6, .4]))
     t['model'] = ['x_1 & 50%', 'a|b']
     tex, md = to_latex(t, caption='A_b', label='tab:x'), to_markdown(t)
-    assert r'x\_1 \& 50\%' in tex and r'\label{tab:x}' in tex and tex.count(r'\toprule') == 1 and tex.count('{') == tex.count('}')
-    assert r'a\|b' in md and all(l.replace(r'\|', '').count('|') == md.splitlines()[1].count('|') for l in md.splitlines())
+    assert (r'x\_1 \& 50\%' in tex and r'\label{tab:x}' in tex and tex.count(r'\toprule') == 1
+            and tex.count('{') == tex.count('}'))
+    assert r'a\|b' in md and all(l.replace(r'\|', '').count('|') == md.splitlines()[1].count('|')
+                                 for l in md.splitlines())
     body = [l for l in tex.splitlines() if '&' in l]
     assert len({l.replace(r'\&', '').count('&') for l in body}) == 1
 
@@ -194,4 +206,5 @@ def test_total_score_change():
         assert math.isclose(change.change[m], 100 * (b.mean() - a.mean()).sum())
         d = (df[df.model == m].value - worse[worse.model == m].value).to_numpy().reshape(3, 100)
         assert math.isclose(change.stderr[m], 100 * math.sqrt((d.var(1, ddof=1) / 100).sum()))
-    with pytest.raises(ValueError, match='same tasks'): total_score_change(pd.concat([df.assign(intervention='none'), worse[worse.task != 't0']]))
+    with pytest.raises(ValueError, match='same tasks'):
+        total_score_change(pd.concat([df.assign(intervention='none'), worse[worse.task != 't0']]))

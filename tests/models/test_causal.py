@@ -13,18 +13,23 @@ from libmoe_nb.analysis.tracing import moe_layers, record_routing
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
 RECIPES = 'dense smoe smoe_sigmoid xmoe sharede_v2 sharede_v3 tcmoe moe_plus_plus'.split()
 SPARSE = RECIPES[1:]
-SMALL = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16, num_experts=6, top_k=3, moe_intermediate_size=16)
-FAMILIES = dict(llama={}, mistral={}, qwen2={}, qwen3=dict(head_dim=16), olmo2={}, gemma=dict(head_dim=16), gemma2=dict(head_dim=16),
+SMALL = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16, num_experts=6,
+             top_k=3, moe_intermediate_size=16)
+FAMILIES = dict(llama={}, mistral={}, qwen2={}, qwen3=dict(head_dim=16), olmo2={}, gemma=dict(head_dim=16),
+                gemma2=dict(head_dim=16),
                 gemma3_text=dict(head_dim=16), phi3={}, glm=dict(head_dim=16), stablelm={})
 
 def make(recipe, seed=0, **kw):
-    return from_scratch(recipe, 'tiny', seed=seed, **{k: v for k, v in (SMALL | kw).items() if k != 'vocab_size'}, vocab_size=kw.get('vocab_size', 96)).eval()
+    return from_scratch(recipe, 'tiny', seed=seed, **{k: v for k, v in (SMALL | kw).items() if k != 'vocab_size'},
+                        vocab_size=kw.get('vocab_size', 96)).eval()
 
 def tokens(B=2, S=10, V=96, seed=0): return torch.randint(1, V, (B, S), generator=torch.Generator().manual_seed(seed))
 
 def family(name, recipe='smoe', **kw):
-    base = AutoConfig.for_model(name, **dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, pad_token_id=0, bos_token_id=None, eos_token_id=None, max_position_embeddings=64) | FAMILIES[name] | kw)
+    base = AutoConfig.for_model(name, **dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+        max_position_embeddings=64) | FAMILIES[name] | kw)
     return from_scratch(recipe, 'tiny', base=base, seed=0, num_experts=6, top_k=3, moe_intermediate_size=16).eval()
 
 def grads(m): return {n: None if p.grad is None else p.grad.clone() for n, p in m.named_parameters()}
@@ -55,7 +60,8 @@ def test_fresh_process_loads_the_same(tmp_path):
     for r in RECIPES:
         m = make(r, seed=3)
         m.save_pretrained(tmp_path/r)
-        save_file(dict(logits=m(x).logits.detach(), scratch=m.state_dict()['base.model.layers.1.mlp.' + ('down_proj.weight' if r == 'dense' else 'experts.down_proj')].clone()),
+        save_file(dict(logits=m(x).logits.detach(), scratch=m.state_dict()[
+            'base.model.layers.1.mlp.' + ('down_proj.weight' if r == 'dense' else 'experts.down_proj')].clone()),
                   tmp_path/f'{r}.safetensors')
     code = '''
 import sys, torch
@@ -73,7 +79,8 @@ for r in recipes:
     assert torch.equal(w['base.model.layers.1.mlp.' + ('down_proj.weight' if r == 'dense' else 'experts.down_proj')], want['scratch']), r
 print('same')
 '''
-    p = subprocess.run([sys.executable, '-c', code, str(tmp_path), ' '.join(RECIPES), repr(SMALL)], capture_output=True, text=True, timeout=300,
+    p = subprocess.run([sys.executable, '-c', code, str(tmp_path), ' '.join(RECIPES), repr(SMALL)], capture_output=True,
+                       text=True, timeout=300,
                        env=dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]), HF_HUB_OFFLINE='1'))
     assert p.stdout.strip().endswith('same'), p.stderr[-2000:]
 
@@ -89,10 +96,13 @@ def test_no_weight_of_a_shard_may_be_missing(tmp_path):
     index = json.loads((tmp_path/'model.safetensors.index.json').read_text())
     f = tmp_path/index['weight_map']['base.model.layers.0.mlp.router.weight']
     save_file({n: t for n, t in load_file(f).items() if 'router' not in n}, f, metadata=dict(format='pt'))
-    with pytest.raises(ValueError, match='base.model.layers.0.mlp.router.weight is missing'): AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='base.model.layers.0.mlp.router.weight is missing'):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
-@pytest.mark.parametrize('recipe,name', [('smoe', 'mlp.experts.down_proj'), ('xmoe', 'mlp.router.proj'), ('moe_plus_plus', 'mlp.zero_experts.constant'),
-    ('sharede_v2', 'mlp.shared_experts.up_proj.weight'), ('dense', 'mlp.up_proj.weight'), ('tcmoe', 'self_attn.q_proj.weight')])
+@pytest.mark.parametrize('recipe,name', [('smoe', 'mlp.experts.down_proj'), ('xmoe', 'mlp.router.proj'),
+    ('moe_plus_plus', 'mlp.zero_experts.constant'),
+    ('sharede_v2', 'mlp.shared_experts.up_proj.weight'), ('dense', 'mlp.up_proj.weight'),
+    ('tcmoe', 'self_attn.q_proj.weight')])
 def test_missing_and_misshaped_weights_are_named(recipe, name, tmp_path):
     make(recipe).save_pretrained(tmp_path)
     f, full = tmp_path/'model.safetensors', f'base.model.layers.1.{name}'
@@ -102,7 +112,8 @@ def test_missing_and_misshaped_weights_are_named(recipe, name, tmp_path):
     with pytest.raises(ValueError, match=f'{full} is missing'): AutoModelForCausalLM.from_pretrained(tmp_path)
     save_file({n: t[:-1].contiguous() if n == full else t for n, t in w.items()}, f, metadata=dict(format='pt'))
     with pytest.raises(ValueError, match=f'{full} has shape'): AutoModelForCausalLM.from_pretrained(tmp_path)
-    m = AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)  # asked for: drawn anew, and nothing else is touched
+    # asked for: drawn anew, and nothing else is touched
+    m = AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
     for n, t in m.state_dict().items():
         assert t.isfinite().all()
         if n != full: assert torch.equal(t, w[n]), n
@@ -112,14 +123,18 @@ def test_missing_and_misshaped_weights_are_named(recipe, name, tmp_path):
 def test_unexpected_weights_are_named(tmp_path):
     make('sharede_v2', num_shared_experts=1).save_pretrained(tmp_path)
     config = make('smoe', num_experts=5, top_k=2).config
-    with pytest.raises(ValueError, match='mlp.shared_experts.down_proj.weight has no place in the model'): MoEForCausalLM.from_pretrained(tmp_path, config=config)
+    with pytest.raises(ValueError, match='mlp.shared_experts.down_proj.weight has no place in the model'):
+        MoEForCausalLM.from_pretrained(tmp_path, config=config)
 
 def test_without_the_import_transformers_says_so(tmp_path):
     make('smoe').save_pretrained(tmp_path)
     code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
-    p = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=dict(os.environ, HF_HUB_OFFLINE='1'))
-    assert p.returncode == 1 and 'model type `libmoe`' in p.stderr and 'does not recognize this architecture' in p.stderr, p.stderr[-2000:]
-    assert not list(tmp_path.glob('*.py')) and 'auto_map' not in (tmp_path/'config.json').read_text()  # nothing to trust
+    p = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True, timeout=300,
+                       cwd=tmp_path, env=dict(os.environ, HF_HUB_OFFLINE='1'))
+    assert (p.returncode == 1 and 'model type `libmoe`' in p.stderr
+            and 'does not recognize this architecture' in p.stderr), p.stderr[-2000:]
+    # nothing to trust
+    assert not list(tmp_path.glob('*.py')) and 'auto_map' not in (tmp_path/'config.json').read_text()
 
 # ---- card and hub
 @pytest.mark.parametrize('recipe', RECIPES)
@@ -129,7 +144,8 @@ def test_card(recipe, tmp_path):
     m.save_pretrained(tmp_path)
     card, c = ModelCard.load(tmp_path/'README.md'), count_parameters(m)
     assert card.data.pipeline_tag == 'text-generation' and recipe in card.data.tags and card.data.base_model is None
-    for fact in (f'`{recipe}`', f"| total | {c['total']:,} |".replace(',', ',' if c['total'] > 9999 else ''), 'import libmoe_nb.models.causal', 'trust_remote_code', '| data | sotu, kjv |',
+    for fact in (f'`{recipe}`', f"| total | {c['total']:,} |".replace(',', ',' if c['total'] > 9999 else ''),
+                 'import libmoe_nb.models.causal', 'trust_remote_code', '| data | sotu, kjv |',
                  '| steps | 12,000 |', '| optimizer / lr | 0.001 |', 'base | llama'): assert fact in card.text, fact
     assert 'Evaluation' not in card.text and ('router_aux_loss_coef' in card.text) == (recipe != 'dense')
 
@@ -147,7 +163,8 @@ class Hub:
         self.calls.append(('create', repo_id, kw))
         return types.SimpleNamespace(repo_id=f'me/{repo_id}')
     def upload_folder(self, api, *, folder_path, repo_id, ignore_patterns=None, **kw):
-        self.files = {f.name: f.read_bytes() for f in Path(folder_path).iterdir() if f.name not in (ignore_patterns or [])}
+        self.files = {f.name: f.read_bytes() for f in Path(folder_path).iterdir()
+                      if f.name not in (ignore_patterns or [])}
         self.calls.append(('upload', repo_id, kw))
     def load(self, repo_id, **kw):
         if self.card is None: raise EntryNotFoundError('no card')
@@ -168,12 +185,16 @@ def unpack(hub, folder):
 @pytest.mark.parametrize('how', ['push', 'save'])
 def test_push_to_hub(how, hub, tmp_path):
     m, x = make('sharede_v2'), tokens()
-    if how == 'push': m.push_to_hub('mixture', private=True, commit_message='First', revision='dev', max_shard_size='20KB')
-    else: m.save_pretrained(tmp_path/'saved', push_to_hub=True, repo_id='mixture', private=True, commit_message='First', revision='dev', max_shard_size='20KB')
+    if how == 'push':
+        m.push_to_hub('mixture', private=True, commit_message='First', revision='dev', max_shard_size='20KB')
+    else:
+        m.save_pretrained(tmp_path/'saved', push_to_hub=True, repo_id='mixture', private=True, commit_message='First',
+                          revision='dev', max_shard_size='20KB')
     (_, name, made), (_, to, sent) = hub.calls
     assert (name, made['private'], to) == ('mixture', True, 'me/mixture')
     assert (sent['commit_message'], sent['revision'], sent['create_pr']) == ('First', 'dev', None)
-    assert set(hub.files) >= {'README.md', 'config.json', 'model.safetensors.index.json', 'generation_config.json'} and not [n for n in hub.files if n.endswith('.py')]
+    assert (set(hub.files) >= {'README.md', 'config.json', 'model.safetensors.index.json', 'generation_config.json'}
+            and not [n for n in hub.files if n.endswith('.py')])
     assert b"from_pretrained('mixture')" in hub.files['README.md']
     (tmp_path/'down').mkdir()
     assert torch.equal(unpack(hub, tmp_path/'down')(x).logits, m(x).logits)
@@ -190,12 +211,14 @@ def test_a_card_on_the_hub_is_kept(hub):
 def test_another_recipes_weights_are_refused(tmp_path):
     make('tcmoe').save_pretrained(tmp_path)
     config = make('smoe').config
-    with pytest.raises(ValueError, match='router.weight has shape'): MoEForCausalLM.from_pretrained(tmp_path, config=config)
+    with pytest.raises(ValueError, match='router.weight has shape'):
+        MoEForCausalLM.from_pretrained(tmp_path, config=config)
 
 def test_a_dense_checkpoint_has_no_experts(tmp_path):
     make('smoe').base.config.save_pretrained(tmp_path)
     AutoModelForCausalLM.from_config(make('dense').base.config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='mlp.experts.down_proj is missing'): MoEForCausalLM.from_pretrained(tmp_path, config=make('smoe').config)
+    with pytest.raises(ValueError, match='mlp.experts.down_proj is missing'):
+        MoEForCausalLM.from_pretrained(tmp_path, config=make('smoe').config)
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_dtypes(dtype, tmp_path):
@@ -215,13 +238,16 @@ def test_buffers_and_options_survive(tmp_path):
     for l in moe_layers(m).values(): l.router.expert_bias.uniform_()
     m.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for a, b in zip(moe_layers(m).values(), moe_layers(back).values()): assert torch.equal(a.router.expert_bias, b.router.expert_bias)
+    for a, b in zip(moe_layers(m).values(), moe_layers(back).values()):
+        assert torch.equal(a.router.expert_bias, b.router.expert_bias)
     assert torch.equal(back(tokens()).logits, m(tokens()).logits)
-    for (n, a), (_, b) in zip(m.named_buffers(), back.named_buffers()): assert torch.equal(a, b), n  # the non-persistent ones too
+    # the non-persistent ones too
+    for (n, a), (_, b) in zip(m.named_buffers(), back.named_buffers()): assert torch.equal(a, b), n
 
 def test_some_layers_only(tmp_path):
     base = make('smoe', num_hidden_layers=4).base.config
-    m = from_scratch('moe_plus_plus', 'tiny', base=base, seed=0, layers=[1, -1], num_experts=6, top_k=3, moe_intermediate_size=16).eval()
+    m = from_scratch('moe_plus_plus', 'tiny', base=base, seed=0, layers=[1, -1], num_experts=6, top_k=3,
+                     moe_intermediate_size=16).eval()
     assert [n.split('.')[3] for n in moe_layers(m)] == ['1', '3']
     m.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits, m(tokens()).logits)
@@ -232,13 +258,15 @@ def test_device_map(device_map, tmp_path):
     m.save_pretrained(tmp_path, max_shard_size='20KB')
     back = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
     assert torch.equal(back(tokens()).logits, m(tokens()).logits)
-    assert torch.equal(back.generate(tokens(), max_new_tokens=4, do_sample=False), m.generate(tokens(), max_new_tokens=4, do_sample=False))
+    assert torch.equal(back.generate(tokens(), max_new_tokens=4, do_sample=False),
+                       m.generate(tokens(), max_new_tokens=4, do_sample=False))
 
 @pytest.mark.parametrize('recipe', ['smoe', 'moe_plus_plus', 'sharede_v3'])
 def test_offloaded_to_disk(recipe, tmp_path):
     m, x = make(recipe, num_hidden_layers=3), tokens()
     m.save_pretrained(tmp_path/'model')
-    places = {'base.model.embed_tokens': 'cpu', 'base.model.rotary_emb': 'cpu', 'base.model.norm': 'cpu', 'base.lm_head': 'cpu', **{f'base.model.layers.{i}': d for i, d in enumerate(['cpu', 'disk', 'disk'])}}
+    places = {'base.model.embed_tokens': 'cpu', 'base.model.rotary_emb': 'cpu', 'base.model.norm': 'cpu',
+              'base.lm_head': 'cpu', **{f'base.model.layers.{i}': d for i, d in enumerate(['cpu', 'disk', 'disk'])}}
     back = AutoModelForCausalLM.from_pretrained(tmp_path/'model', device_map=places, offload_folder=tmp_path/'offload')
     assert {p.device.type for p in back.base.model.layers[1].mlp.parameters()} == {'meta'}
     torch.testing.assert_close(back(x).logits, m(x).logits)
@@ -251,7 +279,8 @@ def test_a_layer_is_never_split_over_devices():
     assert m._no_split_modules == {'LlamaDecoderLayer'}
     size = lambda m: 4 * sum(p.numel() for p in m.parameters())
     budget = size(m.base.model.embed_tokens) + int(2.5 * size(m.base.model.layers[0]))
-    places = infer_auto_device_map(m, max_memory={'cpu': budget, 'disk': 10**9}, no_split_module_classes=list(m._no_split_modules))
+    places = infer_auto_device_map(m, max_memory={'cpu': budget, 'disk': 10**9},
+                                   no_split_module_classes=list(m._no_split_modules))
     assert set(places.values()) == {'cpu', 'disk'} and not [n for n in places if 'layers' in n and n.count('.') > 3]
 
 @pytest.mark.parametrize('recipe', RECIPES)
@@ -282,7 +311,9 @@ def test_initialised_from_empty_memory():
             mlp = lambda name: next(v for n, v in std.items() if f'mlp.{name}' in n)
             assert all(t.isfinite().all() for t in [*made.state_dict().values(), *made.buffers()])
             if r == 'dense': want = {'up_proj': 0.7, 'down_proj': 0.05}
-            else: want = {'experts.up_proj': 0.7, 'experts.down_proj': 0.05, 'router.proj' if r == 'xmoe' else 'router.weight': 0.3}
+            else:
+                want = {'experts.up_proj': 0.7, 'experts.down_proj': 0.05,
+                        'router.proj' if r == 'xmoe' else 'router.weight': 0.3}
             for n, v in want.items(): assert mlp(n) == pytest.approx(v, rel=0.15), (r, n)
             assert std['base.model.embed_tokens.weight'] == pytest.approx(0.02, rel=0.1)
             assert std['base.model.layers.0.self_attn.q_proj.weight'] == pytest.approx(0.02, rel=0.1)
@@ -302,8 +333,10 @@ def test_presets_on_meta(preset):
     for r in RECIPES:
         with torch.device('meta'): m = from_scratch(r, preset, seed=0)
         c = count_parameters(m)
-        assert c['total'] == sum(v for k, v in c.items() if k not in ('total', 'active')) == m.num_parameters() and c['other'] == 0
-        assert 0 < c['active'] <= c['total'] and count_flops(m, presets[preset].sequence_length) > 2 * (c['active'] - 2 * c['embedding'])
+        assert (c['total'] == sum(v for k, v in c.items() if k not in ('total', 'active')) == m.num_parameters()
+                and c['other'] == 0)
+        assert (0 < c['active'] <= c['total']
+                and count_flops(m, presets[preset].sequence_length) > 2 * (c['active'] - 2 * c['embedding']))
 
 # ---- forward
 @pytest.mark.parametrize('recipe', RECIPES)
@@ -330,12 +363,14 @@ def test_left_padding(recipe):
     b = m(x, output_router_logits=True)
     torch.testing.assert_close(a.aux_loss, b.aux_loss, atol=1e-6, rtol=1e-5)
     other = padded.clone(); other[:, :4] = 9  # what stands in the padding changes nothing
-    torch.testing.assert_close(m(other, attention_mask=mask, position_ids=positions, output_router_logits=True).aux_loss, b.aux_loss, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(m(other, attention_mask=mask, position_ids=positions,
+                                 output_router_logits=True).aux_loss, b.aux_loss, atol=1e-6, rtol=1e-5)
 
 def test_cached_decoding_takes_no_mask_for_padding():
     m, x = make('smoe'), tokens()
     first = m(x[:, :-1], use_cache=True)
-    out = m(x[:, -1:], past_key_values=first.past_key_values, attention_mask=torch.ones_like(x), output_router_logits=True)
+    out = m(x[:, -1:], past_key_values=first.past_key_values, attention_mask=torch.ones_like(x),
+            output_router_logits=True)
     assert out.aux_loss.isfinite() and out.router_logits[0].shape == (2, 6)
 
 @pytest.mark.parametrize('recipe', RECIPES)
@@ -368,7 +403,8 @@ def test_reduction_over_layers(reduction):
 def test_aux_loss_reaches_every_router(recipe):
     m, x = make(recipe).train(), tokens(B=4, S=16)
     m(x).aux_loss.backward()
-    for n, l in moe_layers(m).items(): assert sum(p.grad.abs().sum() for p in l.router.parameters() if p.grad is not None) > 0, n
+    for n, l in moe_layers(m).items():
+        assert sum(p.grad.abs().sum() for p in l.router.parameters() if p.grad is not None) > 0, n
     assert m.get_output_embeddings().weight.grad is None
 
 @pytest.mark.parametrize('recipe', RECIPES)
@@ -381,7 +417,8 @@ def test_checkpointing_changes_no_gradient(recipe):
         for on in (False, True):
             m.zero_grad(set_to_none=True)
             (m.activation_checkpointing_enable if on else m.activation_checkpointing_disable)()
-            first, second = m(x, attention_mask=mask, labels=x), m(y, labels=y)  # both alive when the first is differentiated
+            # both alive when the first is differentiated
+            first, second = m(x, attention_mask=mask, labels=x), m(y, labels=y)
             getattr(first, what).backward()
             (2 * getattr(second, what)).backward()
             seen.append(grads(m))
@@ -417,9 +454,12 @@ def test_trainer(recipe, checkpointed, tmp_path):
     m, x = make(recipe), tokens(B=8, S=12)
     data = [dict(input_ids=r, labels=r, attention_mask=torch.ones_like(r)) for r in x]
     before = {n: p.clone() for n, p in m.named_parameters()}
-    key = next(k for k in ('activation_checkpointing', 'gradient_checkpointing') if k in TrainingArguments.__dataclass_fields__)
-    args = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, report_to=[],
-                             use_cpu=True, save_strategy='no', logging_steps=1, disable_tqdm=True, **{key: checkpointed})
+    key = next(k for k in ('activation_checkpointing', 'gradient_checkpointing')
+               if k in TrainingArguments.__dataclass_fields__)
+    args = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+                             learning_rate=1e-2, report_to=[],
+                             use_cpu=True, save_strategy='no', logging_steps=1, disable_tqdm=True,
+                             **{key: checkpointed})
     trainer = Trainer(m, args, train_dataset=data, eval_dataset=data)
     trainer.train()
     losses = [l['loss'] for l in trainer.state.log_history if 'loss' in l]
@@ -469,8 +509,10 @@ def test_tied_embeddings(name, tmp_path):
     back = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert tied(back) and torch.equal(back(x).logits, m(x).logits)
     w = load_file(tmp_path/'model.safetensors')
-    save_file({n: t for n, t in w.items() if 'embed_tokens' not in n}, tmp_path/'model.safetensors', metadata=dict(format='pt'))
-    with pytest.raises(ValueError, match='embed_tokens.weight is missing'): AutoModelForCausalLM.from_pretrained(tmp_path)
+    save_file({n: t for n, t in w.items() if 'embed_tokens' not in n}, tmp_path/'model.safetensors',
+              metadata=dict(format='pt'))
+    with pytest.raises(ValueError, match='embed_tokens.weight is missing'):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 @pytest.mark.parametrize('tie', [False, True])
 def test_resizing_embeddings(tie, tmp_path):
@@ -526,16 +568,22 @@ def test_expert_bias_stays_in_full_precision(dtype, tmp_path):
 
 # ---- bad input
 def test_errors():
-    mixtral = AutoConfig.for_model('mixtral', vocab_size=96, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    with pytest.raises(ValueError, match='a mixture of experts already: MixtralSparseMoeBlock'): from_scratch('smoe', 'tiny', base=mixtral)
-    with pytest.raises(ValueError, match='MixtralSparseMoeBlock'): count_parameters(AutoModelForCausalLM.from_config(mixtral))
+    mixtral = AutoConfig.for_model('mixtral', vocab_size=96, hidden_size=32, intermediate_size=16, num_hidden_layers=1,
+                                   num_attention_heads=2, num_key_value_heads=1)
+    with pytest.raises(ValueError, match='a mixture of experts already: MixtralSparseMoeBlock'):
+        from_scratch('smoe', 'tiny', base=mixtral)
+    with pytest.raises(ValueError, match='MixtralSparseMoeBlock'):
+        count_parameters(AutoModelForCausalLM.from_config(mixtral))
     mamba = AutoConfig.for_model('mamba', vocab_size=96, hidden_size=32, num_hidden_layers=1)
     with pytest.raises(ValueError, match='none was found'): from_scratch('smoe', 'tiny', base=mamba)
     with pytest.raises(ValueError, match="did you mean 'smoe'"): from_scratch('smo', 'tiny')
     with pytest.raises(ValueError, match="did you mean 'tiny'"): from_scratch('smoe', 'tinny')
     with pytest.raises(ValueError, match="did you mean 'num_experts'"): from_scratch('smoe', 'tiny', num_expert=3)
-    with pytest.raises(ValueError, match='top_k must be at most num_experts=2, got 3'): from_scratch('smoe', 'tiny', num_experts=2, top_k=3, num_shared_experts=0)
-    with pytest.raises(ValueError, match='layers must hold indices of the 2 decoder layers, got 5'): from_scratch('smoe', 'tiny', layers=[5])
-    with pytest.raises(ValueError, match='partial_rotary_factor'): from_scratch('smoe', 'tiny', partial_rotary_factor=0.01)
+    with pytest.raises(ValueError, match='top_k must be at most num_experts=2, got 3'):
+        from_scratch('smoe', 'tiny', num_experts=2, top_k=3, num_shared_experts=0)
+    with pytest.raises(ValueError, match='layers must hold indices of the 2 decoder layers, got 5'):
+        from_scratch('smoe', 'tiny', layers=[5])
+    with pytest.raises(ValueError, match='partial_rotary_factor'):
+        from_scratch('smoe', 'tiny', partial_rotary_factor=0.01)
     with pytest.raises(ValueError): MoEConfig(moe=dict(recipe='smoe', num_expert=3))
     with pytest.raises(ValueError, match='aux_loss_reduction'): MoEConfig(aux_loss_reduction='max')

@@ -12,26 +12,36 @@ from libmoe_nb.analysis.tracing import moe_layers, record_routing
 from libmoe_nb.models.upcycling import upcycle
 
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
-SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=None, eos_token_id=None)
-LATENT = dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1, first_k_dense_replace=3)
-BODIES = dict(llama={}, mistral=dict(sliding_window=None), olmo2={}, olmoe=dict(num_experts=1, num_experts_per_tok=1), qwen2={}, qwen3=dict(head_dim=8), deepseek_v3=LATENT, deepseek_v2=LATENT | dict(topk_method='greedy'),
+SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=None, eos_token_id=None)
+LATENT = dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
+              v_head_dim=8, n_group=1, topk_group=1, first_k_dense_replace=3)
+BODIES = dict(llama={}, mistral=dict(sliding_window=None), olmo2={}, olmoe=dict(num_experts=1, num_experts_per_tok=1),
+              qwen2={}, qwen3=dict(head_dim=8), deepseek_v3=LATENT, deepseek_v2=LATENT | dict(topk_method='greedy'),
               glm4_moe=dict(head_dim=8, first_k_dense_replace=3), dots1=dict(head_dim=8, first_k_dense_replace=3))
 GROUPS = dict(num_experts=9, top_k=3, num_shared_experts=1, n_group=2, topk_group=1, routed_scaling_factor=2.5)
 # native architecture -> body, recipe, options
-CASES = dict(mixtral=('llama', 'smoe', {}), olmoe=('olmoe', 'smoe', dict(norm_topk_prob=False)), flex_olmo=('olmo2', 'smoe', {}), qwen3_moe=('qwen3', 'smoe', {}),
-             qwen2_moe=('qwen2', 'sharede_v2', dict(shared_gate=True, num_shared_experts=2, top_k=4)), deepseek_v3=('deepseek_v3', 'sharede_v3', dict(GROUPS, expert_bias=True)),
-             glm4_moe=('glm4_moe', 'sharede_v3', dict(GROUPS, expert_bias=True)), dots1=('qwen3', 'smoe_sigmoid', dict(expert_bias=True)), deepseek_v2=('deepseek_v2', 'sharede_v2', dict(GROUPS, norm_topk_prob=False)))
+CASES = dict(mixtral=('llama', 'smoe', {}), olmoe=('olmoe', 'smoe', dict(norm_topk_prob=False)),
+             flex_olmo=('olmo2', 'smoe', {}), qwen3_moe=('qwen3', 'smoe', {}),
+             qwen2_moe=('qwen2', 'sharede_v2', dict(shared_gate=True, num_shared_experts=2, top_k=4)),
+             deepseek_v3=('deepseek_v3', 'sharede_v3', dict(GROUPS, expert_bias=True)),
+             glm4_moe=('glm4_moe', 'sharede_v3', dict(GROUPS, expert_bias=True)),
+             dots1=('qwen3', 'smoe_sigmoid', dict(expert_bias=True)),
+             deepseek_v2=('deepseek_v2', 'sharede_v2', dict(GROUPS, norm_topk_prob=False)))
 
 def body(name, **kw): return AutoConfig.for_model(name, **SIZES | BODIES[name] | kw)
 
 def make(base, recipe='smoe', layers=None, seed=0, **kw):
     "A model whose every part matters"
-    m = from_scratch(recipe, 'tiny', base=base if not isinstance(base, str) else body(base), layers=layers, seed=seed, **dict(gated=True, hidden_act='silu', num_experts=8, top_k=3, moe_intermediate_size=16) | kw)
+    m = from_scratch(recipe, 'tiny', base=base if not isinstance(base, str) else body(base), layers=layers, seed=seed,
+                     **dict(gated=True, hidden_act='silu', num_experts=8, top_k=3, moe_intermediate_size=16) | kw)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in m.parameters(): p.copy_(torch.randn(p.shape, generator=g) * (.3 if p.dim() > 1 else .1) + (p.dim() < 2))
+        for p in m.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (.3 if p.dim() > 1 else .1) + (p.dim() < 2))
         for l in moe_layers(m).values():
-            if l.router.expert_bias is not None: l.router.expert_bias.copy_(torch.randn(l.router.expert_bias.shape, generator=g) * .1)
+            if l.router.expert_bias is not None:
+                l.router.expert_bias.copy_(torch.randn(l.router.expert_bias.shape, generator=g) * .1)
     return m.eval()
 
 def case(native, **kw):
@@ -62,7 +72,8 @@ def opened(tmp_path_factory):
         m = case(n)
         assert save_native(m, d/n, n) == n
         out = m(**padded()).logits
-        torch.save(dict(logits=out.detach(), generated=m.generate(**padded(), max_new_tokens=6, do_sample=False)), d/n/'want.pt')
+        torch.save(dict(logits=out.detach(), generated=m.generate(**padded(), max_new_tokens=6, do_sample=False)),
+                   d/n/'want.pt')
     code = '''
 import json, sys, torch
 from pathlib import Path
@@ -80,7 +91,8 @@ assert not [m for m in sys.modules if m.startswith('libmoe_nb')]
 print(json.dumps(facts))
 '''
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | dict(HF_HUB_OFFLINE='1')
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(d)], capture_output=True, text=True, timeout=300, cwd=d, env=env)
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(d)], capture_output=True, text=True,
+                       timeout=300, cwd=d, env=env)
     assert p.returncode == 0, p.stderr[-2000:]
     return json.loads(p.stdout.splitlines()[-1])
 
@@ -96,18 +108,24 @@ def test_plain_transformers_opens_the_folder(native, opened):
 def test_out_and_back(native):
     m = case(native)
     made = to_native(m, native)
-    assert type(made).__module__.startswith('transformers.') and not any(isinstance(x, MoELayer) for x in made.modules())
+    assert (type(made).__module__.startswith('transformers.')
+            and not any(isinstance(x, MoELayer) for x in made.modules()))
     back = from_native(made)
     for other in (made, back): assert close(other(**padded()).logits[:, 7:], m(**padded()).logits[:, 7:])
     assert back.config.spec.recipe == m.config.spec.recipe
-    for k in ['num_experts', 'top_k', 'moe_intermediate_size', 'norm_topk_prob', 'gated', 'hidden_act', *['num_shared_experts'] * ('sharede' in back.config.spec.recipe)]: assert getattr(back.config.spec, k) == getattr(m.config.spec, k), k
-    options = {k: v for k, v in m.config.spec.options.items() if k != 'routed_scaling_factor' or natives[native].scaling}
+    for k in ['num_experts', 'top_k', 'moe_intermediate_size', 'norm_topk_prob', 'gated', 'hidden_act',
+              *['num_shared_experts'] * ('sharede' in back.config.spec.recipe)]:
+        assert getattr(back.config.spec, k) == getattr(m.config.spec, k), k
+    options = {k: v for k, v in m.config.spec.options.items() if k != 'routed_scaling_factor'
+               or natives[native].scaling}
     assert dict(topk_group=1) | back.config.spec.options == dict(topk_group=1) | options
     a, b = m.base.state_dict(), back.base.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
-@pytest.mark.parametrize('native, kw', [('qwen3_moe', dict(mlp_only_layers=[1])), ('deepseek_v3', dict(first_k_dense_replace=1)), ('deepseek_v2', dict(first_k_dense_replace=1)),
-    ('deepseek_v3', dict(norm_topk_prob=False, routed_scaling_factor=1.5)), ('olmoe', dict(norm_topk_prob=True)), ('qwen2_moe', dict(mlp_only_layers=[0])), ('mixtral', dict(tie_word_embeddings=True)),
+@pytest.mark.parametrize('native, kw', [('qwen3_moe', dict(mlp_only_layers=[1])),
+    ('deepseek_v3', dict(first_k_dense_replace=1)), ('deepseek_v2', dict(first_k_dense_replace=1)),
+    ('deepseek_v3', dict(norm_topk_prob=False, routed_scaling_factor=1.5)), ('olmoe', dict(norm_topk_prob=True)),
+    ('qwen2_moe', dict(mlp_only_layers=[0])), ('mixtral', dict(tie_word_embeddings=True)),
     ('qwen3_moe', dict(norm_topk_prob=False))])
 def test_published_forms_come_in_and_go_out(native, kw):
     theirs = tiny_moe(native, num_hidden_layers=3, **kw)
@@ -140,10 +158,13 @@ def test_windows_of_attention_are_kept():
     assert made.config.sliding_window == 16 and close(made(ids(1, 100)).logits, m(ids(1, 100)).logits)
     with pytest.raises(ValueError, match='sliding_window must be None, got 16'): to_native(m, 'qwen2_moe')
 
-@pytest.mark.parametrize('rope', [dict(rope_type='llama3', factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=32, rope_theta=5000.), dict(rope_type='linear', factor=2., rope_theta=300.)])
+@pytest.mark.parametrize('rope', [dict(rope_type='llama3', factor=8., low_freq_factor=1.,
+                                       high_freq_factor=4., original_max_position_embeddings=32, rope_theta=5000.),
+                                  dict(rope_type='linear', factor=2., rope_theta=300.)])
 def test_positions_are_kept(rope):
     m = make(body('llama', rope_parameters=rope))
-    for native in ('mixtral', 'qwen2_moe'): assert close(to_native(m, native)(ids(1, 100)).logits, m(ids(1, 100)).logits)
+    for native in ('mixtral', 'qwen2_moe'):
+        assert close(to_native(m, native)(ids(1, 100)).logits, m(ids(1, 100)).logits)
 
 # ---- dtype and ties
 
@@ -155,8 +176,10 @@ def test_bfloat16(native, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert made.dtype == loaded.dtype == torch.bfloat16 and torch.equal(loaded(ids()).logits, made(ids()).logits)
     kinds = lambda m: {n: t.dtype for n, t in m.state_dict().items()}
-    assert kinds(made) == kinds(loaded)                              # the class says what it keeps in float32: DeepSeek-V3 its router, since transformers 5.24
-    assert {n for n, t in kinds(made).items() if t != torch.bfloat16} == {n for n in kinds(made) if any(n.endswith(k) for k in type(made)._keep_in_fp32_modules_strict or ())}
+    # the class says what it keeps in float32: DeepSeek-V3 its router, since transformers 5.24
+    assert kinds(made) == kinds(loaded)
+    assert {n for n, t in kinds(made).items() if t != torch.bfloat16} == {
+        n for n in kinds(made) if any(n.endswith(k) for k in type(made)._keep_in_fp32_modules_strict or ())}
     assert logit_error(m, loaded).median() < 5e-2
     back = from_native(loaded)
     a, b = m.base.state_dict(), back.base.state_dict()
@@ -170,11 +193,13 @@ def test_tied_embeddings(tmp_path):
     made = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert made.lm_head.weight is made.model.embed_tokens.weight and close(made(ids()).logits, m(ids()).logits)
     back = from_native(made)
-    assert back.get_output_embeddings().weight is back.get_input_embeddings().weight and count_parameters(back)['total'] == count_parameters(m)['total']
+    assert (back.get_output_embeddings().weight is back.get_input_embeddings().weight
+            and count_parameters(back)['total'] == count_parameters(m)['total'])
 
 def test_nothing_is_shared_with_what_it_was_made_of():
     m = case('mixtral')
-    for made in (to_native(m), to_dense(m)): assert not {p.data_ptr() for p in m.parameters()} & {p.data_ptr() for p in made.parameters()}
+    for made in (to_native(m), to_dense(m)):
+        assert not {p.data_ptr() for p in m.parameters()} & {p.data_ptr() for p in made.parameters()}
 
 def test_mode_and_generation_config_come_along():
     m = case('mixtral').train()
@@ -185,31 +210,46 @@ def test_mode_and_generation_config_come_along():
 
 # ---- single layers
 
-@pytest.mark.parametrize('b, native, layers', [('qwen3', 'qwen3_moe', [0, 2]), ('qwen2', 'qwen2_moe', [1]), ('deepseek_v3', 'deepseek_v3', [1, 2]), ('glm4_moe', 'glm4_moe', [2])])
+@pytest.mark.parametrize('b, native, layers', [('qwen3', 'qwen3_moe', [0, 2]), ('qwen2', 'qwen2_moe', [1]),
+                                               ('deepseek_v3', 'deepseek_v3', [1, 2]), ('glm4_moe', 'glm4_moe', [2])])
 def test_some_layers(b, native, layers):
     recipe = 'smoe' if 'qwen' in b else 'sharede_v3'
     m = make(b, recipe, layers, num_shared_experts=int(recipe == 'sharede_v3'))
     made = to_native(m, native)
     back = from_native(made)
-    assert close(made(ids()).logits, m(ids()).logits) and back.config.layers == layers and close(back(ids()).logits, m(ids()).logits)
+    assert (close(made(ids()).logits, m(ids()).logits) and back.config.layers == layers
+            and close(back(ids()).logits, m(ids()).logits))
 
-@pytest.mark.parametrize('b, native, layers, why', [('llama', 'mixtral', [0, 2], 'no layer can be dense'), ('olmo2', None, [1], 'flex_olmo .no layer can be dense'), ('deepseek_v3', 'deepseek_v3', [0], r'only the first layers can be dense, not \[1, 2\]'),
-                                                    ('qwen3', 'dots1', [0, 1], 'scores are a sigmoid, not a softmax; only the first layers can be dense')])
+@pytest.mark.parametrize('b, native, layers, why',
+                         [('llama', 'mixtral', [0, 2], 'no layer can be dense'),
+                          ('olmo2', None, [1], 'flex_olmo .no layer can be dense'),
+                          ('deepseek_v3', 'deepseek_v3', [0], r'only the first layers can be dense, not \[1, 2\]'),
+                          ('qwen3', 'dots1', [0, 1],
+                           'scores are a sigmoid, not a softmax; only the first layers can be dense')])
 def test_some_layers_refused(b, native, layers, why):
     recipe = 'sharede_v3' if b == 'deepseek_v3' else 'smoe'
-    with pytest.raises(ValueError, match=why): to_native(make(b, recipe, layers, num_shared_experts=int(recipe == 'sharede_v3')), native)
+    with pytest.raises(ValueError, match=why):
+        to_native(make(b, recipe, layers, num_shared_experts=int(recipe == 'sharede_v3')), native)
 
 def test_dense_layers_must_be_of_the_same_kind():
-    for why, kw in {'mlp_bias must be False, got True': dict(mlp_bias=True), 'hidden_act must be silu, got gelu': dict(hidden_act='gelu')}.items():
-        with pytest.raises(ValueError, match=f'where layers are dense {why}'): to_native(make(body('llama', **kw), layers=[1]), 'qwen2_moe')
+    for why, kw in {'mlp_bias must be False, got True': dict(mlp_bias=True),
+                    'hidden_act must be silu, got gelu': dict(hidden_act='gelu')}.items():
+        with pytest.raises(ValueError, match=f'where layers are dense {why}'):
+            to_native(make(body('llama', **kw), layers=[1]), 'qwen2_moe')
     m = make(body('llama', mlp_bias=True))  # all layers are swapped: none has biases
     assert close(to_native(m)(ids()).logits, m(ids()).logits)
 
 # ---- what cannot be said
 
-@pytest.mark.parametrize('recipe, kw, why', [('xmoe', {}, 'CosineRouter are neither a softmax nor a sigmoid'), ('tcmoe', {}, 'TernaryRouter are not experts alone'), ('moe_plus_plus', {}, 'zero-computation experts'),
-    ('smoe', dict(gated=False, hidden_act='relu'), "native experts are gated .three matrices., these have two and the activation 'relu'"), ('smoe', dict(bias=True), 'native experts have no biases'), ('smoe', dict(expert_bias=True), 'no bias steers the choice'),
-    ('smoe', dict(n_group=2), 'mixtral .choices are not limited to groups'), ('smoe_sigmoid', dict(norm_topk_prob=False, expert_bias=True, hidden_act='mish'), None), ('sharede_v3', dict(shared_gate=True), 'shared experts have no gate')])
+@pytest.mark.parametrize('recipe, kw, why', [('xmoe', {}, 'CosineRouter are neither a softmax nor a sigmoid'),
+    ('tcmoe', {}, 'TernaryRouter are not experts alone'), ('moe_plus_plus', {}, 'zero-computation experts'),
+    ('smoe', dict(gated=False, hidden_act='relu'),
+     "native experts are gated .three matrices., these have two and the activation 'relu'"),
+    ('smoe', dict(bias=True), 'native experts have no biases'),
+    ('smoe', dict(expert_bias=True), 'no bias steers the choice'),
+    ('smoe', dict(n_group=2), 'mixtral .choices are not limited to groups'),
+    ('smoe_sigmoid', dict(norm_topk_prob=False, expert_bias=True, hidden_act='mish'), None),
+    ('sharede_v3', dict(shared_gate=True), 'shared experts have no gate')])
 def test_refusals_say_why(recipe, kw, why):
     m = make('llama', recipe, num_shared_experts=int('sharede' in recipe), **kw)
     if why is None: assert close(to_native(m)(ids()).logits, m(ids()).logits)
@@ -217,9 +257,13 @@ def test_refusals_say_why(recipe, kw, why):
         with pytest.raises(ValueError, match=why): to_native(m)
 
 def test_bodies_without_a_native_form():
-    with pytest.raises(ValueError, match="body of 'gpt_neox': bodies that agree are .*llama"): to_native(make(AutoConfig.for_model('gpt_neox', **{k: v for k, v in SIZES.items() if k != 'num_key_value_heads'})))
-    with pytest.raises(ValueError, match='in a llama body attention_bias must be False, got True'): to_native(make(body('llama', attention_bias=True)))
-    with pytest.raises(ValueError, match='registered native architecture .mixtral.*got .gpt_oss'): from_native(tiny_moe('gpt_oss'))
+    with pytest.raises(ValueError, match="body of 'gpt_neox': bodies that agree are .*llama"):
+        to_native(make(AutoConfig.for_model('gpt_neox',
+                                            **{k: v for k, v in SIZES.items() if k != 'num_key_value_heads'})))
+    with pytest.raises(ValueError, match='in a llama body attention_bias must be False, got True'):
+        to_native(make(body('llama', attention_bias=True)))
+    with pytest.raises(ValueError, match='registered native architecture .mixtral.*got .gpt_oss'):
+        from_native(tiny_moe('gpt_oss'))
     with pytest.raises(ValueError, match="did you mean 'mixtral'"): to_native(make('llama'), 'mixtrall')
 
 def test_unlike_layers_are_refused():
@@ -241,28 +285,37 @@ def naive_shares(m, inputs):
     with record_routing(m) as records: m(**inputs)
     real, out = inputs['attention_mask'].flatten().bool(), {}
     for n, (r,) in records.items():
-        counts = [sum(int(e in row) for row, keep in zip(r.top_k_index.tolist(), real) if keep) for e in range(r.num_experts)]
+        counts = [sum(int(e in row) for row, keep in zip(r.top_k_index.tolist(), real) if keep)
+                  for e in range(r.num_experts)]
         out[n] = torch.tensor(counts) / sum(counts)
     return out
 
 @pytest.mark.parametrize('recipe', ['smoe', 'sharede_v2', 'xmoe'])
 def test_to_dense_weighs_by_load(recipe):
     m = make('llama', recipe, num_shared_experts=int(recipe == 'sharede_v2'))
-    for by, shares in dict(mean={n: torch.full((l.experts.num_experts,), 1 / l.experts.num_experts) for n, l in moe_layers(m).items()}, load=naive_shares(m, padded())).items():
+    for by, shares in dict(mean={n: torch.full((l.experts.num_experts,), 1 / l.experts.num_experts)
+                                 for n, l in moe_layers(m).items()}, load=naive_shares(m, padded())).items():
         d = to_dense(m, by, [padded()])
         for n, l in moe_layers(m).items():
             f, s, d_e = d.get_submodule(n), shares[n], 16
             n_s = l.shared_experts.intermediate_size if l.shared_experts is not None else 0
             gate, up = f.gate_up_proj.weight.chunk(2)
-            torch.testing.assert_close(gate[n_s:], sum(p * w[:d_e] for p, w in zip(s, l.experts.gate_up_proj)), atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(up[n_s:], sum(p * w[d_e:] for p, w in zip(s, l.experts.gate_up_proj)), atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(f.down_proj.weight[:, n_s:], sum(p * w for p, w in zip(s, l.experts.down_proj)), atol=1e-5, rtol=1e-4)
-            if n_s: assert torch.equal(f.down_proj.weight[:, :n_s], l.shared_experts.down_proj.weight) and torch.equal(gate[:n_s], l.shared_experts.gate_up_proj.weight.chunk(2)[0])
+            torch.testing.assert_close(gate[n_s:], sum(p * w[:d_e] for p, w in zip(s, l.experts.gate_up_proj)),
+                                       atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(up[n_s:], sum(p * w[d_e:] for p, w in zip(s, l.experts.gate_up_proj)),
+                                       atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(f.down_proj.weight[:, n_s:], sum(p * w for p, w in zip(s, l.experts.down_proj)),
+                                       atol=1e-5, rtol=1e-4)
+            if n_s:
+                assert (torch.equal(f.down_proj.weight[:, :n_s], l.shared_experts.down_proj.weight)
+                        and torch.equal(gate[:n_s], l.shared_experts.gate_up_proj.weight.chunk(2)[0]))
 
 @pytest.mark.parametrize('recipe', [r for r in recipes if r not in ('dense', 'tcmoe', 'moe_plus_plus')])
 @pytest.mark.parametrize('b', ['llama', 'gpt2'])
 def test_upcycled_copies_merge_into_the_dense_model(recipe, b, tmp_path):
-    dense = AutoModelForCausalLM.from_config(body('llama') if b == 'llama' else AutoConfig.for_model('gpt2', vocab_size=96, n_embd=32, n_head=4, n_layer=2, n_inner=48)).eval()
+    dense = AutoModelForCausalLM.from_config(body('llama') if b == 'llama'
+                                             else AutoConfig.for_model('gpt2', vocab_size=96, n_embd=32, n_head=4,
+                                                                       n_layer=2, n_inner=48)).eval()
     moe = upcycle(dense, recipe, 4, 2 + ('sharede' in recipe), num_shared_experts=int('sharede' in recipe), seed=0)
     for by, data in dict(mean=None, load=[ids()]).items():
         d = to_dense(moe, by, data)
@@ -275,7 +328,8 @@ def test_to_dense_of_some_layers_and_in_half_precision():
     dense = AutoModelForCausalLM.from_config(body('llama', tie_word_embeddings=True)).eval()
     moe = upcycle(dense, 'smoe', 4, 2, layers=[1], seed=0)
     d = to_dense(moe)
-    assert d.config.layers == [1] and close(d(ids()).logits, dense(ids()).logits) and d.get_output_embeddings().weight is d.get_input_embeddings().weight
+    assert (d.config.layers == [1] and close(d(ids()).logits, dense(ids()).logits)
+            and d.get_output_embeddings().weight is d.get_input_embeddings().weight)
     assert to_dense(moe.to(torch.bfloat16)).dtype == torch.bfloat16
 
 def test_loads_do_not_change_the_model():

@@ -13,7 +13,8 @@ from libmoe_nb.analysis.tracing import moe_layers, record_routing  # noqa: E402
 from libmoe_nb.experiments.upcycle import packaged_model, text_perplexities  # noqa: E402
 from libmoe_nb.models.upcycling import upcycle  # noqa: E402
 
-TEXT = 'It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, it was the epoch of belief'
+TEXT = ('It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, '
+        'it was the epoch of belief')
 
 @pytest.fixture(scope='module')
 def folder(): return packaged_model('smollm2')
@@ -35,7 +36,8 @@ def logits(dense, ids):
 def error(moe, ids, logits): return ((moe.eval()(ids).logits - logits).abs().max() / logits.abs().max()).item()
 
 def test_it_is_the_real_model(dense, tokenizer):
-    assert dense.config.model_type == 'llama' and (dense.config.hidden_size, dense.config.num_hidden_layers) == (576, 30)
+    assert dense.config.model_type == 'llama' and (dense.config.hidden_size,
+                                                   dense.config.num_hidden_layers) == (576, 30)
     assert round(count_parameters(dense)['total'] / 1e6) == 135 and dense.config.tie_word_embeddings
     code = Path(sysconfig.get_paths()['stdlib'], 'textwrap.py').read_text()
     p = text_perplexities(dense, tokenizer, dict(prose=TEXT, code=code), max_tokens=64)
@@ -45,7 +47,8 @@ def test_every_layer_upcycled_is_exact_and_survives_saving(dense, ids, logits, t
     moe = upcycle(dense, 'smoe', 2, 1, exact=True, seed=0)
     assert type(moe) is MoEForCausalLM and len(moe_layers(moe)) == 30
     assert error(moe, ids, logits) < 1e-4
-    assert count_parameters(moe)['total'] > 1.5 * count_parameters(dense)['total'] and moe.get_output_embeddings().weight is moe.get_input_embeddings().weight
+    assert (count_parameters(moe)['total'] > 1.5 * count_parameters(dense)['total']
+            and moe.get_output_embeddings().weight is moe.get_input_embeddings().weight)
     moe.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -53,15 +56,22 @@ def test_every_layer_upcycled_is_exact_and_survives_saving(dense, ids, logits, t
     prompt, kw = ids[:, :12], dict(max_new_tokens=12, do_sample=False, pad_token_id=2)
     with record_routing(back) as records: cached = back.generate(prompt, use_cache=True, **kw)
     assert all(r.num_tokens <= 12 for rs in records.values() for r in rs) and len(records) == 30
-    assert torch.equal(cached, back.generate(prompt, use_cache=False, **kw)) and torch.equal(cached, dense.generate(prompt, **kw))
+    assert (torch.equal(cached, back.generate(prompt, use_cache=False, **kw))
+            and torch.equal(cached, dense.generate(prompt, **kw)))
 
-@pytest.mark.parametrize('recipe, kw', [*[(r, dict(exact=True)) for r in ('smoe_sigmoid', 'xmoe', 'sharede_v2', 'sharede_v3', 'tcmoe', 'moe_plus_plus')], ('sharede_v3', dict(top_k=3)),
-                                        ('smoe', dict(init='split', num_experts=4, top_k=4, router_init_std=0.)), ('smoe', dict(init='virtual_group', num_experts=4, top_k=2, moe_intermediate_size=768))])
+@pytest.mark.parametrize('recipe, kw',
+                         [*[(r, dict(exact=True)) for r in ('smoe_sigmoid', 'xmoe', 'sharede_v2', 'sharede_v3', 'tcmoe',
+                                                            'moe_plus_plus')], ('sharede_v3', dict(top_k=3)),
+                          ('smoe', dict(init='split', num_experts=4, top_k=4, router_init_std=0.)),
+                          ('smoe', dict(init='virtual_group', num_experts=4, top_k=2, moe_intermediate_size=768))])
 def test_recipes_are_exact(recipe, kw, dense, ids, logits):
-    moe = upcycle(dense, recipe, **dict(num_experts=2 if recipe[:6] != 'shared' else 3, top_k=1 if recipe[:6] != 'shared' else 2, layers='every 6th', seed=0, router_init_std=.2) | kw)
+    moe = upcycle(dense, recipe,
+                  **dict(num_experts=2 if recipe[:6] != 'shared' else 3, top_k=1 if recipe[:6] != 'shared' else 2,
+                         layers='every 6th', seed=0, router_init_std=.2) | kw)
     assert len(moe_layers(moe)) == 5 and error(moe, ids, logits) < 1e-4
 
-@pytest.mark.parametrize('recipe, kw', [('moe_plus_plus', {}), ('smoe', dict(init='drop')), ('smoe', dict(init='random')), ('smoe', dict(router_init_std=.2))])
+@pytest.mark.parametrize('recipe, kw', [('moe_plus_plus', {}), ('smoe', dict(init='drop')),
+                                        ('smoe', dict(init='random')), ('smoe', dict(router_init_std=.2))])
 def test_what_cannot_be_exact_is_not(recipe, kw, dense, ids, logits):
     assert error(upcycle(dense, recipe, 2, 1, layers='every 6th', seed=0, **kw), ids, logits) > 1e-2
 

@@ -41,11 +41,15 @@ def build(N=4, d=16, h=24, act='relu', gated=False, bias=False, dtype=torch.floa
 tolerances = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 @settings(max_examples=120, deadline=None, derandomize=True)
-@given(T=st.sampled_from([0, 1, 2, 17, 64, 333, 1500]), N=st.integers(1, 40), K=st.integers(1, 8), d=st.sampled_from([8, 16, 40]), h=st.sampled_from([8, 24]),
-       act=st.sampled_from(['relu', 'silu', 'gelu', 'gelu_pytorch_tanh', 'relu2', 'quick_gelu', 'mish']), gated=st.booleans(), bias=st.booleans(),
-       dtype=st.sampled_from(list(tolerances)), skew=st.sampled_from([0., .5, 1.5, 4.]), cap=st.sampled_from([None, 64, 1100]), seed=st.integers(0, 99))
+@given(T=st.sampled_from([0, 1, 2, 17, 64, 333, 1500]), N=st.integers(1, 40), K=st.integers(1, 8),
+       d=st.sampled_from([8, 16, 40]), h=st.sampled_from([8, 24]),
+       act=st.sampled_from(['relu', 'silu', 'gelu', 'gelu_pytorch_tanh', 'relu2', 'quick_gelu', 'mish']),
+       gated=st.booleans(), bias=st.booleans(),
+       dtype=st.sampled_from(list(tolerances)), skew=st.sampled_from([0., .5, 1.5, 4.]),
+       cap=st.sampled_from([None, 64, 1100]), seed=st.integers(0, 99))
 def test_kernels_equal_the_loop(T, N, K, d, h, act, gated, bias, dtype, skew, cap, seed):
-    if act == 'relu' and bias and dtype.itemsize == 2: act = 'silu'   # a bias added before or behind the rounding moves ReLU's kink
+    # a bias added before or behind the rounding moves ReLU's kink
+    if act == 'relu' and bias and dtype.itemsize == 2: act = 'silu'
     e = build(N, d, h, act, gated, bias, dtype, seed)
     x,(index,w) = torch.randn(T, d).to(dtype),choices(T, N, min(K, N+1), skew, seed)
     w = w.to(dtype if seed % 2 else torch.promote_types(dtype, torch.float32))
@@ -228,7 +232,8 @@ def test_threads_have_their_own_buffers():
 
 def test_what_is_saved_for_backward():
     N,d,h,K,T = 6, 32, 16, 3, 400
-    e,x,(index,w) = build(N, d, h),torch.randn(T, 32, requires_grad=True),(torch.rand(T, N).topk(K).indices, torch.rand(T, K))
+    e,x,(index,w) = (build(N, d, h),torch.randn(T, 32, requires_grad=True),
+                     (torch.rand(T, N).topk(K).indices, torch.rand(T, K)))
     known,kept = {t.untyped_storage().data_ptr() for t in (x, w, *e.parameters())},{}
     def pack(t):
         s = t.untyped_storage()
@@ -240,7 +245,8 @@ def test_what_is_saved_for_backward():
 def test_copies_pickles_and_meta():
     e = build(act='gelu_pytorch_tanh', bias=True)
     x,(index,w) = torch.randn(9, 16),choices(9, 4, 2)
-    for other in (copy.deepcopy(e), pickle.loads(pickle.dumps(e))): assert torch.equal(other(x, index, w), e(x, index, w))
+    for other in (copy.deepcopy(e), pickle.loads(pickle.dumps(e))):
+        assert torch.equal(other(x, index, w), e(x, index, w))
     with torch.device('meta'): m = Experts(66, 512, 128)
     assert m.up_proj.is_meta and sum(p.numel() for p in m.parameters()) == 66 * 2 * 512 * 128
 
@@ -254,16 +260,22 @@ def test_initialisation_comes_from_the_generator():
     assert abs(a.gate_up_proj.std() / .02 - 1) < .05 and abs(a.down_proj.std() / .01 - 1) < .05
     for m in (a, FeedForward(64, 32, gated=True)):
         m.reset_parameters(down_std=0.)
-        assert not next(p for n,p in m.named_parameters() if 'down_proj' in n).any() and all(p.any() for n,p in m.named_parameters() if 'gate_up' in n)
+        assert (not next(p for n,p in m.named_parameters() if 'down_proj' in n).any()
+                and all(p.any() for n,p in m.named_parameters() if 'gate_up' in n))
         m.reset_parameters(up_std=0.)
-        assert not next(p for n,p in m.named_parameters() if 'gate_up' in n).any() and all(p.any() for n,p in m.named_parameters() if 'down' in n)
+        assert (not next(p for n,p in m.named_parameters() if 'gate_up' in n).any()
+                and all(p.any() for n,p in m.named_parameters() if 'down' in n))
 
 def test_bad_arguments():
     e,x,(index,w) = build(),torch.randn(9, 16),choices(9, 4, 2)
-    for call,words in [(lambda: Experts(4, 16, 8, 'rleu'), "hidden_act='rleu'"), (lambda: Experts(4, 16, 8, kernel='x'), "kernel='x'"),
-                       (lambda: Experts(4, 0, 8), 'hidden_size=0'), (lambda: e(x[None], index, w), 'hidden_states has shape'),
-                       (lambda: e(x, index[:3], w), 'expert_index has shape'), (lambda: e(x, index.float(), w), 'dtype torch.float32'),
-                       (lambda: e(x, index - 1, w), 'expert_index holds -1'), (lambda: e(x, index, w[:, :1]), 'weights has shape'),
+    for call,words in [(lambda: Experts(4, 16, 8, 'rleu'), "hidden_act='rleu'"),
+                       (lambda: Experts(4, 16, 8, kernel='x'), "kernel='x'"),
+                       (lambda: Experts(4, 0, 8), 'hidden_size=0'),
+                       (lambda: e(x[None], index, w), 'hidden_states has shape'),
+                       (lambda: e(x, index[:3], w), 'expert_index has shape'),
+                       (lambda: e(x, index.float(), w), 'dtype torch.float32'),
+                       (lambda: e(x, index - 1, w), 'expert_index holds -1'),
+                       (lambda: e(x, index, w[:, :1]), 'weights has shape'),
                        (lambda: e(x.bfloat16(), index, w), 'hidden_states has dtype torch.bfloat16')]:
         with pytest.raises(ValueError, match=words): call()
     e.kernel = 'nothing'
@@ -285,7 +297,8 @@ def test_zero_computation_experts_equal_their_formula(dtype):
 
 def test_zero_computation_gradcheck_and_empty():
     z = ZeroComputationExperts(4, 1, 1, 2).double()
-    x,w = torch.randn(5, 4, dtype=torch.float64, requires_grad=True),torch.rand(5, 4, dtype=torch.float64, requires_grad=True)
+    x,w = (torch.randn(5, 4, dtype=torch.float64, requires_grad=True),
+           torch.rand(5, 4, dtype=torch.float64, requires_grad=True))
     assert torch.autograd.gradcheck(z, (x, w))
     assert z(x[:0], w[:0]).shape == (0, 4)
     assert ZeroComputationExperts(4, 2, 0, 0)(torch.randn(3, 4), torch.rand(3, 2)).abs().sum() == 0
@@ -293,7 +306,8 @@ def test_zero_computation_gradcheck_and_empty():
 def test_benchmark_runs_and_writes_rows(tmp_path):
     import json, pathlib
     script = pathlib.Path(__file__).parents[2] / 'benchmarks/experts.py'
-    out = subprocess.run([sys.executable, script, '--quick', '--shapes', 'C', '--routings', 'balanced', '--dtypes', 'float32', '--threads', '1',
+    out = subprocess.run([sys.executable, script, '--quick', '--shapes', 'C', '--routings', 'balanced', '--dtypes',
+                          'float32', '--threads', '1',
                           '--json', tmp_path/'r.json'], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     rows = json.loads((tmp_path/'r.json').read_text())
@@ -318,16 +332,21 @@ def test_output_size(gated, bias, o):
         assert y.shape == (40, o)
         return [y, *torch.autograd.grad((y * torch.arange(o)).sum(), [*inputs, *e.parameters()])]
     want = run('loop')
-    naive = sum(w[:, k, None] * torch.stack([ffn(x[t], *(None if p is None else p[i] for p in e.stacked), e.act, gated) if (i := index[t, k]) < 5 else torch.zeros(o) for t in range(40)]) for k in range(3))
+    naive = sum(w[:, k, None] * torch.stack([ffn(x[t], *(None if p is None else p[i] for p in e.stacked), e.act, gated)
+                                             if (i := index[t, k]) < 5 else torch.zeros(o) for t in range(40)])
+                for k in range(3))
     torch.testing.assert_close(want[0], naive, atol=1e-5, rtol=1e-5)
     for kernel in ('sorted', 'grouped_mm'):
         for a, b in zip(run(kernel), want): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     f = FeedForward(8, 16, 'silu', gated, bias, output_size=o)
     assert f(x).shape == (40, o)
 
-@pytest.mark.parametrize('N, dtype, capability, kernel', [(66, torch.bfloat16, (9, 0), 'grouped_mm'), (66, torch.bfloat16, (7, 5), 'loop'), (66, torch.float32, (9, 0), 'loop'), (8, torch.bfloat16, (9, 0), 'loop')])
+@pytest.mark.parametrize('N, dtype, capability, kernel',
+                         [(66, torch.bfloat16, (9, 0), 'grouped_mm'), (66, torch.bfloat16, (7, 5), 'loop'),
+                          (66, torch.float32, (9, 0), 'loop'), (8, torch.bfloat16, (9, 0), 'loop')])
 def test_what_auto_takes_on_a_gpu(N, dtype, capability, kernel, monkeypatch):
     "Asked of a stand-in, since most machines that run the tests have none"
     from types import SimpleNamespace
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
-    assert module._auto_kernel(Experts(N, 64, 64), SimpleNamespace(dtype=dtype, device=torch.device('cuda', 0))) == kernel
+    assert module._auto_kernel(Experts(N, 64, 64),
+                               SimpleNamespace(dtype=dtype, device=torch.device('cuda', 0))) == kernel

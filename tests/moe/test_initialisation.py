@@ -14,35 +14,44 @@ L = 3   # layers of the models that are drawn here
 def ratio(w, std): return w.detach().double().std().item() / std
 
 # the paper's models have 16 and 18 layers; these are the numbers of its authors' code
-PRINTED = {'paper-0.15b': dict(first=.0156, routed=.00385, beside_shared=.00391, shared=.0221, dense=.0111), 'paper-0.68b': dict(first=.0104, routed=.00256, beside_shared=.00260, shared=.0148, dense=.0074)}
+PRINTED = {'paper-0.15b': dict(first=.0156, routed=.00385, beside_shared=.00391, shared=.0221, dense=.0111),
+           'paper-0.68b': dict(first=.0104, routed=.00256, beside_shared=.00260, shared=.0148, dense=.0074)}
 
 @pytest.mark.parametrize('preset', PRINTED)
 def test_the_table_by_its_formula(preset):
     p, t = get_preset(preset), PRINTED[preset]
     spec = {r: p.spec(r) for r in recipes}
     d_e = p.moe_intermediate_size
-    for s in spec.values(): assert s.router_init_std == pytest.approx(t['first'], rel=5e-3) and s.init_stds(1)[0] == pytest.approx(t['first'], rel=5e-3)
-    for name, width in dict(routed=66 * d_e, beside_shared=64 * d_e, shared=2 * d_e, dense=8 * d_e).items(): assert spec['smoe'].init_stds(width)[1] == pytest.approx(t[name], rel=5e-3)
+    for s in spec.values():
+        assert (s.router_init_std == pytest.approx(t['first'], rel=5e-3)
+                and s.init_stds(1)[0] == pytest.approx(t['first'], rel=5e-3))
+    for name, width in dict(routed=66 * d_e, beside_shared=64 * d_e, shared=2 * d_e, dense=8 * d_e).items():
+        assert spec['smoe'].init_stds(width)[1] == pytest.approx(t[name], rel=5e-3)
 
 @pytest.fixture(scope='module')
-def models(): return {r: from_scratch(r, 'paper-0.15b', seed=0, num_hidden_layers=L) for r in ('dense', 'smoe', 'sharede_v3')}
+def models():
+    return {r: from_scratch(r, 'paper-0.15b', seed=0, num_hidden_layers=L) for r in ('dense', 'smoe', 'sharede_v3')}
 
 def check_base(base, d=512, heads=4 * 82):
     depth, head = (2 / L) ** .5, base.lm_head.weight
     for l in base.model.layers:
-        for n in 'qkv': assert ratio(getattr(l.self_attn, f'{n}_proj').weight, d**-.5 * depth) == pytest.approx(1, abs=.01)
+        for n in 'qkv':
+            assert ratio(getattr(l.self_attn, f'{n}_proj').weight, d**-.5 * depth) == pytest.approx(1, abs=.01)
         assert ratio(l.self_attn.o_proj.weight, heads**-.5 * depth) == pytest.approx(1, abs=.01)
         w = l.self_attn.q_proj.weight
-        assert w.abs().max() < 2.3 * w.std() and w.abs().max() > 2.2 * w.std()   # cut off at two deviations, and widened for it
+        # cut off at two deviations, and widened for it
+        assert w.abs().max() < 2.3 * w.std() and w.abs().max() > 2.2 * w.std()
     assert ratio(base.model.embed_tokens.weight, d**-.5) == pytest.approx(1, abs=.01)
-    assert ratio(head, d**-.5 / math.sqrt(3)) == pytest.approx(1, abs=.01) and head.abs().max() <= d**-.5 and head.abs().max() > .999 * d**-.5
+    assert (ratio(head, d**-.5 / math.sqrt(3)) == pytest.approx(1, abs=.01) and head.abs().max() <= d**-.5
+            and head.abs().max() > .999 * d**-.5)
 
 def check_ffns(model):
     depth = (2 / L) ** .5
     for f in find_ffns(model.base).values():
         groups = [(f.up_proj.weight, 512), (f.down_proj.weight, 8 * 128)] if model.config.spec.recipe == 'dense' else \
             [(f.router.weight, 512), (f.experts.up_proj, 512), (f.experts.down_proj, f.router.num_experts * 128)]
-        if getattr(f, 'shared_experts', None) is not None: groups += [(f.shared_experts.up_proj.weight, 512), (f.shared_experts.down_proj.weight, 2 * 128)]
+        if getattr(f, 'shared_experts', None) is not None:
+            groups += [(f.shared_experts.up_proj.weight, 512), (f.shared_experts.down_proj.weight, 2 * 128)]
         for w, width in groups: assert ratio(w, width**-.5 * depth) == pytest.approx(1, abs=.02)
 
 @pytest.mark.parametrize('recipe', ['dense', 'smoe', 'sharede_v3'])
@@ -54,7 +63,8 @@ def test_outputs_start_alike(models):
     "The dense baseline's FFN is as loud as routed experts that each have the whole budget; nothing starts handicapped"
     x = torch.randn(200, 512, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): out = {r: next(iter(find_ffns(m.base).values()))(x).std().item() for r, m in models.items()}
-    assert out['dense'] == pytest.approx((2 / L) * .5**.5, rel=.1)   # √(2/L) twice, and a ReLU leaves half of the squares
+    # √(2/L) twice, and a ReLU leaves half of the squares
+    assert out['dense'] == pytest.approx((2 / L) * .5**.5, rel=.1)
     assert out['sharede_v3'] > .9 * out['dense']
 
 def test_recipes_share_the_bits_of_the_base(models):
@@ -72,16 +82,21 @@ def test_only_presets_that_ask_for_it():
         p, s = get_preset(preset), get_preset(preset).spec('sharede_v2')
         assert not p.depth_scaled_init and s.init_stds(7) == (.02, .02)
         assert from_scratch('smoe', p, seed=0).config.depth_scaled_init is False
-    assert MoEConfig(_llama(get_preset('tiny'))).depth_scaled_init is False   # as configurations say that were saved before there was a choice
+    # as configurations say that were saved before there was a choice
+    assert MoEConfig(_llama(get_preset('tiny'))).depth_scaled_init is False
 
 def test_ones_own_deviations_win():
     assert get_preset('paper-0.15b').spec('dense', expert_init_std=(.1, .2)).init_stds(9) == (.1, .2)
 
 def test_named_options():
-    e = [build_layer(get_preset('tiny').spec('xmoe', options=dict(embedding_norm=1.5, router_size=n))).router.embeddings.detach() for n in (4, 8)]
-    assert all(torch.allclose(v.norm(dim=-1), torch.full((8,), 1.5)) for v in e) and torch.allclose(e[1] @ e[1].T, 1.5**2 * torch.eye(8), atol=1e-5)
-    z = build_layer(get_preset('tiny').spec('moe_plus_plus', options=dict(num_constant=30, constant_std=1., constant_gate_std=.0156))).zero_experts
-    assert ratio(z.constant, 1) == pytest.approx(1, abs=.05) and ratio(z.constant_gate, .0156) == pytest.approx(1, abs=.05)
+    e = [build_layer(get_preset('tiny').spec('xmoe', options=dict(embedding_norm=1.5, router_size=n)))
+         .router.embeddings.detach() for n in (4, 8)]
+    assert (all(torch.allclose(v.norm(dim=-1), torch.full((8,), 1.5)) for v in e)
+            and torch.allclose(e[1] @ e[1].T, 1.5**2 * torch.eye(8), atol=1e-5))
+    z = build_layer(get_preset('tiny').spec('moe_plus_plus', options=dict(num_constant=30, constant_std=1.,
+                                                                          constant_gate_std=.0156))).zero_experts
+    assert (ratio(z.constant, 1) == pytest.approx(1, abs=.05)
+            and ratio(z.constant_gate, .0156) == pytest.approx(1, abs=.05))
 
 def test_random_experts_of_an_upcycled_model_too():
     dense = from_scratch('dense', 'tiny', seed=0)
@@ -89,4 +104,5 @@ def test_random_experts_of_an_upcycled_model_too():
     m = upcycle(dense, 'sharede_v2', 8, 4, num_shared_experts=2, init='random', second_init_scale=2., seed=0)
     for l in moe_layers(m).values():
         h = l.experts.intermediate_size
-        assert ratio(l.experts.down_proj, 2 * (6 * h)**-.5) == pytest.approx(1, abs=.05) and ratio(l.shared_experts.down_proj.weight, 2 * (2 * h)**-.5) == pytest.approx(1, abs=.05)
+        assert (ratio(l.experts.down_proj, 2 * (6 * h)**-.5) == pytest.approx(1, abs=.05)
+                and ratio(l.shared_experts.down_proj.weight, 2 * (2 * h)**-.5) == pytest.approx(1, abs=.05))

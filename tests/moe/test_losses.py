@@ -38,10 +38,12 @@ def rows(r, keep=None):
 
 def take(r, keep, shape):
     "The record of some of the tokens"
-    return r.replace(shape=shape, **{k: getattr(r, k)[keep] for k in ('router_logits', 'scores', 'top_k_index', 'top_k_weights')})
+    return r.replace(shape=shape,
+                     **{k: getattr(r, k)[keep] for k in ('router_logits', 'scores', 'top_k_index', 'top_k_weights')})
 
 
-def sequences(r): return [take(r, torch.arange(b * r.shape[1], (b + 1) * r.shape[1]), (1, r.shape[1])) for b in range(r.shape[0])]
+def sequences(r):
+    return [take(r, torch.arange(b * r.shape[1], (b + 1) * r.shape[1]), (1, r.shape[1])) for b in range(r.shape[0])]
 
 
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 7), st.integers(0, 999)).flatmap(
@@ -63,7 +65,8 @@ def test_balance_equals_naive(case):
     assert load_balancing_loss(r, group='global_batch').item() == pytest.approx(whole)
     assert load_balancing_loss(r).item() == pytest.approx(sum(each) / len(each))
     close(load_balancing_loss(r), torch.stack([load_balancing_loss(s) for s in sequences(r)]).mean())
-    assert load_balancing_loss(r.replace(shape=(r.num_tokens,))).item() == pytest.approx(whole)   # no sequences: one group
+    # no sequences: one group
+    assert load_balancing_loss(r.replace(shape=(r.num_tokens,))).item() == pytest.approx(whole)
     assert router_z_loss(r).item() == pytest.approx(naive.z_loss(rows(r)))
 
 
@@ -96,13 +99,16 @@ def test_padding_counts_for_nothing(case, data):
     real = mask.flatten().nonzero()[:, 0]
     each = [naive.balance(rows(s)[:n], r.num_choices, r.top_k) for s, n in zip(sequences(r), lengths) if n]
     assert load_balancing_loss(r, mask).item() == pytest.approx(sum(each) / max(len(each), 1))
-    for other in (mask.long(), mask.double(), mask.flatten()): close(load_balancing_loss(r, other), load_balancing_loss(r, mask))
+    for other in (mask.long(), mask.double(), mask.flatten()):
+        close(load_balancing_loss(r, other), load_balancing_loss(r, mask))
     short = take(r, real, (len(real),))
-    assert load_balancing_loss(r, mask, 'micro_batch').item() == pytest.approx(naive.balance(rows(r, real), r.num_choices, r.top_k) if len(real) else 0)
+    assert load_balancing_loss(r, mask, 'micro_batch').item() == pytest.approx(
+        naive.balance(rows(r, real), r.num_choices, r.top_k) if len(real) else 0)
     close(load_balancing_loss(r, mask, 'micro_batch'), load_balancing_loss(short, group='micro_batch'))
     close(router_z_loss(r, mask), router_z_loss(short))
     # and what stands there does not matter, not even NaN
-    noise = r.replace(scores=torch.where(mask.reshape(-1, 1), r.scores, torch.nan), router_logits=torch.where(mask.reshape(-1, 1), r.router_logits, torch.nan),
+    noise = r.replace(scores=torch.where(mask.reshape(-1, 1), r.scores, torch.nan),
+                      router_logits=torch.where(mask.reshape(-1, 1), r.router_logits, torch.nan),
                       top_k_index=torch.where(mask.reshape(-1, 1), r.top_k_index, 0))
     for f in (load_balancing_loss, router_z_loss): close(f(noise, mask), f(r, mask))
 
@@ -114,7 +120,8 @@ def test_order_does_not_matter(case):
     g = torch.Generator().manual_seed(case[4])
     p, e = torch.randperm(r.num_tokens, generator=g), torch.randperm(r.num_choices, generator=g)
     shuffled = take(r, p, r.shape)
-    renamed = r.replace(scores=r.scores[:, e], router_logits=r.router_logits[:, e], top_k_index=e.argsort()[r.top_k_index])
+    renamed = r.replace(scores=r.scores[:, e], router_logits=r.router_logits[:, e],
+                        top_k_index=e.argsort()[r.top_k_index])
     for group in GROUPS:
         if group != 'sequence': close(load_balancing_loss(shuffled, group=group), load_balancing_loss(r, group=group))
         close(load_balancing_loss(renamed, group=group), load_balancing_loss(r, group=group))
@@ -128,7 +135,8 @@ def test_order_does_not_matter(case):
 def test_balance_is_linear_in_its_weights_and_blind_to_scale(case):
     r = drawn(case)
     eta = rand(r.num_choices, seed=3).abs()
-    close(load_balancing_loss(r, choice_weights=eta) + load_balancing_loss(r, choice_weights=1 - eta), load_balancing_loss(r))
+    close(load_balancing_loss(r, choice_weights=eta) + load_balancing_loss(r, choice_weights=1 - eta),
+          load_balancing_loss(r))
     want = [naive.balance(rows(s), r.num_choices, r.top_k, eta.tolist()) for s in sequences(r)]
     assert load_balancing_loss(r, choice_weights=eta).item() == pytest.approx(sum(want) / len(want))
     factor = rand(r.num_tokens, 1, seed=4).abs() + .1          # scores are normalised row by row
@@ -137,7 +145,8 @@ def test_balance_is_linear_in_its_weights_and_blind_to_scale(case):
 
 def test_z_loss_values():
     r = record(1, 2, 4)
-    for c in (0., 3., -2.): close(router_z_loss(r.replace(router_logits=torch.full((2, 4), c))), (torch.tensor(4.).log() + c) ** 2)
+    for c in (0., 3., -2.):
+        close(router_z_loss(r.replace(router_logits=torch.full((2, 4), c))), (torch.tensor(4.).log() + c) ** 2)
     assert router_z_loss(r.replace(router_logits=torch.full((2, 4), 1e4))).isfinite()
 
 
@@ -151,7 +160,8 @@ def ternary(seed=0, **kw):
 
 def test_ternary_losses():
     r = ternary()(rand(3, 10, 6, seed=1))
-    assert all((r.top_k_index.div(4, rounding_mode='floor') == kind).any() for kind in (0, 1, 2)), 'the case is not covered'
+    assert all((r.top_k_index.div(4, rounding_mode='floor') == kind).any()
+               for kind in (0, 1, 2)), 'the case is not covered'
     each = [naive.balance_ternary(rows(s), 4) for s in sequences(r)]
     assert load_balancing_loss(r, over_experts=True).item() == pytest.approx(sum(each) / 3)
     assert null_reward(r).item() == pytest.approx(naive.null_mass(rows(r), 4))
@@ -164,7 +174,9 @@ def test_ternary_losses():
 def test_ternary_reference_values():
     "1 at uniform use of the experts, whatever their signs and however many nulls; N at collapse; 0 where nothing was chosen"
     of, sign = ternary().choice_maps('cpu')
-    def made(index, p): return Routing(p.log(), p, torch.tensor(index), torch.ones(len(index), len(index[0])), 4, of, sign, (len(index),))
+    def made(index, p):
+        return Routing(p.log(), p, torch.tensor(index), torch.ones(len(index), len(index[0])), 4, of, sign,
+                       (len(index),))
     flat = torch.full((4, 11), 1 / 11, dtype=f64)
     for index in ([[0, 1, 2], [3, 4, 5], [6, 7, 0], [1, 2, 3]], [[0, 8, 9], [5, 8, 9], [2, 9, 10], [7, 8, 10]]):
         close(load_balancing_loss(made(index, flat), over_experts=True), torch.tensor(1., dtype=f64))
@@ -175,7 +187,8 @@ def test_ternary_reference_values():
 
 
 def test_ternary_terms_and_their_signs():
-    layer = build_layer(MoESpec('tcmoe', hidden_size=6, num_experts=4, top_k=3, options=dict(null_offset=0.), router_z_loss_coef=.001)).double()
+    layer = build_layer(MoESpec('tcmoe', hidden_size=6, num_experts=4, top_k=3, options=dict(null_offset=0.),
+                                router_z_loss_coef=.001)).double()
     r = layer.router(rand(2, 5, 6))
     total, terms = aux_loss([(layer, r)])
     assert set(terms) == {'load_balancing_loss', 'router_z_loss', 'null_reward'}
@@ -187,7 +200,8 @@ def test_ternary_terms_and_their_signs():
 
 
 def test_heterogeneous_weights():
-    layer = build_layer(MoESpec('moe_plus_plus', hidden_size=6, num_experts=5, top_k=3, options=dict(num_constant=2))).double()
+    layer = build_layer(MoESpec('moe_plus_plus', hidden_size=6, num_experts=5, top_k=3,
+                                options=dict(num_constant=2))).double()
     layer.router.weight.data = rand(9, 6)
     r = layer.router(rand(2, 12, 6, seed=1))
     assert (r.top_k_index >= 5).any()
@@ -207,7 +221,8 @@ def test_every_term_moves_the_router(name):
     layer, x = build_layer(spec), rand(2, 9, 6).float()
     for p in layer.router.parameters(): p.data.normal_(generator=torch.Generator().manual_seed(1))
     if name == 'tcmoe': layer.router.offsets = -1., 0.
-    assert set(layer.losses) == {'load_balancing_loss', 'router_z_loss'} | ({'null_reward'} if name == 'tcmoe' else set())
+    assert set(layer.losses) == {'load_balancing_loss',
+                                 'router_z_loss'} | ({'null_reward'} if name == 'tcmoe' else set())
     for term in layer.losses:
         layer.zero_grad()
         layer.aux_losses(layer.router(x))[term].backward()
@@ -248,7 +263,8 @@ def test_layers_are_averaged_or_summed_but_never_pooled():
 
 
 def test_each_layer_has_its_own_weight_and_group():
-    a, b = layer_of(router_aux_loss_coef=.5), layer_of(router_aux_loss_coef=.1, aux_loss_group='micro_batch', router_z_loss_coef=2.)
+    a, b = layer_of(router_aux_loss_coef=.5), layer_of(router_aux_loss_coef=.1, aux_loss_group='micro_batch',
+                                                       router_z_loss_coef=2.)
     r = record(2, 6, 4, 1)
     want = .5 * load_balancing_loss(r) + .1 * load_balancing_loss(r, group='micro_batch') + 2 * router_z_loss(r)
     close(aux_loss([(a, r), (b, r)], reduction='sum')[0], want)
@@ -259,9 +275,11 @@ def test_each_layer_has_its_own_weight_and_group():
 
 def test_refusals():
     r = record(2, 6)
-    with pytest.raises(ValueError, match="group must be one of sequence, micro_batch, global_batch, got 'layer'"): load_balancing_loss(r, group='layer')
+    with pytest.raises(ValueError, match="group must be one of sequence, micro_batch, global_batch, got 'layer'"):
+        load_balancing_loss(r, group='layer')
     for f in (load_balancing_loss, router_z_loss, null_reward):
-        with pytest.raises(ValueError, match=r'mask must have one entry for each of the 12 tokens, got shape \(2, 5\)'): f(r, torch.ones(2, 5, dtype=bool))
+        with pytest.raises(ValueError, match=r'mask must have one entry for each of the 12 tokens, got shape \(2, 5\)'):
+            f(r, torch.ones(2, 5, dtype=bool))
 
 
 # -- several processes ------------------------------------------------------------------------------------------
@@ -280,7 +298,8 @@ def worker(rank, world, path):
     dist.init_process_group('gloo', init_method=f'file://{path}/meet', rank=rank, world_size=world)
     w, out = rand(5, 4, seed=9).requires_grad_(), {}
     r, mask = rank_record(rank, w)
-    for name, m, group in [('plain', None, 'global_batch'), ('padded', mask, 'global_batch'), ('own', mask, 'micro_batch')]:
+    for name, m, group in [('plain', None, 'global_batch'), ('padded', mask, 'global_batch'),
+                           ('own', mask, 'micro_batch')]:
         loss = load_balancing_loss(r, m, group)
         grad, = torch.autograd.grad(loss, w, retain_graph=True)
         out[name] = loss.item(), grad
@@ -293,9 +312,12 @@ def test_global_batch_over_two_processes(tmp_path):
     ranks = [torch.load(tmp_path / f'{i}.pt') for i in range(2)]
     w = rand(5, 4, seed=9).requires_grad_()
     (a, ma), (b, mb) = rank_record(0, w), rank_record(1, w)
-    both = Routing(*(torch.cat([getattr(a, k), getattr(b, k)]) for k in ('router_logits', 'scores', 'top_k_index', 'top_k_weights')), 5, shape=(4, 6))
+    both = Routing(*(torch.cat([getattr(a, k), getattr(b, k)])
+                     for k in ('router_logits', 'scores', 'top_k_index', 'top_k_weights')), 5, shape=(4, 6))
     for name, mask in [('plain', None), ('padded', torch.cat([ma, mb]))]:
         want = load_balancing_loss(both, mask, 'micro_batch')
         assert (ranks[0][name][0] + ranks[1][name][0]) / 2 == pytest.approx(want.item())
-        close((ranks[0][name][1] + ranks[1][name][1]) / 2, torch.autograd.grad(want, w, retain_graph=True)[0])   # as data parallelism averages them
-    assert ranks[0]['own'][0] == pytest.approx(load_balancing_loss(a, ma, 'micro_batch').item()) != pytest.approx(ranks[0]['padded'][0])
+        # as data parallelism averages them
+        close((ranks[0][name][1] + ranks[1][name][1]) / 2, torch.autograd.grad(want, w, retain_graph=True)[0])
+    assert (ranks[0]['own'][0] == pytest.approx(load_balancing_loss(a, ma, 'micro_batch').item())
+            != pytest.approx(ranks[0]['padded'][0]))

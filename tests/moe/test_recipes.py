@@ -61,7 +61,8 @@ def naive_params(layer):
     if 'router.log_temperature' in sd: p['tau'] = sd['router.log_temperature'].exp().item()
     if layer.shared_experts is not None: p['shared'] = dense_params(layer.shared_experts)
     if (z := layer.zero_experts) is not None:
-        p |= dict(num_zero=z.num_zero, num_copy=z.num_copy, constant=z.constant.tolist(), constant_gate=z.constant_gate.tolist())
+        p |= dict(num_zero=z.num_zero, num_copy=z.num_copy, constant=z.constant.tolist(),
+                  constant_gate=z.constant_gate.tolist())
     return p
 
 
@@ -78,7 +79,8 @@ def naive_options(layer):
 def run_naive(name, layer, x, o=None, previous=None):
     "Outputs [..., d] and one (logits, scores, chosen, weights) per token"
     p, k = naive_params(layer), None
-    if isinstance(layer, MoELayer): k = layer.spec.top_k - (layer.spec.num_shared_experts if name in ('sharede_v2', 'sharede_v3') else 0)
+    if isinstance(layer, MoELayer):
+        k = layer.spec.top_k - (layer.spec.num_shared_experts if name in ('sharede_v2', 'sharede_v3') else 0)
     o = naive_options(layer) if o is None else o
     flat = x.reshape(-1, x.shape[-1]).tolist()
     out = [naive.token(name, p, t, k, o, *(() if previous is None else (previous[i],))) for i, t in enumerate(flat)]
@@ -111,7 +113,8 @@ def test_equals_naive(name, seed, kernel):
     check(name, layer, x)
 
 
-@pytest.mark.parametrize('form', [dict(hidden_act='silu', gated=True), dict(hidden_act='gelu', bias=True), dict(hidden_act='gelu_pytorch_tanh', gated=True, bias=True)],
+@pytest.mark.parametrize('form', [dict(hidden_act='silu', gated=True), dict(hidden_act='gelu', bias=True),
+                                  dict(hidden_act='gelu_pytorch_tanh', gated=True, bias=True)],
                          ids=['swiglu', 'gelu-bias', 'geglu-bias'])
 @pytest.mark.parametrize('name', NAMES)
 def test_equals_naive_with_other_experts(name, form):
@@ -126,10 +129,12 @@ OPTIONS = [(n, dict(kw), o) for n, kw, o in [
     *[(n, BIG, dict(shared_weight=.2)) for n in ('sharede_v2', 'sharede_v3')],
     *[(n, BIG, dict(routed_scaling_factor=2.5)) for n in ('sharede_v2', 'sharede_v3')],
     *[(n, BIG, dict(n_group=4, topk_group=2)) for n in ('sharede_v2', 'sharede_v3')],
-    *[(n, BIG | dict(norm_topk_prob=False), dict(n_group=2, topk_group=1, routed_scaling_factor=16.)) for n in ('sharede_v2', 'sharede_v3')]]]
+    *[(n, BIG | dict(norm_topk_prob=False), dict(n_group=2, topk_group=1, routed_scaling_factor=16.))
+      for n in ('sharede_v2', 'sharede_v3')]]]
 
 
-@pytest.mark.parametrize('name, kw, options', OPTIONS, ids=lambda v: v if isinstance(v, str) else '-'.join(v) or 'default')
+@pytest.mark.parametrize('name, kw, options', OPTIONS,
+                         ids=lambda v: v if isinstance(v, str) else '-'.join(v) or 'default')
 def test_equals_naive_with_options(name, kw, options):
     layer = made(name, 5, options=options, **kw)
     if options.get('learnable_temperature'): layer.router.log_temperature.data.fill_(-.5)
@@ -252,7 +257,8 @@ def test_ties_in_part(name):
 
 def with_params(module, x):
     names, values = zip(*((n, p.detach().clone().requires_grad_()) for n, p in module.named_parameters()))
-    return lambda x, *ps: functional_call(module, dict(zip(names, ps)), (x,)), (x.clone().requires_grad_(), *values), names
+    return (lambda x, *ps: functional_call(module, dict(zip(names, ps)), (x,)),
+            (x.clone().requires_grad_(), *values), names)
 
 
 def margins(model, x):
@@ -264,13 +270,17 @@ def margins(model, x):
 
 
 GRAD = [(n, {}, {}) for n in NAMES] + [
-    ('xmoe', {}, dict(learnable_temperature=True)), ('xmoe', {}, dict(double_softmax=True)), ('xmoe', {}, dict(double_softmax='chosen')),
-    ('tcmoe', {}, dict(null_offset=0., negative_offset=0.)), ('sharede_v3', dict(num_experts=5), dict(expert_bias=True, n_group=2, topk_group=1, shared_weight=.3)),
-    ('smoe', dict(hidden_act='silu', gated=True, bias=True), {}), ('tcmoe', dict(hidden_act='gelu', bias=True), dict(null_offset=0.)),
+    ('xmoe', {}, dict(learnable_temperature=True)), ('xmoe', {}, dict(double_softmax=True)),
+    ('xmoe', {}, dict(double_softmax='chosen')),
+    ('tcmoe', {}, dict(null_offset=0., negative_offset=0.)),
+    ('sharede_v3', dict(num_experts=5), dict(expert_bias=True, n_group=2, topk_group=1, shared_weight=.3)),
+    ('smoe', dict(hidden_act='silu', gated=True, bias=True), {}),
+    ('tcmoe', dict(hidden_act='gelu', bias=True), dict(null_offset=0.)),
     ('smoe_sigmoid', dict(norm_topk_prob=False), {})]
 
 
-@pytest.mark.parametrize('name, kw, options', GRAD, ids=lambda v: v if isinstance(v, str) else '-'.join(map(str, v)) or '.')
+@pytest.mark.parametrize('name, kw, options', GRAD,
+                         ids=lambda v: v if isinstance(v, str) else '-'.join(map(str, v)) or '.')
 def test_gradcheck(name, kw, options):
     kw = dict(hidden_size=3, num_experts=4, moe_intermediate_size=2, top_k=2 if name[:6] != 'shared' else 3) | kw
     layers = [made(name, s, options=options, **kw) for s in ((0, 1) if name == 'moe_plus_plus' else (0,))]
@@ -298,12 +308,14 @@ def permuted(layer, p):
     new, N = copy.deepcopy(layer), layer.experts.num_experts
     choices = dict(TernaryRouter=torch.cat([p, N + p]), ResidualRouter=p).get(type(layer.router).__name__, p)
     M = layer.router(tokens(1)).num_choices
-    choices = torch.cat([choices, torch.arange(len(choices), M)])   # nulls and zero-computation experts stay where they are
+    # nulls and zero-computation experts stay where they are
+    choices = torch.cat([choices, torch.arange(len(choices), M)])
     with torch.no_grad():
         for n, q in new.experts.named_parameters(): q.copy_(q[p].clone())
         for n, q in new.router.named_parameters():
             if n in ('weight', 'embeddings'): q.copy_(q[choices].clone())
-            if n == 'gating_residual': q.copy_(q[choices][:, choices].clone())   # the previous layer's choices are renamed too
+            # the previous layer's choices are renamed too
+            if n == 'gating_residual': q.copy_(q[choices][:, choices].clone())
         if new.router.expert_bias is not None: new.router.expert_bias.copy_(new.router.expert_bias[choices].clone())
     return new, choices
 
@@ -340,10 +352,13 @@ def dense_of(up, down):
 def test_one_expert_is_the_dense_ffn(name):
     kw = dict(num_experts=1, top_k=1, num_shared_experts=0)
     if name[:6] == 'shared': kw = dict(num_experts=2, top_k=2, num_shared_experts=1)   # one shared, one routed
-    options = dict(tcmoe=dict(null_offset=-1e4), moe_plus_plus=dict(num_zero=0, num_copy=0, num_constant=0)).get(name, {})
-    if name == 'tcmoe': kw['norm_topk_prob'] = True   # it has three choices for its one expert, and weighs by score unless told
+    options = dict(tcmoe=dict(null_offset=-1e4),
+                   moe_plus_plus=dict(num_zero=0, num_copy=0, num_constant=0)).get(name, {})
+    # it has three choices for its one expert, and weighs by score unless told
+    if name == 'tcmoe': kw['norm_topk_prob'] = True
     layer, x = made(name, options=options, **kw), tokens(4, 5)
-    if name == 'tcmoe': layer.router.weight.data[1] = layer.router.weight.data[0]  # +E beats -E by its offset, everywhere
+    # +E beats -E by its offset, everywhere
+    if name == 'tcmoe': layer.router.weight.data[1] = layer.router.weight.data[0]
     up, down = layer.experts.up_proj[0], layer.experts.down_proj[0]
     if name[:6] == 'shared':
         s = layer.shared_experts
@@ -359,7 +374,8 @@ def test_all_experts_chosen(name):
     "K = N: a mixture of all; for softmax scores it needs no renormalisation"
     layer, x = made(name, num_experts=4, top_k=4), tokens(15)
     check(name, layer, x)
-    if name in ('smoe', 'xmoe', 'sharede_v2'): close(layer.router(x).top_k_weights.sort()[0], layer.router(x).scores.sort()[0])
+    if name in ('smoe', 'xmoe', 'sharede_v2'):
+        close(layer.router(x).top_k_weights.sort()[0], layer.router(x).scores.sort()[0])
 
 
 @pytest.mark.parametrize('name', SPARSE)
@@ -376,10 +392,12 @@ def test_experts_without_tokens(name):
     idle = layer.experts.num_experts - 1
     assert not (layer.router(x).expert_index == idle).any()
     layer(x).square().sum().backward()
-    for p in layer.experts.parameters(): assert p.grad is not None and not p.grad[idle].any() and p.grad.isfinite().all() and p.grad.any()
+    for p in layer.experts.parameters():
+        assert p.grad is not None and not p.grad[idle].any() and p.grad.isfinite().all() and p.grad.any()
 
 
-@pytest.mark.parametrize('shape', [(), (1,), (7,), (1, 1), (2, 3), (2, 1, 3), (0,), (0, 4), (3, 0), (2, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize('shape', [(), (1,), (7,), (1, 1), (2, 3), (2, 1, 3), (0,), (0, 4), (3, 0), (2, 2, 2, 2)],
+                         ids=str)
 @pytest.mark.parametrize('name', NAMES)
 def test_all_shapes(name, shape):
     layer, x = made(name, hidden_size=6), tokens(*shape).requires_grad_()
@@ -419,7 +437,8 @@ def test_low_precision(name, dtype):
     want, ok = exact(x.double()), torch.ones(32, dtype=bool)
     if name != 'dense':
         r, r64 = layer.router(x), exact.router(x.double())
-        assert {r.router_logits.dtype, r.scores.dtype, r.top_k_weights.dtype} == {torch.float32} and r.top_k_index.dtype == torch.int64
+        assert ({r.router_logits.dtype, r.scores.dtype, r.top_k_weights.dtype} == {torch.float32}
+                and r.top_k_index.dtype == torch.int64)
         close(r.scores.double(), r64.scores, atol=1e-4, rtol=1e-4)
         assert torch.equal(r.top_k_index, r64.top_k_index)
         close(aux_loss([(layer, r)])[0].double(), aux_loss([(exact, r64)])[0], atol=1e-4, rtol=1e-4)
@@ -437,7 +456,8 @@ def test_autocast(name):
     for n, p in layer.named_parameters():
         assert p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all()), n
     if r is None: return
-    for k in ('router_logits', 'scores', 'top_k_index', 'top_k_weights'): assert torch.equal(getattr(r, k), getattr(layer.router(x), k))
+    for k in ('router_logits', 'scores', 'top_k_index', 'top_k_weights'):
+        assert torch.equal(getattr(r, k), getattr(layer.router(x), k))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])

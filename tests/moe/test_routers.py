@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torch.func import functional_call
 
 import naive
-from libmoe_nb.moe.routers import (CosineRouter, ResidualRouter, Router, Routing, SigmoidRouter, SoftmaxRouter, TernaryRouter, stable_topk,
+from libmoe_nb.moe.routers import (CosineRouter, ResidualRouter, Router, Routing, SigmoidRouter, SoftmaxRouter,
+                               TernaryRouter, stable_topk,
                                tokens_per_expert, update_expert_bias)
 
 close = torch.testing.assert_close
@@ -14,7 +15,8 @@ quick = settings(derandomize=True, deadline=None, max_examples=60, database=None
 ROUTERS = [SoftmaxRouter, SigmoidRouter, CosineRouter, TernaryRouter, ResidualRouter]
 
 
-def rand(*shape, seed=0, dtype=torch.float32): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def rand(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def router(cls, *args, seed=0, dtype=torch.float64, **kw):
@@ -29,7 +31,8 @@ few = st.sampled_from([0., -0., 1., -1., 1 + 2**-23, 1e-45, -1e-45, 3e38, -3e38,
 
 
 @quick
-@given(st.integers(1, 70).flatmap(lambda m: st.tuples(st.lists(st.lists(few, min_size=m, max_size=m), min_size=1, max_size=3), st.integers(1, m))))
+@given(st.integers(1, 70).flatmap(lambda m: st.tuples(st.lists(st.lists(few, min_size=m, max_size=m), min_size=1,
+                                                               max_size=3), st.integers(1, m))))
 def test_top_k_is_a_stable_sort(case):
     rows, k = case
     for dtype in (torch.float32, torch.float64):
@@ -62,7 +65,8 @@ def test_ties_do_not_depend_on_the_batch():
 
 
 @quick
-@given(st.sampled_from([SoftmaxRouter, SigmoidRouter]), st.sampled_from([(8, 2, 1, 3), (8, 4, 2, 3), (12, 3, 2, 5), (6, 6, 3, 2), (6, 1, 1, 4)]), st.integers(0, 9))
+@given(st.sampled_from([SoftmaxRouter, SigmoidRouter]),
+       st.sampled_from([(8, 2, 1, 3), (8, 4, 2, 3), (12, 3, 2, 5), (6, 6, 3, 2), (6, 1, 1, 4)]), st.integers(0, 9))
 def test_group_limited(cls, sizes, seed):
     M, n_group, topk_group, k = sizes
     r = router(cls, 5, M, k, seed=seed, n_group=n_group, topk_group=topk_group)
@@ -71,7 +75,8 @@ def test_group_limited(cls, sizes, seed):
     for t, row in enumerate(x.tolist()):
         assert len({c // (M // n_group) for c in chosen[t].tolist()}) <= topk_group
         route = naive.route_softmax if cls is SoftmaxRouter else naive.route_sigmoid
-        assert chosen[t].tolist() == route(dict(router=r.weight.tolist()), row, k, dict(n_group=n_group, topk_group=topk_group))[2]
+        assert chosen[t].tolist() == route(dict(router=r.weight.tolist()), row, k,
+                                           dict(n_group=n_group, topk_group=topk_group))[2]
 
 
 # -- the record -------------------------------------------------------------------------------------------------
@@ -82,7 +87,8 @@ def test_runs_of_a_ternary_record(N, K, seed):
     "Whatever was chosen: each expert runs at most once, with the signed sum of its weights"
     K = min(K, N)
     M, T = 2 * N + K, 12
-    index = torch.stack([torch.randperm(M, generator=torch.Generator().manual_seed(seed * T + t))[:K] for t in range(T)])
+    index = torch.stack([torch.randperm(M, generator=torch.Generator().manual_seed(seed * T + t))[:K]
+                         for t in range(T)])
     e_of, sign = router(TernaryRouter, 3, N, K).choice_maps('cpu')
     r = Routing(torch.zeros(T, M), torch.zeros(T, M), index, rand(T, K, seed=seed).abs(), N, e_of, sign, (T,))
     e, w = r.expert_index, r.expert_weights
@@ -111,7 +117,8 @@ def test_counting(B, S, M, data):
 def test_zero_computation_choices_are_no_experts():
     r = router(ResidualRouter, 4, 3, 2, num_zero_computation_experts=2)(rand(50, 4, dtype=torch.float64))
     e = r.expert_index
-    assert torch.equal(e, r.top_k_index.clamp(max=3)) and (e == 3).any() and torch.equal(r.expert_weights, r.top_k_weights)
+    assert (torch.equal(e, r.top_k_index.clamp(max=3)) and (e == 3).any()
+            and torch.equal(r.expert_weights, r.top_k_weights))
     assert torch.equal(tokens_per_expert(r), tokens_per_expert(r, choices=True)[:3])
 
 
@@ -165,7 +172,8 @@ def test_cosine_router():
     r.embeddings.data *= torch.rand(8, 1) + .5                  # only directions count
     close(r(x).scores, out.scores)
     twice = router(CosineRouter, 12, 8, 3, double_softmax=True)(x)
-    assert torch.equal(twice.top_k_index, out.top_k_index) and (twice.top_k_weights[:, 0] / twice.top_k_weights[:, -1]).max() <= math.e
+    assert (torch.equal(twice.top_k_index, out.top_k_index)
+            and (twice.top_k_weights[:, 0] / twice.top_k_weights[:, -1]).max() <= math.e)
     over = router(CosineRouter, 12, 8, 3, double_softmax='chosen')(x)
     close(over.scores, out.scores)
     close(over.top_k_weights, out.scores.gather(-1, out.top_k_index).softmax(-1))
@@ -175,7 +183,8 @@ def test_cosine_router():
 def test_starting_weights(cls):
     torch.manual_seed(0)
     for std in (.02, .5):
-        for p in cls(200, 60, 4, init_std=std).parameters(): assert abs(p.std() / std - 1) < .1 and abs(p.mean()) < .1 * std
+        for p in cls(200, 60, 4, init_std=std).parameters():
+            assert abs(p.std() / std - 1) < .1 and abs(p.mean()) < .1 * std
     torch.manual_seed(1); a = cls(8, 6, 2)
     torch.manual_seed(1); b = cls(8, 6, 2)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
@@ -186,7 +195,8 @@ def test_scores_are_float32_of_the_rounded_parameters(cls):
     low = cls(16, 6, 2, init_std=1.).bfloat16()
     x = rand(30, 16).bfloat16()
     out, exact = low(x), low.float()(x.float())
-    for k in ('router_logits', 'scores', 'top_k_weights', 'top_k_index'): assert torch.equal(getattr(out, k), getattr(exact, k)), k
+    for k in ('router_logits', 'scores', 'top_k_weights', 'top_k_index'):
+        assert torch.equal(getattr(out, k), getattr(exact, k)), k
 
 
 def test_a_choice_has_no_gradient_but_weights_have():
@@ -216,7 +226,8 @@ def test_bias_update_by_hand():
 @pytest.mark.parametrize('cls', ROUTERS)
 def test_bias_is_a_buffer_that_forward_never_writes(cls):
     r = router(cls, 4, 6, 2, expert_bias=True)
-    assert 'expert_bias' in r.state_dict() and 'expert_bias' not in dict(r.named_parameters()) and 'expert_bias' not in cls(4, 6, 2).state_dict()
+    assert ('expert_bias' in r.state_dict() and 'expert_bias' not in dict(r.named_parameters())
+            and 'expert_bias' not in cls(4, 6, 2).state_dict())
     r.expert_bias.copy_(rand(len(r.expert_bias)))
     before = r.expert_bias.clone()
     for mode in (True, False): r.train(mode)(rand(50, 4, dtype=torch.float64)).top_k_weights.sum().backward()
@@ -230,7 +241,8 @@ def test_bias_moves_choices_alone(cls):
     M = plain.num_choices
     r.expert_bias[3] = 100
     out = r(x)
-    assert (out.top_k_index[:, 0] == 3).all() and torch.equal(out.scores, plain.scores) and torch.equal(out.router_logits, plain.router_logits)
+    assert ((out.top_k_index[:, 0] == 3).all() and torch.equal(out.scores, plain.scores)
+            and torch.equal(out.router_logits, plain.router_logits))
     assert out.top_k_weights.max() <= 1 + 1e-9
     r.expert_bias.fill_(7.5)    # the same bias for all is none
     assert torch.equal(r(x).top_k_index, plain.top_k_index) and torch.equal(r(x).top_k_weights, plain.top_k_weights)
@@ -256,7 +268,8 @@ def test_bias_stays_precise_in_small_formats():
 @pytest.mark.parametrize('make, says', [
     (lambda: SoftmaxRouter(8, 4, 5), 'top_k must be at most the 4 choices of the router, got 5'),
     (lambda: SoftmaxRouter(8, 6, 2, n_group=4), 'n_group must divide the 6 choices of the router, got 4'),
-    (lambda: SoftmaxRouter(8, 6, 2, n_group=3, topk_group=4), 'topk_group'), (lambda: SoftmaxRouter(8, 6, 4, n_group=3, topk_group=1), 'leave at least top_k=4'),
+    (lambda: SoftmaxRouter(8, 6, 2, n_group=3, topk_group=4), 'topk_group'),
+    (lambda: SoftmaxRouter(8, 6, 4, n_group=3, topk_group=1), 'leave at least top_k=4'),
     (lambda: CosineRouter(8, 4, 2, double_softmax='all'), "double_softmax must be False, True or 'chosen', got 'all'")])
 def test_refusals(make, says):
     with pytest.raises(ValueError, match=says.replace('(', r'\(')): make()

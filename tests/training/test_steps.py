@@ -11,7 +11,8 @@ from libmoe_nb.models.causal import from_scratch
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8, moe_intermediate_size=8, num_experts=6, top_k=2, sequence_length=64)
+SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8, moe_intermediate_size=8,
+             num_experts=6, top_k=2, sequence_length=64)
 LENGTHS = 6, 64, 17, 64
 LOSSES = dict(router_aux_loss_coef=.5, router_z_loss_coef=.1)
 SEQUENCES, MICRO, GLOBAL = (dict(aux_loss_group=g) for g in ('sequence', 'micro_batch', 'global_batch'))
@@ -27,7 +28,8 @@ class Texts:
     def __len__(self): return len(self.lengths)
     def batches(self, batch_size, seed=0, start=0):
         while True:
-            g, real = torch.Generator().manual_seed(100 * seed + start), torch.arange(64) < torch.tensor(self.lengths)[:, None]
+            g, real = (torch.Generator().manual_seed(100 * seed + start),
+                       torch.arange(64) < torch.tensor(self.lengths)[:, None])
             ids = torch.randint(0, 50, (len(self), 65), generator=g)
             labels = torch.where(real, ids[:, 1:], -100)
             labels[-1, :self.unlabelled] = -100
@@ -35,11 +37,14 @@ class Texts:
             start += 1
     def epoch(self, batch_size): return iter([next(self.batches(batch_size))])
 
-def texts(**kw): return SimpleNamespace(train=Texts(**kw), valid=Texts(**kw), domains=['a'], vocab_size=50, sequence_length=64, fingerprint='x')
+def texts(**kw):
+    return SimpleNamespace(train=Texts(**kw), valid=Texts(**kw), domains=['a'], vocab_size=50, sequence_length=64,
+                           fingerprint='x')
 
 def learner(model, data=None, steps=3, sgd=True, **kw):
     data = data or texts()
-    learn = T.moe_learner(model, data, preset='tiny', batch_size=len(data.train), steps=steps, lr=.1, device='cpu', **kw)
+    learn = T.moe_learner(model, data, preset='tiny', batch_size=len(data.train), steps=steps, lr=.1,
+                          device='cpu', **kw)
     if sgd: learn.opt_func = partial(T.OptimWrapper, opt=torch.optim.SGD)     # moments would hide small gradients
     return learn
 
@@ -53,7 +58,8 @@ def furthest(a, b):
 
 # parts of a step, in our loop
 
-CASES = [('dense', {}), ('smoe', SEQUENCES), ('tcmoe', SEQUENCES | dict(null_reward_coef=1.)), ('sharede_v3', SEQUENCES | dict(expert_bias=True)), ('moe_plus_plus', SEQUENCES)]
+CASES = [('dense', {}), ('smoe', SEQUENCES), ('tcmoe', SEQUENCES | dict(null_reward_coef=1.)),
+         ('sharede_v3', SEQUENCES | dict(expert_bias=True)), ('moe_plus_plus', SEQUENCES)]
 
 @pytest.mark.parametrize('recipe, kw', CASES, ids=str)
 @pytest.mark.parametrize('data', [dict(), dict(lengths=(6, 64, 0, 64), unlabelled=30)], ids=['padded', 'an empty row'])
@@ -88,8 +94,10 @@ import torch.distributed as dist; dist.barrier(); dist.destroy_process_group()
 
 def two_processes(body, tmp_path):
     (tmp_path/'two.py').write_text(TWO.format(tests=str(ROOT/'tests'), root=str(ROOT), body=body))
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path/'two.py'), str(tmp_path)],
-                          capture_output=True, text=True, timeout=400, env=dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                           str(tmp_path/'two.py'), str(tmp_path)],
+                          capture_output=True, text=True, timeout=400,
+                          env=dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
     assert done.returncode == 0, done.stderr[-3000:]
 
 OVER_RANKS = CASES + [('smoe', GLOBAL), ('smoe', MICRO)]
@@ -118,7 +126,8 @@ def test_two_processes_are_one(tmp_path):
             for r in range(2):
                 aux, *losses = json.loads((tmp_path/f'{accum}-{i}-{r}.json').read_text())
                 if exact:
-                    assert losses == pytest.approx([float(x) for x in one.recorder.losses], abs=1e-5)    # the recorded loss is that of the whole batch, on every rank
+                    # the recorded loss is that of the whole batch, on every rank
+                    assert losses == pytest.approx([float(x) for x in one.recorder.losses], abs=1e-5)
                     assert recipe == 'dense' or aux == pytest.approx(one.aux_loss.value, abs=1e-5)
 
 # the Trainer of transformers
@@ -128,11 +137,15 @@ def rows(lengths=LENGTHS, prompt=0, steps=3):
     for _ in range(steps):
         for x, n in zip(next(b)['input_ids'], lengths):
             real = torch.arange(64) < n
-            yield dict(input_ids=x, attention_mask=real.long(), labels=torch.where(real & (torch.arange(64) >= prompt), x, -100))
+            yield dict(input_ids=x, attention_mask=real.long(),
+                       labels=torch.where(real & (torch.arange(64) >= prompt), x, -100))
 
 def trained(tmp_path, m, batch_size, accum, lengths=LENGTHS, prompt=0, **kw):
-    args = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accum, learning_rate=.1, optim='sgd', lr_scheduler_type='constant',
-                             max_grad_norm=0, report_to=[], use_cpu=True, save_strategy='no', logging_steps=1, disable_tqdm=True, **kw)
+    args = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=batch_size,
+                             gradient_accumulation_steps=accum, learning_rate=.1, optim='sgd',
+                             lr_scheduler_type='constant',
+                             max_grad_norm=0, report_to=[], use_cpu=True, save_strategy='no', logging_steps=1,
+                             disable_tqdm=True, **kw)
     class InOrder(Trainer):
         def _get_train_sampler(self, *a, **k): return torch.utils.data.SequentialSampler(self.train_dataset)
     trainer = InOrder(m, args, train_dataset=list(rows(lengths, prompt)))
@@ -158,7 +171,8 @@ def test_trainer_and_our_loop_agree_where_rows_are_of_one_length(tmp_path):
     batch = {k: torch.stack([r[k] for r in row]) for k in row[0]}
     n = (batch['labels'][:, 1:] != -100).sum()
     whole, step = m.train()(**batch), m(**batch, num_items_in_batch=n)
-    assert step.loss.item() == pytest.approx(whole.loss.item(), abs=1e-6) and step.aux_loss.item() == pytest.approx(whole.aux_loss.item(), abs=1e-6)
+    assert (step.loss.item() == pytest.approx(whole.loss.item(), abs=1e-6)
+            and step.aux_loss.item() == pytest.approx(whole.aux_loss.item(), abs=1e-6))
 
 TRAINER = '''
 for i, (recipe, kw) in enumerate(t.OVER_RANKS):
@@ -180,7 +194,8 @@ def test_trainer_over_two_processes(tmp_path):
 def test_a_base_that_ignores_the_number_of_labels(tmp_path):
     "Its loss is a mean, so a trainer has to divide by the number of micro-batches: 4 of equal rows are one of four"
     from transformers import AutoConfig
-    base = AutoConfig.for_model('llama', vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    base = AutoConfig.for_model('llama', vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                                num_attention_heads=2)
     assert from_scratch('smoe', 'tiny', base=base, seed=0).accepts_loss_kwargs
     def old():
         m = model()

@@ -36,8 +36,10 @@ for more in [Kill()], []:
 def run(tmp_path_factory):
     "A run that was killed in step 8 and resumed from step 6, told to all trackers; its folder and what its diary says"
     folder = tmp_path_factory.mktemp('run')
-    env = dict(os.environ, PYTHONWARNINGS='ignore', TRACKIO_DIR=str(folder/'trackio'), **{f'WANDB_{k}': str(folder/'w') for k in ('DIR', 'CACHE_DIR', 'CONFIG_DIR', 'DATA_DIR')})
-    done = subprocess.run([sys.executable, '-c', RUN, str(folder), *ALL], env=env, capture_output=True, text=True, timeout=300)
+    env = dict(os.environ, PYTHONWARNINGS='ignore', TRACKIO_DIR=str(folder/'trackio'),
+               **{f'WANDB_{k}': str(folder/'w') for k in ('DIR', 'CACHE_DIR', 'CONFIG_DIR', 'DATA_DIR')})
+    done = subprocess.run([sys.executable, '-c', RUN, str(folder), *ALL], env=env, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == ''
     return folder, [json.loads(l) for l in (folder/'metrics.jsonl').read_text().splitlines()]
@@ -48,10 +50,12 @@ def expected(rows):
     for r in rows:
         prefix = {'routing': f"routing/layer_{r.get('layer')}"}.get(r['split'], r['split'])
         for k, v in r.items():
-            if isinstance(v, (int, float)) and k not in ('step', 'epoch', 'layer', 'tokens'): want.setdefault(f'{prefix}/{k}', {})[r['step']] = v
+            if isinstance(v, (int, float)) and k not in ('step', 'epoch', 'layer', 'tokens'):
+                want.setdefault(f'{prefix}/{k}', {})[r['step']] = v
     for k in ('load_max_mean', 'margin', 'entropy', 'dead_experts'):
         steps = {r['step'] for r in rows if r['split'] == 'routing'}
-        want[f'routing/{k}'] = {s: sum(v := [r[k] for r in rows if r['split'] == 'routing' and r['step'] == s]) / len(v) for s in steps}
+        want[f'routing/{k}'] = {s: sum(v := [r[k] for r in rows if r['split'] == 'routing' and r['step'] == s]) / len(v)
+                                for s in steps}
     return want
 
 TIMES = ('seconds', 'per_second')
@@ -59,7 +63,8 @@ TIMES = ('seconds', 'per_second')
 def check(points, rows):
     "points: name -> list of (step, value)"
     want = expected(rows)
-    assert {'train/loss', 'train/aux_loss', 'train/tokens_per_second', 'valid/perplexity', 'valid/perplexity_python', 'routing/load_max_mean', 'routing/dead_experts', 'routing/margin',
+    assert {'train/loss', 'train/aux_loss', 'train/tokens_per_second', 'valid/perplexity', 'valid/perplexity_python',
+            'routing/load_max_mean', 'routing/dead_experts', 'routing/margin',
             'routing/layer_1/entropy', 'routing/layer_0/load_balancing_loss'} <= set(points)
     assert set(want) <= set(points)
     for name, values in want.items():
@@ -120,7 +125,8 @@ def test_wandb_offline(run):
 def test_without_a_package_training_does_not_begin(monkeypatch, tmp_path):
     from libmoe_nb.training.trackers import TelemetryLogger
     monkeypatch.setattr(importlib.util, 'find_spec', lambda n: None)
-    with pytest.raises(ValueError, match=r"to='wandb' needs the package wandb: pip install 'libmoe-nb\[wandb\]'"): TelemetryLogger('wandb', tmp_path)
+    with pytest.raises(ValueError, match=r"to='wandb' needs the package wandb: pip install 'libmoe-nb\[wandb\]'"):
+        TelemetryLogger('wandb', tmp_path)
     with pytest.raises(ValueError, match="'tensorbord'"): TelemetryLogger('tensorbord', tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -130,9 +136,12 @@ def test_a_learner_without_a_diary_is_told():
     from libmoe_nb.data.text import text_data
     from libmoe_nb.models.causal import from_scratch
     data = text_data('python', vocab_size=512, sequence_length=32, max_bytes=200_000)
-    learn = moe_learner(from_scratch('smoe', 'tiny', vocab_size=data.vocab_size), data, preset='tiny', batch_size=2, steps=2, cbs=LivePlot())
+    learn = moe_learner(from_scratch('smoe', 'tiny', vocab_size=data.vocab_size), data, preset='tiny', batch_size=2,
+                        steps=2, cbs=LivePlot())
     with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='MetricsWriter'): learn.fit_cosine()
 
 def test_nothing_is_imported_before_it_is_used():
-    code = 'import sys, libmoe_nb.training.trackers; print(*({"tensorboard", "trackio", "wandb", "torch.utils.tensorboard"} & set(sys.modules)))'
-    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
+    code = ('import sys, libmoe_nb.training.trackers; print(*({"tensorboard", "trackio", "wandb", '
+            '"torch.utils.tensorboard"} & set(sys.modules)))')
+    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True,
+                          check=True).stdout.strip() == ''
