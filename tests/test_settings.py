@@ -11,7 +11,7 @@ from libmoe_nb.moe import config
 from libmoe_nb import cli
 from libmoe_nb.cli import app
 from libmoe_nb.core.settings import read_setting, settings
-from libmoe_nb.moe.config import MoESpec, Preset, get_preset, presets, recipes
+from libmoe_nb.moe.config import apply_overrides, MoESpec, Preset, get_preset, presets, recipes
 from libmoe_nb.data.text import text_data
 from libmoe_nb.core.machine import use_threads
 from libmoe_nb.experiments.compare import compare
@@ -38,7 +38,7 @@ def told(e, name):
 def right(kind, v):
     "Has a value that was read the type that its kind promises?"
     if v is None: return True
-    if kind is config._flag: return type(v) is bool
+    if kind is settings['gated']: return type(v) is bool
     e = kind.expected
     if e.startswith('a whole number'): return type(v) is int
     if e.startswith('two numbers'):
@@ -74,7 +74,7 @@ def test_set_on_the_command_line(name, text):
     except ValueError as e: return told(e, name)
     assert right(settings[name], kw[name])
     try:
-        p, layer = config._budget('tiny', {name: kw[name]})
+        p, layer = apply_overrides('tiny', {name: kw[name]})
         p.spec('smoe', **layer)
     except ValueError as e: assert ' must be ' in str(e)
 

@@ -12,15 +12,15 @@ import os, re, socket, contextlib
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+from .errors import shown
 from .settings import read_setting
-from ..plots.figures import _shown
 
 # %% ../../nbs/core/machine.ipynb #0db47a8f
 def check_device(name):
     "The name of a device, which need not be here"
     if type(name) is int: name = f'cuda:{name}'
     if not re.fullmatch(r'(cpu|cuda|mps|xpu)(:\d{1,3})?', str(name)):
-        raise ValueError(f"device must be 'cpu', 'cuda' or one of several like 'cuda:1', got {_shown(name)}")
+        raise ValueError(f"device must be 'cpu', 'cuda' or one of several like 'cuda:1', got {shown(name)}")
     return str(name)
 
 # %% ../../nbs/core/machine.ipynb #682f0b4a

@@ -27,7 +27,7 @@ from ..core.errors import did_you_mean
 from ..core.files import write_atomic
 from ..core.modes import seeded
 from .upcycling import find_ffns, moeify, _as_built, _indices, _is_linear, _replaced, _weight
-from ..moe.config import MoESpec, Preset, get_preset, get_recipe, from_saved
+from ..moe.config import MoESpec, Preset, get_preset, get_recipe, from_saved, ModelSize
 from ..moe.experts import FeedForward
 from ..moe.layers import MoELayer, aux_loss, build_layer, noted, recipe_options, settled
 
@@ -438,7 +438,7 @@ def _checkpoint(checkpoint, linked, run, *args):
     return checkpoint(again, *args)
 
 # %% ../../nbs/models/causal.ipynb #3da88fa0
-def _rope(p:Preset, theta=10_000.):
+def _rope(p:ModelSize, theta=10_000.):
     "Rotary positions on a share of each head"
     rotated = 2 * int(p.partial_rotary_factor * p.head_dim / 2)
     if rotated < 1:
@@ -448,7 +448,7 @@ def _rope(p:Preset, theta=10_000.):
     return dict(rope_type='proportional', partial_rotary_factor=p.partial_rotary_factor,
                 rope_theta=theta ** (p.head_dim / rotated))
 
-def _llama(p:Preset):
+def _llama(p:ModelSize):
     "The base model of a preset"
     sizes = {k: getattr(p, k)
              for k in 'vocab_size hidden_size num_hidden_layers num_attention_heads head_dim hidden_act'.split()}
@@ -459,7 +459,7 @@ def _llama(p:Preset):
 # %% ../../nbs/models/causal.ipynb #9ba8250f
 def from_scratch(
     recipe:str,            # name of a registered recipe
-    preset:str='mini',     # name of a preset, or a `Preset`
+    preset:str='mini',     # name of a preset, or a `ModelSize`
     *,
     base=None,             # configuration of a Llama-style causal language model; by default the preset's Llama
     seed:int=None,         # same seed, same bits; None: from torch's generator as it stands
@@ -468,7 +468,7 @@ def from_scratch(
     **overrides,           # fields of `Preset` or `MoESpec`, or options of the recipe
 )->MoEForCausalLM:
     "A language model of a recipe with random weights."
-    p, spec = _budget(recipe, get_preset(preset), base, overrides)
+    p, spec = _budget(recipe, get_preset(preset, ModelSize), base, overrides)
     base = _llama(p) if base is None else copy.deepcopy(base)
     if vocab_size is not None: base.get_text_config().vocab_size = vocab_size
     config = MoEConfig(base, spec, layers=layers, aux_loss_reduction=p.aux_loss_reduction,

@@ -28,7 +28,7 @@ from ..core.modes import autocast, evaluating, unwrap
 from ..core.ranks import is_main, mean_over_ranks, sum_over_ranks
 from ..core.settings import read_settings
 from ..data.text import check_ids
-from ..moe.config import Preset, get_preset
+from ..moe.config import get_preset, TrainingBudget
 from ..moe.layers import MoELayer
 from ..moe.routers import Routing, tokens_per_expert, update_expert_bias
 
@@ -437,7 +437,7 @@ def _check_model(model, data):
 def moe_learner(
     model,                          # a `MoEForCausalLM`, or any causal language model of transformers
     data,                           # a `TextData`
-    *, preset:str|Preset='mini',    # where what is None below comes from
+    *, preset='mini',               # name of a preset, or a `TrainingBudget`: where what is None below comes from
     batch_size:int=None,            # B, sequences of an optimiser step
     steps:int=None,                 # optimiser steps of an epoch; validation follows each epoch
     lr:float=None,                  # peak learning rate
@@ -458,7 +458,7 @@ def moe_learner(
     **kwargs,                       # passed to `Learner`
 )->MoELearner:
     "A fastai learner for a language model and text."
-    p, device = get_preset(preset), find_device(device) if device is not None else default_device()
+    p, device = get_preset(preset, TrainingBudget), find_device(device) if device is not None else default_device()
     of_preset = dict(batch_size=batch_size, steps=steps, lr=lr, weight_decay=weight_decay, betas=betas,
                      grad_clip=grad_clip, warmup_steps=warmup_steps, final_lr_fraction=final_lr_fraction)
     s = {n: getattr(p, 'learning_rate' if n == 'lr' else n) if v is None else v for n, v in of_preset.items()}
