@@ -395,7 +395,7 @@ def train(
         res = experiments.train(recipe, preset=options['preset'], out=out, seed=seed, resume=resume, progress=progress,
                                 log=log, **kw)
     if options['as_json']: return print(json.dumps(res, indent=1))
-    number = format_number
+    from libmoe_nb.core.words import format_number as number
     rows = [['validation', 'unigram model', res['title']],
             *[[d, number(res['unigram']['domains'][d]), number(v)] for d, v in res['domains'].items()],
             [_apart('all', res['domains']), number(res['unigram']['perplexity']),
