@@ -200,7 +200,8 @@ def matmul_rate(device, n):
 def train_row(recipe, preset, data, seconds, device, parts):
     from fastai.basics import CancelFitException
     from libmoe_nb.models.causal import count_flops, count_parameters, from_scratch
-    from libmoe_nb.training.learner import Callback, evaluate_perplexity, moe_learner
+    from libmoe_nb.evaluation.heldout import evaluate_perplexity
+    from libmoe_nb.training.learner import Callback, moe_learner
     class Until(Callback):
         "Ends the fit after some seconds; the first three steps are not timed"
         order = 90

@@ -15,7 +15,8 @@ from libmoe_nb.experiments.compare import compare, print_progress, read_comparis
 from libmoe_nb.evaluation.suites import Suite
 from libmoe_nb.analysis.traces import read_trace, write_trace
 from libmoe_nb.analysis.tracing import moe_layers
-from libmoe_nb.training.learner import evaluate_perplexity, read_metrics
+from libmoe_nb.evaluation.heldout import evaluate_perplexity
+from libmoe_nb.training.log import read_log
 from libmoe_nb.experiments.upcycle import upcycle_and_train
 from libmoe_nb.models.upcycling import load_upcycled
 
@@ -125,7 +126,7 @@ def test_interrupted_training_goes_on():
     res = train('sharede_v3', out='interrupted', evaluate=4, progress=told, **RUN)
     assert told.steps == [('interrupted', 3)]
     near(res, EXPECTED['resumed'])
-    lines = read_metrics('interrupted/metrics.jsonl')
+    lines = read_log('interrupted/metrics.jsonl')
     assert lines[lines.split == 'train'].step.tolist() == [1, 2, 3]
     assert not Path('interrupted/checkpoints').exists() and len([*Path('interrupted/traces').iterdir()]) == 4
     assert len(res['evaluation']['results']) > 4

@@ -36,8 +36,12 @@ from ..moe.layers import build_layer, settled
 from ..plots.figures import (plot_by_layer, plot_over_checkpoints, plot_balance, plot_comparison, plot_curves,
                                      plot_domains, plot_loads, plot_perplexity, recipe_style, recipe_title)
 from ..plots.page import report_cells, report_facts, report_figure, report_page, report_table
-from ..training.learner import (Checkpoint, MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner,
-                                        next_token_loss, read_metrics, resume, _as_batch)
+from ..evaluation.heldout import evaluate_perplexity
+from ..training.batches import next_token_loss, as_batch
+from ..training.checkpoints import Checkpoint, resume
+from ..training.learner import moe_learner
+from ..training.log import RunLog, read_log
+from ..training.telemetry import RoutingTelemetry
 from ..training.trackers import TelemetryLogger, check_tracker
 
 # %% ../../nbs/experiments/compare.ipynb #5aeebb81
@@ -86,7 +90,7 @@ def _trace_point(model, data, path, tokens, batch_size=16, bf16=False, **kw):
     "Write a trace to `path`; returns for each batch the losses of its tokens"
     device, losses = next(model.parameters()).device, []
     def run(model, batch):
-        x, labels, _ = _as_batch({k: v.to(device) for k, v in batch.items()})
+        x, labels, _ = as_batch({k: v.to(device) for k, v in batch.items()})
         with autocast(device, bf16): logits = model(**x, use_cache=False).logits
         losses.append(next_token_loss(logits, labels, reduction='none')[labels != -100].double())
     path.parent.mkdir(exist_ok=True)
@@ -108,7 +112,7 @@ class _Curve(Callback):
         return torch.cat(self.tracer(self.learn.model, self.learn.step)[:self.kwargs['steps']]).mean().item()
     def point(self):
         loss, t = self.loss(), self.learn.throughput
-        self.learn.metrics_writer.write('valid', epoch=0, tokens=t.tokens, loss=loss,
+        self.learn.run_log.write('valid', epoch=0, tokens=t.tokens, loss=loss,
                                         perplexity=math.exp(loss) if loss < 700 else math.inf, seconds=t.seconds)
         t.pause()
 
@@ -148,7 +152,7 @@ def _learner(config, preset, data, folder, tell, traces=0, suite=None, log=None)
     some, save = dict(batch_size=16, steps=max(4096 // (16 * data.sequence_length), 1)), _Minutely(folder/'checkpoints')
     tracer = _tracer(model, data, folder, config, traces)
     cbs = [RoutingTelemetry(max(preset.steps // 40, 1)),
-           MetricsWriter(folder/'metrics.jsonl', every=max(preset.steps // 400, 1)),
+           RunLog(folder/'metrics.jsonl', every=max(preset.steps // 400, 1)),
            _Curve(data, _curve_steps(preset.steps), tracer, bf16=config['bf16'], **some),
            *_suite_callbacks(suite, data.tokenizer, preset.steps), save, *([_Tell(tell, save)] if tell else []),
            *([TelemetryLogger(log, folder/log, name=folder.name, config=config)] if log else [])]
@@ -192,7 +196,7 @@ class SuiteCallback(Callback):
     def point(self):
         e, t = _ask(self.learn.model, self.suite, self.tokenizer, self.limit), self.learn.throughput
         for r in e.results.drop_duplicates('task').itertuples():
-            self.learn.metrics_writer.write('eval', tokens=t.tokens, task=r.task, group=self.suite.tasks[r.task].group,
+            self.learn.run_log.write('eval', tokens=t.tokens, task=r.task, group=self.suite.tasks[r.task].group,
                                             metric=r.metric, value=r.value, stderr=r.stderr, n=r.n)
         t.pause()
 
@@ -420,7 +424,7 @@ def _gather(self, read):
 def _diary(split, **names):
     "Reads the lines of one kind from a run's diary, columns renamed"
     def read(folder):
-        d = read_metrics(folder/'metrics.jsonl')
+        d = read_log(folder/'metrics.jsonl')
         d = d[d.split == split]
         # what is of other kinds of lines; a loss that is never a number is still a loss
         d = d.drop(columns=[c for c in d if c not in names and d[c].isna().all()])

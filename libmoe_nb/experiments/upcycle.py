@@ -24,7 +24,11 @@ from ..models.causal import count_parameters
 from ..models.upcycling import load_dense, upcycle, _config_of, _exact_options
 from ..moe.config import MoESpec, get_recipe, recipes
 from ..moe.layers import settled
-from ..training.learner import MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, resume
+from ..evaluation.heldout import evaluate_perplexity
+from ..training.checkpoints import resume
+from ..training.learner import moe_learner
+from ..training.log import RunLog
+from ..training.telemetry import RoutingTelemetry
 
 # %% ../../nbs/experiments/upcycle.ipynb #0c949749
 # name -> package, file, how to install
@@ -188,7 +192,7 @@ class _Nothing:
 def _callbacks(folder, steps, tell, seconds):
     if folder is None: return [_Tell(tell, _Nothing())]
     save = _Saves(folder/'checkpoints', seconds)
-    return [RoutingTelemetry(max(steps // 40, 1)), MetricsWriter(folder/'metrics.jsonl', every=max(steps // 400, 1)),
+    return [RoutingTelemetry(max(steps // 40, 1)), RunLog(folder/'metrics.jsonl', every=max(steps // 400, 1)),
             save, _Tell(tell, save)]
 
 # %% ../../nbs/experiments/upcycle.ipynb #3dc18e12

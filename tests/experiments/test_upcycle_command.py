@@ -73,7 +73,7 @@ def test_upcycle_a_folder(family, box, tmp_path):
     ids = tok('the tales of', return_tensors='pt').input_ids
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
     data = text_data(box/'texts', tokenizer=tok, sequence_length=32)
-    from libmoe_nb.training.learner import evaluate_perplexity
+    from libmoe_nb.evaluation.heldout import evaluate_perplexity
     assert evaluate_perplexity(model, data, 8,
                                steps=2000 // (8 * 32))['perplexity'] == pytest.approx(moe['after'], rel=1e-4)
     assert sorted(p.name for p in out.iterdir() if p.name[0] != '.') == ['config.json', 'dense', 'model',
