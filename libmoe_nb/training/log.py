@@ -1,4 +1,4 @@
-"""A line for each step, each validation and each router, written as it happens; listeners are told each line.
+"""A line for each step, each validation and each router, written as it happens and told to listeners.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/training/log.html.md"""
 
