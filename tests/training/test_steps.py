@@ -1,4 +1,4 @@
-"A step of the optimiser is the same however it is cut: into processes, into parts, by our loop and by the Trainer of transformers."
+"A step of the optimiser is the same however it is cut: into processes or parts, by our loop or transformers' Trainer."
 import json, os, subprocess, sys
 from functools import partial
 from pathlib import Path
@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest, torch
 from transformers import Trainer, TrainingArguments
-from libmoe_nb.training import learner as T
+from fastai.basics import OptimWrapper
+from libmoe_nb.training.distributed import *
+from libmoe_nb.training.learner import moe_learner
 from libmoe_nb.models.causal import from_scratch
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
@@ -43,9 +45,9 @@ def texts(**kw):
 
 def learner(model, data=None, steps=3, sgd=True, **kw):
     data = data or texts()
-    learn = T.moe_learner(model, data, preset='tiny', batch_size=len(data.train), steps=steps, lr=.1,
+    learn = moe_learner(model, data, preset='tiny', batch_size=len(data.train), steps=steps, lr=.1,
                           device='cpu', **kw)
-    if sgd: learn.opt_func = partial(T.OptimWrapper, opt=torch.optim.SGD)     # moments would hide small gradients
+    if sgd: learn.opt_func = partial(OptimWrapper, opt=torch.optim.SGD)     # moments would hide small gradients
     return learn
 
 def fit(learn):
@@ -93,7 +95,7 @@ import torch.distributed as dist; dist.barrier(); dist.destroy_process_group()
 '''
 
 def two_processes(body, tmp_path):
-    (tmp_path/'two.py').write_text(TWO.format(tests=str(ROOT/'tests'), root=str(ROOT), body=body))
+    (tmp_path/'two.py').write_text(TWO.format(tests=str(ROOT/'tests'/'training'), root=str(ROOT), body=body))
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                            str(tmp_path/'two.py'), str(tmp_path)],
                           capture_output=True, text=True, timeout=400,
@@ -108,8 +110,9 @@ for accum in (1, 2):
         assert learn.dls.train.world == 2
         t.fit(learn)
         r = learn.dls.train.rank
-        save_file({n: x.contiguous().clone() for n, x in learn.model.state_dict().items()}, f'{sys.argv[1]}/{accum}-{i}-{r}.safetensors')
-        json.dump([learn.aux_loss.value, *map(float, learn.recorder.losses)], open(f'{sys.argv[1]}/{accum}-{i}-{r}.json', 'w'))
+        name, state = f'{sys.argv[1]}/{accum}-{i}-{r}', learn.model.state_dict()
+        save_file({n: x.contiguous().clone() for n, x in state.items()}, f'{name}.safetensors')
+        json.dump([learn.aux_loss.value, *map(float, learn.recorder.losses)], open(f'{name}.json', 'w'))
 '''
 
 def test_two_processes_are_one(tmp_path):
@@ -178,7 +181,8 @@ TRAINER = '''
 for i, (recipe, kw) in enumerate(t.OVER_RANKS):
     if 'expert_bias' in kw: continue
     state, losses = t.trained(sys.argv[1], t.model(recipe, **kw), 2, 1)
-    save_file({n: x.contiguous().clone() for n, x in state.items()}, f'{sys.argv[1]}/{i}-{os.environ["RANK"]}.safetensors')
+    state = {n: x.contiguous().clone() for n, x in state.items()}
+    save_file(state, f'{sys.argv[1]}/{i}-{os.environ["RANK"]}.safetensors')
 '''
 
 def test_trainer_over_two_processes(tmp_path):

@@ -1,4 +1,4 @@
-"""The trackers themselves: what they stored is read back, after a whole run and after one that was killed and resumed."""
+"The trackers themselves: what they stored is read back, after a whole run and after one that was killed and resumed."
 import contextlib, importlib.util, json, math, os, sqlite3, struct, subprocess, sys
 import pytest
 
@@ -13,7 +13,11 @@ import transformers
 from libmoe_nb.data.text import text_data
 from libmoe_nb.training.trackers import TelemetryLogger
 from libmoe_nb.models.causal import from_scratch
-from libmoe_nb.training.learner import Callback, Checkpoint, MetricsWriter, RoutingTelemetry, moe_learner, resume
+from fastai.basics import Callback
+from libmoe_nb.training.checkpoints import Checkpoint, resume
+from libmoe_nb.training.learner import moe_learner
+from libmoe_nb.training.log import RunLog
+from libmoe_nb.training.telemetry import RoutingTelemetry
 transformers.logging.set_verbosity_error()
 folder, trackers = Path(sys.argv[1]), sys.argv[2:]
 data = text_data('python', vocab_size=512, sequence_length=32, max_bytes=200_000)
@@ -23,9 +27,11 @@ class Kill(Callback):
         if self.learn.step == 8: raise KeyboardInterrupt('killed')
 def learner(*cbs):
     model = from_scratch('smoe', 'tiny', vocab_size=data.vocab_size, seed=0)
-    logs = [TelemetryLogger(t, folder/t, 'moe', config=dict(a=1), **(dict(mode='offline') if t == 'wandb' else {})) for t in trackers]
+    logs = [TelemetryLogger(t, folder/t, 'moe', config=dict(a=1), **(dict(mode='offline') if t == 'wandb' else {}))
+            for t in trackers]
     return moe_learner(model, data, preset='tiny', batch_size=2, steps=10, valid_steps=1, domains=True,
-                       cbs=[RoutingTelemetry(5), MetricsWriter(folder/'metrics.jsonl'), Checkpoint(folder/'ckpt', every=6), *logs, *cbs])
+                       cbs=[RoutingTelemetry(5), RunLog(folder/'log.jsonl'), Checkpoint(folder/'ckpt', every=6), *logs,
+                            *cbs])
 for more in [Kill()], []:
     learn = learner(*more)
     if not more: print(resume(learn, folder/'ckpt'), file=sys.stderr)
@@ -34,7 +40,7 @@ for more in [Kill()], []:
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    "A run that was killed in step 8 and resumed from step 6, told to all trackers; its folder and what its diary says"
+    "A run that was killed in step 8 and resumed from step 6, told to all trackers; its folder and what its log says"
     folder = tmp_path_factory.mktemp('run')
     env = dict(os.environ, PYTHONWARNINGS='ignore', TRACKIO_DIR=str(folder/'trackio'),
                **{f'WANDB_{k}': str(folder/'w') for k in ('DIR', 'CACHE_DIR', 'CONFIG_DIR', 'DATA_DIR')})
@@ -42,10 +48,10 @@ def run(tmp_path_factory):
                           timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == ''
-    return folder, [json.loads(l) for l in (folder/'metrics.jsonl').read_text().splitlines()]
+    return folder, [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines()]
 
 def expected(rows):
-    "name -> {step: value} that a tracker must hold, as the diary has it"
+    "name -> {step: value} that a tracker must hold, as the log has it"
     want = {}
     for r in rows:
         prefix = {'routing': f"routing/layer_{r.get('layer')}"}.get(r['split'], r['split'])
@@ -95,7 +101,7 @@ def test_trackio(run):
     check(points, rows)
 
 def records(path):
-    "The records of a .wandb file: blocks of 32 KiB, each record with checksum, length and part (1: whole, 2: first, 4: last)"
+    "The records of a .wandb file: blocks of 32 KiB; a record has checksum, length, part (1: whole, 2: first, 4: last)"
     data, i, parts = path.read_bytes(), 7, b''
     while i + 7 <= len(data):
         if 32768 - i % 32768 < 7: i += 32768 - i % 32768
@@ -130,7 +136,7 @@ def test_without_a_package_training_does_not_begin(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="'tensorbord'"): TelemetryLogger('tensorbord', tmp_path)
     assert not list(tmp_path.iterdir())
 
-def test_a_learner_without_a_diary_is_told():
+def test_a_learner_without_a_log_is_told():
     from libmoe_nb.training.trackers import LivePlot
     from libmoe_nb.training.learner import moe_learner
     from libmoe_nb.data.text import text_data
@@ -138,7 +144,7 @@ def test_a_learner_without_a_diary_is_told():
     data = text_data('python', vocab_size=512, sequence_length=32, max_bytes=200_000)
     learn = moe_learner(from_scratch('smoe', 'tiny', vocab_size=data.vocab_size), data, preset='tiny', batch_size=2,
                         steps=2, cbs=LivePlot())
-    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='MetricsWriter'): learn.fit_cosine()
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='RunLog'): learn.fit_cosine()
 
 def test_nothing_is_imported_before_it_is_used():
     code = ('import sys, libmoe_nb.training.trackers; print(*({"tensorboard", "trackio", "wandb", '
