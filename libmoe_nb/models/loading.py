@@ -57,7 +57,7 @@ def _dequantise(source, file, folder):
     finally: shutil.rmtree(new, ignore_errors=True)
 
 # %% ../../nbs/models/loading.ipynb #e34ea074
-def _could_be_on_hub(name): return bool(re.fullmatch(r'[\w\-][\w.\-]*(/[\w.\-]+)?', name))
+def _could_be_on_hub(name): return len(name) <= 96 and bool(re.fullmatch(r'[\w\-][\w.\-]*(/[\w.\-]+)?', name))
 
 # %% ../../nbs/models/loading.ipynb #f1d0de1a
 def find_model(
