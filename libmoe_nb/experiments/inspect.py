@@ -21,13 +21,12 @@ from ..analysis.metrics import (co_activation, dead_experts, domain_specialisati
                                         vocabulary_specialisation)
 from ..analysis.traces import Trace, probe_batches, write_trace
 from ..analysis.tracing import adapter_of, intervene, moe_layers, record_routing
-from ..core.errors import first_line
-from ..core.files import read_json, write_json, write_atomic, atomic_path, jsonable, check_writable, make_folder
-from ..core.machine import find_device, no_network
-from ..core.modes import quiet_bars
+from ..core.files import write_json, write_atomic, atomic_path, jsonable, check_writable, make_folder
+from ..core.machine import find_device
 from ..core.settings import read_setting, read_settings
 from ..core.words import join_words, format_millions, format_number, plural, join_some
 from ..data.text import TextData, default_data, text_data, find_sources, check_ids
+from ..models.loading import load_model, load_tokenizer
 from ..plots.figures import (plot_allocation, plot_by_layer, plot_co_activation, plot_loads, plot_perturbation,
                                      plot_similarity, plot_specialisation, token_html)
 from ..plots.page import report_facts, report_figure, report_page, report_table
@@ -53,57 +52,6 @@ def random_like(
     return replace(trace, choice=choice, weight=weight, score=score,
                    meta=dict(m, recipe='random', model='random routing'), path=None)
 
-# %% ../../nbs/experiments/inspect.ipynb #9bd1afae
-def _folder_of(name):
-    "Folder of the model that the folder `name` is about, and the configuration of the run that made it, or {}"
-    f = Path(name).expanduser()
-    if not f.is_dir(): raise ValueError(f'model={str(name)!r} is a file: expected the folder of a model or of a run')
-    own = read_json(f/'config.json') if (f/'config.json').is_file() else {}
-    if 'model_type' in own or 'architectures' in own:
-        above = f.parent/'config.json'
-        return f, read_json(above) if f.name == 'model' and above.is_file() else {}
-    if (f/'model'/'config.json').is_file(): return f/'model', own
-    if 'run' in own:
-        raise ValueError(f'model={str(name)!r} is a run without a model: it is not finished, or was told not to keep '
-                         f'its model')
-    if runs := sorted(p.parent.parent.name for p in f.glob('*/model/config.json')):
-        raise ValueError(f'model={str(name)!r} holds {plural(len(runs), "model")}: name one, for instance {f/runs[0]}')
-    raise ValueError(f'model={str(name)!r} is a folder without a config.json: expected the folder of a model or of '
-                     f'a run')
-
-# %% ../../nbs/experiments/inspect.ipynb #0c1c92c4
-def _is_path(name): return name.startswith(('/', '.', '~')) or name.count('/') > 1
-
-def _pretrained(cls, folder, name, what, **kw):
-    "`from_pretrained`, whose errors are one sentence about `name`"
-    local, info = (Path(folder).is_dir(),
-                   dict(output_loading_info=True) if hasattr(cls, '_model_mapping') or hasattr(cls, 'forward') else {})
-    try:
-        with quiet_bars():
-            made = cls.from_pretrained(folder, local_files_only=local or bool(no_network()), **info, **kw)
-    except Exception as e:
-        if local: raise ValueError(f'model={name!r} has no {what} that can be loaded: {first_line(e, 200)}') from None
-        raise ValueError(f'model={name!r} is no folder here, and the Hugging Face hub gave no {what} of that name: '
-                         f'{first_line(e, 200)}') from None
-    if not info: return made
-    if lost := sorted(made[1]['missing_keys']):
-        raise ValueError(f'model={name!r} lacks {len(lost)} weights that a {type(made[0]).__name__} has, and would be '
-                         f'random there: {", ".join(lost[:3])}')
-    return made[0]
-
-# %% ../../nbs/experiments/inspect.ipynb #0cf2447a
-_tokenizer_files = ('tokenizer.json tokenizer.model tokenizer_config.json vocab.json vocab.txt spiece.model '
-                    'sentencepiece.bpe.model tekken.json'.split())
-
-def _load_tokenizer(name):
-    "The tokenizer of a folder, or of a model on the hub"
-    from transformers import AutoTokenizer
-    folder = _folder_of(name)[0] if os.path.exists(Path(name).expanduser()) else name
-    if Path(folder).is_dir() and not any((Path(folder)/f).exists() for f in _tokenizer_files):
-        raise ValueError(f'model={str(name)!r} has no tokenizer in {folder}: save one there '
-                         f'(tokenizer.save_pretrained), or name another folder with tokenizer')
-    return _pretrained(AutoTokenizer, folder, str(name), 'tokenizer')
-
 # %% ../../nbs/experiments/inspect.ipynb #d489a129
 @dataclass
 class Subject:
@@ -115,32 +63,19 @@ class Subject:
 
 # %% ../../nbs/experiments/inspect.ipynb #4dc07697
 def load_subject(
-    name,           # folder of a model or of a run, name on the Hugging Face hub, or a model
+    name,           # as for `load_model`, or a model
     tokenizer=None, # a tokenizer, or where it is; None: beside the model
     device=None,    # None: a GPU if there is one
     dtype='auto',   # of the weights; 'auto': as they were saved
 )->Subject:
     "A model with mixture-of-experts layers and its tokenizer."
-    import transformers, libmoe_nb.models.causal
     if isinstance(name, torch.nn.Module):
         model, run, name = name, {}, getattr(name.config, '_name_or_path', '') or type(name).__name__
-    else:
-        name, device = str(name), find_device(device)
-        here = os.path.exists(Path(name).expanduser())
-        if not here and _is_path(name):
-            raise ValueError(f'model={name!r} does not exist: expected a folder, or the name of a model on the Hugging '
-                             f'Face hub')
-        folder, run = _folder_of(name) if here else (name, {})
-        config = _pretrained(transformers.AutoConfig, folder, name, 'model')
-        if tokenizer is None: tokenizer = _load_tokenizer(name)
-        causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
-        cls = (transformers.AutoModelForCausalLM if causal
-               else getattr(transformers, (config.architectures or [''])[0], None) or transformers.AutoModelForCausalLM)
-        model = _pretrained(cls, folder, name, 'model', dtype=dtype).to(device)
+        if isinstance(tokenizer, (str, os.PathLike)): tokenizer = load_tokenizer(tokenizer)
+    else: (model, tokenizer, run), name = load_model(name, tokenizer, device, dtype), str(name)
     if not moe_layers(model):
         raise ValueError(f'model={name!r} has no mixture-of-experts layers ({type(model).__name__}): `libmoe upcycle '
                          f'{name}` makes some of its feed-forward networks')
-    if isinstance(tokenizer, (str, os.PathLike)): tokenizer = _load_tokenizer(tokenizer)
     return Subject(model.eval(), tokenizer, name, run)
 
 # %% ../../nbs/experiments/inspect.ipynb #30dcfdf5
