@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from libmoe_nb.experiments.inspect import load_subject, measure_trace
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
-from libmoe_nb.evaluation.harness import Evaluation, evaluate
+from libmoe_nb.evaluation.harness import evaluate
+from libmoe_nb.evaluation.scores import Evaluation
 from libmoe_nb.experiments.compare import compare, print_progress, read_comparison, train
 from libmoe_nb.evaluation.suites import Suite
 from libmoe_nb.analysis.traces import read_trace, write_trace

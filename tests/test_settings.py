@@ -148,13 +148,13 @@ def test_what_was_saved(tmp_path):
 
 def test_lists_that_are_written_twice():
     from libmoe_nb.moe.experts import _activations
-    from libmoe_nb.evaluation.harness import _makers
+    from libmoe_nb.evaluation.perturbations import intervention_makers
     from libmoe_nb.training.trackers import trackers
     assert {n: r.title for n, r in recipes.items() if n in config.own_recipes} == config.own_recipes
     for n in _activations: assert read_setting('hidden_act', n) == n
     for n in ('copy', 'drop', 'split', 'virtual_group', 'random', 'shared_only'):
         assert n in initialisations and n in cli._inits
-    assert {*_makers} == {*config._interventions} and {*trackers} == {*cli._logs}
+    assert {*intervention_makers} == {*config._interventions} and {*trackers} == {*cli._logs}
     for r in config._sharing:
         with pytest.raises(ValueError, match='at least 1'): build_layer(MoESpec(r, num_shared_experts=0))
     for p in presets:
