@@ -1,4 +1,4 @@
-"""Nine zero-shot benchmarks: which questions they ask, when an answer counts as right, and which number stands for each in a table.
+"""Nine zero-shot benchmarks: what they ask, when an answer is right, and which number stands for each.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/evaluation/benchmarks.html.md"""
 

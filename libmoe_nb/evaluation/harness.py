@@ -1,4 +1,4 @@
-"""Zero-shot scores of any causal language model with EleutherAI's lm-eval, with its routers as they are, and with routers that decide otherwise.
+"""Zero-shot scores of any causal language model with lm-eval, with its routers as they are and otherwise.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/evaluation/harness.html.md"""
 
@@ -95,7 +95,7 @@ def _joined(answers):
 # %% ../../nbs/evaluation/harness.ipynb #be140f59
 @contextlib.contextmanager
 def _quietly(progress=False):
-    "Errors alone of lm-eval's log, nothing on stdout; yields stderr for `progress`, where nothing else writes, else None"
+    "Errors alone of lm-eval's log, nothing on stdout; for `progress` yields stderr, where nothing else writes"
     log = logging.getLogger('lm_eval')
     level, err = log.level, sys.stderr
     log.setLevel(logging.ERROR)
@@ -242,8 +242,8 @@ def _task_tables(name, task, samples, lm, t, seed):
         metrics, options = {m: s[m] for m in s['metrics']}, _options(task, s)
         if options:
             chances.append(1 / len(options))
-            right = right_by_tokens(s, options, getattr(lm, 'lengths', {})) if {'acc', 'acc_norm'} & set(metrics) else None
-            if right is not None: metrics['acc_tokens'] = right
+            right = {'acc', 'acc_norm'} & {*metrics} and right_by_tokens(s, options, getattr(lm, 'lengths', {}))
+            if isinstance(right, float): metrics['acc_tokens'] = right
         for m, v in metrics.items(): values.setdefault((m, s['filter']), {})[s['doc_id']] = v
         docs.append(_document(name, s, metrics, lm))
     order = sorted(values, key=lambda k: k[0] != main_metric(name, [m for m, _ in values]))

@@ -1,4 +1,4 @@
-"""Tables of what a model scored, how far an intervention moves it, and the standard errors that belong to both; in a folder that is read back.
+"""Tables of what a model scored, how far interventions move it, and with which errors, saved and read back.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/evaluation/scores.html.md"""
 

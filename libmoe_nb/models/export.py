@@ -1,4 +1,4 @@
-"""A mixture made here becomes a Mixtral, an OLMoE, a Qwen-MoE, a GLM or a DeepSeek wherever the mathematics agrees, and one of those becomes a model of ours.
+"""A mixture of ours becomes a published architecture where the mathematics agrees, and one of those becomes ours.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/models/export.html.md"""
 
@@ -213,6 +213,7 @@ def from_native(
     made.train(model.training)
     return _checked(made, model) if check else made
 
+# %% ../../nbs/models/export.ipynb #e8907004
 def _native_layers(model):
     "The `Native` that a model is, its feed-forward networks by name, and those that are mixtures"
     known = natives.get(model.config.model_type)

@@ -35,7 +35,7 @@ def _loads(model, layers, batches):
 
 # %% ../../nbs/models/merging.ipynb #10a6c97e
 def _merged(layer, share, total):
-    "Weights of the `FeedForward` of a layer: shared experts beside the average by `share` [N], its output times `total`"
+    "Weights of one `FeedForward`: shared experts beside the average by `share` [N], whose output is times `total`"
     s, beta = layer.shared_experts, 1. if layer.shared_weight is None else layer.shared_weight
     total = total * (1. if s is None or layer.shared_weight is None else 1 - beta)
     mean = lambda w: None if w is None else torch.einsum('n,n...->...', share, w.float())

@@ -1,4 +1,4 @@
-"""What a Mixtral, an OLMoE, a Qwen-MoE, a GLM or a DeepSeek can express, which of our models they are under other names, and why the others have no published form.
+"""What published mixtures can express, which of our models they are, and why the others have no published form.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/models/native.html.md"""
 
@@ -259,4 +259,5 @@ def native_form(
 def _told(whys):
     "Reasons of those architectures that have the body, else the bodies that the others have"
     known = [f"{n} ({'; '.join(w)})" for n, w in whys.items() if w is not None]
-    return ', '.join(known) or 'bodies that agree are ' + ', '.join(sorted({b for n in whys for b in natives[n].bodies}))
+    if known: return ', '.join(known)
+    return 'bodies that agree are ' + ', '.join(sorted({b for n in whys for b in natives[n].bodies}))
