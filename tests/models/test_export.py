@@ -1,65 +1,18 @@
 "Native architectures: what plain transformers makes of an exported folder, and what cannot be exported."
 import json, os, subprocess, sys
 import pytest, torch, transformers
+from native_models import CASES, SIZES, body, case, close, ids, make, own_layers, padded
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from libmoe_nb.analysis.adapters import tiny_moe
-from libmoe_nb.moe.config import recipes
-from libmoe_nb.models.export import from_native, logit_error, natives, save_native, to_dense, to_native
+from libmoe_nb.models.export import from_native, logit_error, save_native, to_native
+from libmoe_nb.models.merging import to_dense
+from libmoe_nb.models.native import natives
 from libmoe_nb.moe.layers import MoELayer
-from libmoe_nb.models.causal import MoEForCausalLM, count_parameters, from_scratch
-from libmoe_nb.analysis.tracing import moe_layers, record_routing
+from libmoe_nb.models.causal import MoEForCausalLM, count_parameters
 from libmoe_nb.models.upcycling import upcycle
 
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
-SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=None, eos_token_id=None)
-LATENT = dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
-              v_head_dim=8, n_group=1, topk_group=1, first_k_dense_replace=3)
-BODIES = dict(llama={}, mistral=dict(sliding_window=None), olmo2={}, olmoe=dict(num_experts=1, num_experts_per_tok=1),
-              qwen2={}, qwen3=dict(head_dim=8), deepseek_v3=LATENT, deepseek_v2=LATENT | dict(topk_method='greedy'),
-              glm4_moe=dict(head_dim=8, first_k_dense_replace=3), dots1=dict(head_dim=8, first_k_dense_replace=3))
-GROUPS = dict(num_experts=9, top_k=3, num_shared_experts=1, n_group=2, topk_group=1, routed_scaling_factor=2.5)
-# native architecture -> body, recipe, options
-CASES = dict(mixtral=('llama', 'smoe', {}), olmoe=('olmoe', 'smoe', dict(norm_topk_prob=False)),
-             flex_olmo=('olmo2', 'smoe', {}), qwen3_moe=('qwen3', 'smoe', {}),
-             qwen2_moe=('qwen2', 'sharede_v2', dict(shared_gate=True, num_shared_experts=2, top_k=4)),
-             deepseek_v3=('deepseek_v3', 'sharede_v3', dict(GROUPS, expert_bias=True)),
-             glm4_moe=('glm4_moe', 'sharede_v3', dict(GROUPS, expert_bias=True)),
-             dots1=('qwen3', 'smoe_sigmoid', dict(expert_bias=True)),
-             deepseek_v2=('deepseek_v2', 'sharede_v2', dict(GROUPS, norm_topk_prob=False)))
-
-def body(name, **kw): return AutoConfig.for_model(name, **SIZES | BODIES[name] | kw)
-
-def make(base, recipe='smoe', layers=None, seed=0, **kw):
-    "A model whose every part matters"
-    m = from_scratch(recipe, 'tiny', base=base if not isinstance(base, str) else body(base), layers=layers, seed=seed,
-                     **dict(gated=True, hidden_act='silu', num_experts=8, top_k=3, moe_intermediate_size=16) | kw)
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in m.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * (.3 if p.dim() > 1 else .1) + (p.dim() < 2))
-        for l in moe_layers(m).values():
-            if l.router.expert_bias is not None:
-                l.router.expert_bias.copy_(torch.randn(l.router.expert_bias.shape, generator=g) * .1)
-    return m.eval()
-
-def case(native, **kw):
-    b, recipe, options = CASES[native]
-    return make(b, recipe, **options | kw)
-
-def ids(B=2, S=40): return torch.randint(1, 96, (B, S), generator=torch.Generator().manual_seed(1))
-
-def close(a, b, tol=1e-4):
-    "Relative to the largest logit"
-    return (a - b).abs().max() <= tol * b.abs().max()
-
-def padded():
-    x, mask = ids(), torch.ones(2, 40, dtype=torch.long)
-    mask[0, :7] = 0
-    return dict(input_ids=x, attention_mask=mask)
-
-def test_every_native_has_a_case(): assert set(CASES) == set(natives)
 
 # ---- a folder that plain transformers opens
 
@@ -85,8 +38,11 @@ for f in sorted(p for p in d.iterdir() if p.is_dir()):
     want = torch.load(f/'want.pt')
     with torch.no_grad(): got = m.eval()(**inputs).logits
     real = inputs['attention_mask'].bool()
-    facts[f.name] = dict(cls=type(m).__name__, model_type=m.config.model_type, loading=sum(map(len, (info['missing_keys'], info['unexpected_keys'], info['mismatched_keys']))),
-        error=((got - want['logits'])[real].abs().max() / want['logits'].abs().max()).item(), generated=torch.equal(m.generate(**inputs, max_new_tokens=6, do_sample=False), want['generated']))
+    generated = m.generate(**inputs, max_new_tokens=6, do_sample=False)
+    facts[f.name] = dict(cls=type(m).__name__, model_type=m.config.model_type,
+                         loading=sum(len(info[f'{k}_keys']) for k in ('missing', 'unexpected', 'mismatched')),
+                         error=((got - want['logits'])[real].abs().max() / want['logits'].abs().max()).item(),
+                         generated=torch.equal(generated, want['generated']))
 assert not [m for m in sys.modules if m.startswith('libmoe_nb')]
 print(json.dumps(facts))
 '''
@@ -142,7 +98,7 @@ def test_from_a_folder_and_back_to_ours(tmp_path):
     back = AutoModelForCausalLM.from_pretrained(tmp_path/'ours')
     assert type(back) is MoEForCausalLM and torch.equal(back(ids()).logits, ours(ids()).logits)
     ours.train()(ids(), labels=ids()).loss.backward()
-    assert all(l.router.weight.grad.abs().sum() > 0 for l in moe_layers(ours).values())
+    assert all(l.router.weight.grad.abs().sum() > 0 for l in own_layers(ours))
 
 @pytest.mark.parametrize('b', ['llama', 'mistral', 'olmo2', 'qwen2', 'qwen3'])
 def test_upcycled_models_go_out(b):
@@ -268,73 +224,12 @@ def test_bodies_without_a_native_form():
 
 def test_unlike_layers_are_refused():
     m = make('llama')
-    next(iter(moe_layers(m).values())).router.top_k = 2
+    own_layers(m)[0].router.top_k = 2
     with pytest.raises(ValueError, match='layers differ'): to_native(m)
 
 def test_a_wrong_result_is_not_returned():
     m = make('llama')
-    layer = next(iter(moe_layers(m).values()))
+    layer = own_layers(m)[0]
     layer.register_forward_hook(lambda *a: a[-1] * 2)      # nothing that weights show
     with pytest.raises(RuntimeError, match='its logits differ by'): to_native(m)
     assert type(to_native(m, check=False)).__name__ == 'MixtralForCausalLM'
-
-# ---- one network
-
-def naive_shares(m, inputs):
-    "Share of real tokens that each expert got, counted one by one"
-    with record_routing(m) as records: m(**inputs)
-    real, out = inputs['attention_mask'].flatten().bool(), {}
-    for n, (r,) in records.items():
-        counts = [sum(int(e in row) for row, keep in zip(r.top_k_index.tolist(), real) if keep)
-                  for e in range(r.num_experts)]
-        out[n] = torch.tensor(counts) / sum(counts)
-    return out
-
-@pytest.mark.parametrize('recipe', ['smoe', 'sharede_v2', 'xmoe'])
-def test_to_dense_weighs_by_load(recipe):
-    m = make('llama', recipe, num_shared_experts=int(recipe == 'sharede_v2'))
-    for by, shares in dict(mean={n: torch.full((l.experts.num_experts,), 1 / l.experts.num_experts)
-                                 for n, l in moe_layers(m).items()}, load=naive_shares(m, padded())).items():
-        d = to_dense(m, by, [padded()])
-        for n, l in moe_layers(m).items():
-            f, s, d_e = d.get_submodule(n), shares[n], 16
-            n_s = l.shared_experts.intermediate_size if l.shared_experts is not None else 0
-            gate, up = f.gate_up_proj.weight.chunk(2)
-            torch.testing.assert_close(gate[n_s:], sum(p * w[:d_e] for p, w in zip(s, l.experts.gate_up_proj)),
-                                       atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(up[n_s:], sum(p * w[d_e:] for p, w in zip(s, l.experts.gate_up_proj)),
-                                       atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(f.down_proj.weight[:, n_s:], sum(p * w for p, w in zip(s, l.experts.down_proj)),
-                                       atol=1e-5, rtol=1e-4)
-            if n_s:
-                assert (torch.equal(f.down_proj.weight[:, :n_s], l.shared_experts.down_proj.weight)
-                        and torch.equal(gate[:n_s], l.shared_experts.gate_up_proj.weight.chunk(2)[0]))
-
-@pytest.mark.parametrize('recipe', [r for r in recipes if r not in ('dense', 'tcmoe', 'moe_plus_plus')])
-@pytest.mark.parametrize('b', ['llama', 'gpt2'])
-def test_upcycled_copies_merge_into_the_dense_model(recipe, b, tmp_path):
-    dense = AutoModelForCausalLM.from_config(body('llama') if b == 'llama'
-                                             else AutoConfig.for_model('gpt2', vocab_size=96, n_embd=32, n_head=4,
-                                                                       n_layer=2, n_inner=48)).eval()
-    moe = upcycle(dense, recipe, 4, 2 + ('sharede' in recipe), num_shared_experts=int('sharede' in recipe), seed=0)
-    for by, data in dict(mean=None, load=[ids()]).items():
-        d = to_dense(moe, by, data)
-        assert close(d(ids()).logits, dense(ids()).logits)
-    if b == 'llama': assert close(to_native(d)(ids()).logits, dense(ids()).logits) and type(to_native(d)) is type(dense)
-    d.save_pretrained(tmp_path)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids()).logits, d(ids()).logits)
-
-def test_to_dense_of_some_layers_and_in_half_precision():
-    dense = AutoModelForCausalLM.from_config(body('llama', tie_word_embeddings=True)).eval()
-    moe = upcycle(dense, 'smoe', 4, 2, layers=[1], seed=0)
-    d = to_dense(moe)
-    assert (d.config.layers == [1] and close(d(ids()).logits, dense(ids()).logits)
-            and d.get_output_embeddings().weight is d.get_input_embeddings().weight)
-    assert to_dense(moe.to(torch.bfloat16)).dtype == torch.bfloat16
-
-def test_loads_do_not_change_the_model():
-    m = case('mixtral').train()
-    before = {n: p.clone() for n, p in m.state_dict().items()}
-    to_dense(m, 'load', [ids(), padded()])
-    assert m.training and all(torch.equal(p, before[n]) for n, p in m.state_dict().items())
-    with pytest.raises(ValueError, match='at least one token, got none'): to_dense(m, 'load', [])
