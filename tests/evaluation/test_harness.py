@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from libmoe_nb.cli import app
 from libmoe_nb.evaluation.harness import evaluate
 from libmoe_nb.evaluation.perturbations import parse_intervention
-from libmoe_nb.evaluation.scores import Evaluation
+from libmoe_nb.evaluation.results import Evaluation
 from libmoe_nb.analysis.interventions import drop_top1, drop_top12
 from libmoe_nb.models.causal import from_scratch
 from libmoe_nb.analysis.tracing import intervene, record_routing

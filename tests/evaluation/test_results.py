@@ -3,7 +3,7 @@ import math
 
 import numpy as np, pandas as pd, pytest
 
-from libmoe_nb.evaluation.scores import Evaluation, standard_error
+from libmoe_nb.evaluation.results import Evaluation, standard_error
 
 def result(task, value, stderr=.1, metric='acc', intervention='none', **kw):
     "A row of results"
@@ -73,7 +73,7 @@ def test_results_are_written_last(evaluation, tmp_path, monkeypatch):
     "Where results.json is, the rest is; what is missing or damaged is told"
     def killed(path, o): raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr('libmoe_nb.evaluation.scores.write_json', killed)
+        m.setattr('libmoe_nb.evaluation.results.write_json', killed)
         evaluation.save(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {'samples.csv', 'documents.jsonl'}
     with pytest.raises(ValueError, match='must hold results.json'): Evaluation.load(tmp_path)
