@@ -178,7 +178,7 @@ def _check_early(out=None, data=None, device=None, reading=None):
         from libmoe_nb.core.files import check_writable
         check_writable(Path(out))
     if data is not None:
-        from libmoe_nb.data.text import find_sources
+        from libmoe_nb.data.sources import find_sources
         find_sources(data, **{k: v for k, v in reading.items() if k in ('text_field', 'domain_field')})
 
 _logs = 'tensorboard', 'trackio', 'wandb'
@@ -646,7 +646,7 @@ def _suites(files, data, examples, **reading):
     from libmoe_nb.evaluation.suites import Suite, make_suite
     loaded = [Suite.load(f) for f in files or []]
     if not data: return loaded
-    from libmoe_nb.data.text import split_documents
+    from libmoe_nb.data.splitting import split_documents
     _say('reading the text and making tasks from what is held out ...')
     train, valid = split_documents(data, **reading)
     return [*loaded, make_suite(valid, train=train, num_examples=examples)]
@@ -685,7 +685,7 @@ def _size(recipe, p):
     return dict(total=count(p.top_k if recipe == 'dense' else p.num_experts), active=count(p.top_k))
 
 def _listing():
-    from libmoe_nb.data.text import corpora
+    from libmoe_nb.data.sources import corpora
     sizes = lambda p: {r: _size(r, p) for r in own_recipes}
     return dict(recipes=[dict(name=n, title=t) for n, t in own_recipes.items()],
         presets=[dict(name=p.name, layers=p.num_hidden_layers, hidden_size=p.hidden_size, num_experts=p.num_experts,

@@ -28,8 +28,9 @@ from ..core.machine import find_device, use_threads
 from ..core.modes import autocast, quiet_bars
 from ..core.settings import read_setting, seed_list
 from ..core.words import join_words, format_duration, format_millions, format_number, plural, format_percent
-from ..data.text import TextData, default_data, text_data, find_sources
-from ..evaluation.ranking import paired_test, ranking_verdict, score_table, _columns
+from ..data.sources import default_data, find_sources
+from ..data.text import TextData, text_data
+from ..evaluation.ranking import paired_test, ranking_verdict, score_table, task_columns
 from ..models.causal import count_parameters, from_scratch
 from ..moe.config import Preset, presets, recipes, apply_overrides, from_saved, named_recipes
 from ..moe.layers import build_layer, settled
@@ -555,7 +556,7 @@ def score_curves(self):
 def _baseline(self, name):
     "Score of a baseline in each group"
     tasks = pd.DataFrame(self.evaluations[0]['suite']['tasks'].values())
-    return (tasks.groupby('group', sort=False)[name].mean().rename(_columns(dict.fromkeys(tasks.group)))
+    return (tasks.groupby('group', sort=False)[name].mean().rename(task_columns(dict.fromkeys(tasks.group)))
             if name in tasks else None)
 
 # %% ../../nbs/experiments/compare.ipynb #7a4614d7

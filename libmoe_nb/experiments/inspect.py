@@ -27,7 +27,8 @@ from ..core.machine import find_device, no_network
 from ..core.modes import quiet_bars
 from ..core.settings import read_setting, read_settings
 from ..core.words import join_words, format_millions, format_number, plural, join_some
-from ..data.text import TextData, default_data, text_data, find_sources, check_ids
+from ..data.sources import default_data, find_sources
+from ..data.text import TextData, text_data, check_ids
 from ..plots.figures import (plot_allocation, plot_by_layer, plot_co_activation, plot_loads, plot_perturbation,
                                      plot_similarity, plot_specialisation, token_html)
 from ..plots.page import report_facts, report_figure, report_page, report_table

@@ -18,7 +18,10 @@ from ..core.files import read_json, write_json, check_writable, locked_folder
 from ..core.machine import find_device, no_network, use_threads
 from ..core.modes import quiet_bars
 from ..core.settings import read_setting, read_settings, settings
-from ..data.text import TextData, cache_folder, text_data, find_sources, _is_path, check_ids
+from ..data.files import looks_like_path
+from ..data.packing import cache_folder
+from ..data.sources import find_sources
+from ..data.text import TextData, text_data, check_ids
 from .compare import print_progress, _claim, _Minutely, _Tell
 from ..models.causal import count_parameters
 from ..models.upcycling import load_dense, upcycle, _config_of, _exact_options
@@ -70,7 +73,7 @@ def find_model(
     if (folder := Path(name).expanduser()).is_dir(): return folder
     what = (f'model must be a packaged model ({", ".join(packaged_models)}), a folder, or a name on the Hugging Face '
             f'hub, got {name!r}')
-    if folder.exists() or _is_path(name): raise ValueError(f'{what}, which is no folder here')
+    if folder.exists() or looks_like_path(name): raise ValueError(f'{what}, which is no folder here')
     if not no_network(): return name
     if not isinstance(config := try_to_load_from_cache(name, 'config.json'), str):
         raise ValueError(f'{what}, which is not here, and there is no network to fetch it')

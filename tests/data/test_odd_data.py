@@ -3,7 +3,8 @@ import bz2, collections, gzip, json, lzma, os, random, re, warnings
 import numpy as np, pytest
 from pathlib import Path
 from libmoe_nb.data import text as T
-from libmoe_nb.data.text import load_documents, text_data
+from libmoe_nb.data.sources import load_documents
+from libmoe_nb.data.text import text_data
 
 def words(n, seed):
     r = random.Random(seed)
