@@ -361,7 +361,7 @@ def compare(
     else: _show(res)
 
 def _show(res):
-    from libmoe_nb.evaluation.ranking import ranking_verdict
+    from libmoe_nb.evaluation.significance import ranking_verdict
     from libmoe_nb.experiments.compare import verdict
     from libmoe_nb.plots.figures import recipe_title
     scores = [ranking_verdict(res.score_tests, names=recipe_title)] if len(res.score_tests) else []

@@ -1,4 +1,4 @@
-"""From files, packaged corpora or a Hugging Face dataset to packed blocks of tokens, the same bytes for the same seed.
+"""From any text to packed blocks of tokens in one call, the same bytes for the same text, options and seed.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/data/text.html.md"""
 
@@ -11,6 +11,7 @@ __all__ = ['TextData', 'text_data', 'largest_id', 'check_ids', 'unigram_loss']
 import json, math, os, numpy as np, warnings
 from functools import cached_property
 from fastcore.basics import patch
+from ..core.errors import check
 from .files import hash_parts, quick_digest
 from .packing import (END_OF_TEXT, PackedDataset, cache_folder, cached_folder, text_batches,
                                     train_tokenizer, write_tokens, CACHE_FORMAT)
@@ -18,7 +19,7 @@ from .sources import find_sources
 from .splitting import check_split_options, check_whole, split_spool, spool_documents
 
 # %% ../../nbs/data/text.ipynb #89d592d7
-_SAMPLE = 6_000_000
+_SAMPLE = 6_000_000   # bytes that a tokenizer is trained on
 
 class _Bytes:
     "Slices of a mapped file as bytes."
@@ -31,20 +32,14 @@ def _plain(tokenizer):
     tok.no_truncation(); tok.no_padding()
     return tok
 
-def _vocabulary(tokenizer):
-    "The largest id of any piece, plus one: more than their number where ids have gaps"
-    return max(tokenizer.get_vocab().values(), default=-1) + 1
-
 def _fit_tokenizer(text, pieces, vocab_size):
-    "Trained on the train side, on the first documents of the woven order: a fair sample."
     total, sample = 0, []
     for p in pieces:
         if total < _SAMPLE: sample.append(p); total += p[1]-p[0]
     tok = train_tokenizer((t for b in text_batches(text, sample) for t in b), vocab_size)
     if (n := tok.get_vocab_size()) < vocab_size:
         raise ValueError(f'vocab_size={vocab_size} is more than this corpus supports: its {total} bytes of training '
-                         f'text give '
-                         f'{n} pieces; use at most {n}, or more text')
+                         f'text give {n} pieces; use at most {n}, or more text')
     return tok
 
 # %% ../../nbs/data/text.ipynb #aea09e13
@@ -56,17 +51,19 @@ def _write_side(folder, side, tok, eos, text, pieces, dtype):
     return [dict(split=side, domain=int(d), documents=int((domain==d).sum()), bytes=int(sizes[domain==d].sum()),
                  tokens=int(np.diff(starts)[domain==d].sum())) for d in np.unique(domain)]
 
+# %% ../../nbs/data/text.ipynb #b3ebb1ac
 def _build(folder, sources, tokenizer, *, vocab_size, seed, valid_fraction, max_bytes):
     "Fill `folder`; meta.json comes last."
     left_out = []
-    ends, owners, digests, domains = spool_documents(sources, max_bytes, folder/'spool', left_out.append)
+    spooled = spool_documents(sources, max_bytes, folder/'spool', left_out.append)
     text = _Bytes(np.memmap(folder/'spool', np.uint8, 'r').data)
-    sides = split_spool(ends, owners, digests, domains, text, seed, valid_fraction)
+    sides = split_spool(spooled, text, seed, valid_fraction)
     tok = _plain(tokenizer) if tokenizer else _fit_tokenizer(text, sides['train'], vocab_size)
     eos = tokenizer.eos_token_id if tokenizer else tok.token_to_id(END_OF_TEXT)
     dtype = np.uint16 if vocab_size <= 1<<16 else np.uint32
     tok.save(str(folder/'tokenizer.json'))
     info = [row for side,pieces in sides.items() for row in _write_side(folder, side, tok, eos, text, pieces, dtype)]
+    domains = spooled.domains
     for row in info: row['domain'] = domains[row['domain']]
     del text; os.unlink(folder/'spool')
     files = {p.name: quick_digest(p) for p in sorted(folder.iterdir())}
@@ -90,13 +87,11 @@ class TextData:
         "The tokenizer as transformers knows it."
         if self._given: return self._given
         from transformers import PreTrainedTokenizerFast
-        special, path = (dict.fromkeys(['eos_token', 'bos_token', 'pad_token'], END_OF_TEXT),
-                         str(self.folder/'tokenizer.json'))
-        return PreTrainedTokenizerFast(tokenizer_file=path, clean_up_tokenization_spaces=False, **special)
+        return PreTrainedTokenizerFast(tokenizer_file=str(self.folder/'tokenizer.json'), eos_token=END_OF_TEXT,
+                                       bos_token=END_OF_TEXT, pad_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
     def __repr__(self):
         return (f'TextData({", ".join(self.domains)}: {self.train.num_tokens:,} train and {self.valid.num_tokens:,} '
-                f'validation '
-                f'tokens, vocab_size {self.vocab_size}, sequence_length {self.sequence_length})')
+                f'validation tokens, vocab_size {self.vocab_size}, sequence_length {self.sequence_length})')
 
 # %% ../../nbs/data/text.ipynb #c05a55fc
 def text_data(
@@ -109,34 +104,42 @@ def text_data(
     cache_dir=None,          # None: see `cache_folder`
     text_field='text',       # field of .jsonl, .parquet and datasets that holds the text
     domain_field=None,       # field that holds the domain; None: one domain a source
-    tokenizer=None,          # a fast tokenizer to use in place of training one; `vocab_size` is then its largest id plus one
+    tokenizer=None,          # a fast tokenizer, used in place of training one; `vocab_size` is then its largest id plus one
     drop_last=False,         # leave out the last train block where it is not full?
     rebuild=False,           # build even if cached?
 ) -> TextData:
     "Tokenized, split and packed text, the same for the same content, options and seed."
-    if tokenizer is not None:
-        if getattr(tokenizer, 'backend_tokenizer', None) is None or tokenizer.eos_token_id is None:
-            raise ValueError(f'tokenizer={type(tokenizer).__name__}: expected a fast tokenizer with an eos_token')
-        vocab_size = _vocabulary(tokenizer)
-    for name,value,least in [('vocab_size', vocab_size, 1 if tokenizer else 257),
-                             ('sequence_length', sequence_length, 1), ('seed', seed, 0)]:
-        check_whole(name, value, least)
-    check_split_options(max_bytes, valid_fraction)
-    sources = find_sources(data, text_field=text_field, domain_field=domain_field)
-    options = dict(vocab_size=int(vocab_size), seed=int(seed), valid_fraction=float(valid_fraction),
-                   max_bytes=max_bytes)
-    own = _plain(tokenizer).to_str() if tokenizer else ''
-    # earlier versions took the beginning
-    sampled = ['even'] if max_bytes and any(s.part in ('even', 'files') for s in sources) else []
-    key = hash_parts(CACHE_FORMAT, json.dumps(options), own, *(f'{s.domain} {s.key()}' for s in sources), *sampled)
-    def build(new): _build(new, sources, tokenizer, **options)
-    folder, meta = cached_folder(cache_folder(cache_dir)/'text', key, build, rebuild)
+    vocab_size = _check_sizes(vocab_size, sequence_length, tokenizer)
+    check_split_options(seed, valid_fraction, max_bytes)
+    sources = find_sources(data, text_field, domain_field)
+    options = dict(vocab_size=vocab_size, seed=int(seed), valid_fraction=float(valid_fraction), max_bytes=max_bytes)
+    folder, meta = cached_folder(cache_folder(cache_dir)/'text', _cache_key(sources, tokenizer, options),
+                                 lambda new: _build(new, sources, tokenizer, **options), rebuild)
     res = TextData(folder, meta, int(sequence_length), drop_last, tokenizer)
     for told in res.left_out: warnings.warn(told, stacklevel=2)
-    if res.train.num_tokens < sequence_length:
-        raise ValueError(f'sequence_length={sequence_length} is longer than the corpus: it has {res.train.num_tokens} '
-                         'training tokens')
-    return res
+    return _check_long_enough(res)
+
+# %% ../../nbs/data/text.ipynb #37fdab8b
+def _check_sizes(vocab_size, sequence_length, tokenizer):
+    "The size of the vocabulary, that of a given tokenizer if there is one: more than its pieces where ids have gaps"
+    if tokenizer is not None:
+        fast = getattr(tokenizer, 'backend_tokenizer', None) is not None and tokenizer.eos_token_id is not None
+        check(fast, 'tokenizer', tokenizer, 'a fast tokenizer with an eos_token')
+        vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    check_whole('vocab_size', vocab_size, 257 if tokenizer is None else 1)
+    check_whole('sequence_length', sequence_length, 1)
+    return int(vocab_size)
+
+def _cache_key(sources, tokenizer, options):
+    own = '' if tokenizer is None else _plain(tokenizer).to_str()
+    # earlier versions took the beginning
+    sampled = ['even'] if options['max_bytes'] and any(s.part in ('even', 'files') for s in sources) else []
+    return hash_parts(CACHE_FORMAT, json.dumps(options), own, *(f'{s.domain} {s.key()}' for s in sources), *sampled)
+
+def _check_long_enough(data):
+    S, n = data.sequence_length, data.train.num_tokens
+    if n < S: raise ValueError(f'sequence_length={S} is longer than the corpus: it has {n} training tokens')
+    return data
 
 # %% ../../nbs/data/text.ipynb #ec9b607d
 def largest_id(
@@ -184,8 +187,13 @@ def _chunks(ds, size=1<<20):
         yield np.asarray(ds.tokens[a+1:b+1]).astype(np.int64), ds.domains_of(a, b)
 
 # %% ../../nbs/data/text.ipynb #937cd8cd
-def unigram_loss(train, valid, vocab_size, num_domains):
-    "Summed negative log-likelihood and number of the validation labels per domain, under `train`'s counts plus one."
+def unigram_loss(
+    train,            # `PackedDataset`
+    valid,            # `PackedDataset`
+    vocab_size:int,
+    num_domains:int,
+):                    # summed negative log-likelihood and number of the validation labels, [domains] each
+    "How well the counts of `train`, plus one, predict `valid`."
     counts = sum(np.bincount(y, minlength=vocab_size) for y,_ in _chunks(train)) + 1
     nll = np.log(counts.sum()) - np.log(counts)
     parts = [(np.bincount(d, nll[y], num_domains), np.bincount(d, minlength=num_domains)) for y,d in _chunks(valid)]

@@ -30,7 +30,8 @@ from ..core.settings import read_setting, seed_list
 from ..core.words import join_words, format_duration, format_millions, format_number, plural, format_percent
 from ..data.sources import default_data, find_sources
 from ..data.text import TextData, text_data
-from ..evaluation.ranking import paired_test, ranking_verdict, score_table, task_columns
+from ..evaluation.ranking import score_table, task_columns
+from ..evaluation.significance import paired_test, ranking_verdict
 from ..models.causal import count_parameters, from_scratch
 from ..moe.config import Preset, presets, recipes, apply_overrides, from_saved, named_recipes
 from ..moe.layers import build_layer, settled
