@@ -1,4 +1,4 @@
-"""Tokens of documents end to end in one stream, mapped from disk, and blocks and batches of it that seed and number alone decide.
+"""Documents as tokens in one stream, mapped from disk, and blocks and batches that seed and number alone decide.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/data/packing.html.md"""
 

@@ -1,4 +1,4 @@
-"""What `data` names: packaged corpora, files, folders and datasets of the Hugging Face Hub, as streams of documents in an order that is the same everywhere.
+"""What `data` names: packaged corpora, files, folders and datasets, as documents in an order of their own.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/data/sources.html.md"""
 
@@ -77,7 +77,8 @@ def _read_kjv():
     chapters = {}
     for verse, at in sorted(start.items()): chapters.setdefault(verse//1000, at)
     ends = dict(zip(chapters, [*list(chapters.values())[1:], len(text)]))
-    for c in mixed_order(chapters): yield Document(text[chapters[c]:ends[c]], 'kjv', f'book {c//1000}, chapter {c%1000}')
+    for c in mixed_order(chapters):
+        yield Document(text[chapters[c]:ends[c]], 'kjv', f'book {c//1000}, chapter {c%1000}')
 
 # %% ../../nbs/data/sources.ipynb #26a6d116
 @dataclass(frozen=True)
@@ -191,9 +192,10 @@ def _path_sources(path, text_field='text', domain_field=None):
     if not path.exists(): raise ValueError(f'{no} is a link to nowhere: expected a file or a folder')
     if not os.access(path, os.R_OK): raise ValueError(f'{no} cannot be read: permission denied')
     if not path.is_dir():
-        if not text_suffix(path): raise ValueError(f'{no} is of an unknown kind: expected a folder or one of {TEXT_KINDS}')
-        if path.stat().st_size == 0: raise ValueError(f'{no} is an empty file: expected text')
-        return [make(path.name[:-len(text_suffix(path))], str(path), path.parent, [path.name])]
+        suffix, size = text_suffix(path), path.stat().st_size
+        if not suffix: raise ValueError(f'{no} is of an unknown kind: expected a folder or one of {TEXT_KINDS}')
+        if size == 0: raise ValueError(f'{no} is an empty file: expected text')
+        return [make(path.name[:-len(suffix)], str(path), path.parent, [path.name])]
     groups, names = {}, sorted(_text_files(path, left))
     whole = is_saved_dataset(path) or bool(saved_splits(path))
     for n in names:

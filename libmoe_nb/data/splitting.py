@@ -1,4 +1,4 @@
-"""Distinct documents, as many as a cap allows, on two sides: to train and to validate, the same for the same text and seed.
+"""Distinct documents on two sides, to train and to validate, the same for the same text, seed and cap.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/data/splitting.html.md"""
 

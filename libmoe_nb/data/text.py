@@ -67,8 +67,9 @@ def _build(folder, sources, tokenizer, *, vocab_size, seed, valid_fraction, max_
     for row in info: row['domain'] = domains[row['domain']]
     del text; os.unlink(folder/'spool')
     files = {p.name: quick_digest(p) for p in sorted(folder.iterdir())}
-    meta = dict(format=CACHE_FORMAT, domains=domains, vocab_size=vocab_size, eos_token_id=eos, dtype=np.dtype(dtype).name,
-                info=info, files=files, left_out=left_out, fingerprint=hash_parts(json.dumps([files, domains])))
+    meta = dict(format=CACHE_FORMAT, domains=domains, vocab_size=vocab_size, eos_token_id=eos,
+                dtype=np.dtype(dtype).name, info=info, files=files, left_out=left_out,
+                fingerprint=hash_parts(json.dumps([files, domains])))
     (folder/'meta.json').write_text(json.dumps(meta, indent=1))
 
 # %% ../../nbs/data/text.ipynb #dd3dc218
@@ -104,7 +105,7 @@ def text_data(
     cache_dir=None,          # None: see `cache_folder`
     text_field='text',       # field of .jsonl, .parquet and datasets that holds the text
     domain_field=None,       # field that holds the domain; None: one domain a source
-    tokenizer=None,          # a fast tokenizer, used in place of training one; `vocab_size` is then its largest id plus one
+    tokenizer=None,          # a fast tokenizer that is not trained here; `vocab_size` is then its largest id plus one
     drop_last=False,         # leave out the last train block where it is not full?
     rebuild=False,           # build even if cached?
 ) -> TextData:

@@ -1,4 +1,4 @@
-"""Which text was in the training text, and what an n-gram model makes of it: the check of every question, and its baseline.
+"""What occurs in the training text, and what counting its words would answer: a check and a baseline.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/evaluation/ngrams.html.md"""
 

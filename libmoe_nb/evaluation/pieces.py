@@ -71,7 +71,9 @@ def code_lines(
         line, last = [], at
         for t in _tokens_of(text[at:], at):
             if t: line.append(t); last = t[2]
-            elif line: res.append(CodeLine(line[0][1], line[-1][2], _indent_at(text, line[0][1]), tuple(line))); line = []
+            elif line:
+                start = line[0][1]
+                res.append(CodeLine(start, line[-1][2], _indent_at(text, start), tuple(line))); line = []
         more = re.compile(r'\n(?=[A-Za-z_@])').search(text, max(last, at))
         at = more.end() if more else len(text)
     return res

@@ -62,7 +62,8 @@ def held_out_domains(
               if WORD.match(p) and not re.search(r'[\d_]', p)]
     for d in dict.fromkeys(d for d,_ in docs):
         texts = [t for e,t in docs if e == d]
-        is_code = looks_like_code(texts) if code is None else d in code if isinstance(code, (list, tuple, set)) else bool(code)
+        is_code = (looks_like_code(texts) if code is None else d in code if isinstance(code, (list, tuple, set))
+                   else bool(code))
         yield HeldOut(d, texts, ngram.count, common, is_code, seed, **options)
 
 # %% ../../nbs/evaluation/questions.ipynb #07fe13b0
@@ -247,7 +248,7 @@ def _word_order(held): return (ex for *_,ex in _pairs(held, 'word_order', _swapp
 
 # %% ../../nbs/evaluation/questions.ipynb #5e8b4177
 def _code_pairs(held, kind, edits):
-    "Lines of code beside their edited form, after the lines before; an edit is (start, end, replacement) in the document"
+    "Lines of code beside their edited form, after the lines before; an edit is (start, end, replacement)"
     last = [{l.start: i for i,l in enumerate(ls)} for ls in held.lines]
     for doc,a,b in held.units(kind):
         text, start, i = held.docs[doc], held.context_start(doc, a), last[doc][a]

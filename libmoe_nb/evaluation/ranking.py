@@ -1,4 +1,4 @@
-"""A table of accuracies, their mean and their mean rank, each with its uncertainty, to look at and to paste into a paper.
+"""A table of accuracies, their mean and their mean rank, each with its uncertainty, ready to paste.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/evaluation/ranking.html.md"""
 
@@ -45,7 +45,7 @@ def score_table(
     df:pd.DataFrame,  # results or samples
     metric=None,      # name of the metric, or a dict task -> name; None: the first accuracy
     perplexity=None,  # Series by model; it then counts as one more task in the rank
-)->pd.DataFrame:      # model, seeds, [perplexity], each task and its _stderr, mean, mean_stderr, rank, [rank_low, rank_high]
+)->pd.DataFrame:      # model, seeds, [perplexity], tasks, mean and _stderr of each, rank, [rank_low, rank_high]
     "Accuracy on each task, mean accuracy and mean rank: one row a model, means over seeds."
     t = task_scores(df, metric).assign(v=lambda d: d.stderr**2)
     (value, stderr), (S, mean, error) = _task_means(t), _mean_accuracies(t)

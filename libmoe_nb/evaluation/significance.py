@@ -1,4 +1,4 @@
-"""Tests that say which differences between models are more than chance, over documents and over seeds, and what they may be called.
+"""Tests that say which differences between models are more than chance, over documents and over seeds.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/evaluation/significance.html.md"""
 
@@ -99,11 +99,13 @@ def paired_test(
             for i, (p, q) in enumerate(pairs)]
     return pd.DataFrame(rows).assign(p_holm=lambda df: holm(df.p))
 
+# %% ../../nbs/evaluation/significance.ipynb #8bdff7a1
 def _asked_pairs(samples, a, b):
     known = list(dict.fromkeys(samples.model))
     if (a is None) != (b is None): raise ValueError(f'a and b must both be given or neither, got a={a!r}, b={b!r}')
     for m in (a, b): check(m is None or m in known, 'model', m, f'one of {", ".join(map(str, known))}')
-    if a is None and len(known) < 2: raise ValueError(f'a comparison needs two models, got {", ".join(map(str, known))}')
+    if a is None and len(known) < 2:
+        raise ValueError(f'a comparison needs two models, got {", ".join(map(str, known))}')
     return [(a, b)] if a is not None else list(combinations(known, 2))
 
 # %% ../../nbs/evaluation/significance.ipynb #b59de5ee
@@ -117,7 +119,8 @@ def ranking_verdict(
     means = {m: v for m, v in means.items() if v == v}
     if not means: return 'No model has a mean accuracy. '
     best, sure, S = max(means, key=means.get), tests[tests.p_holm < alpha], tests.seeds.min()
-    head = f'{name(best)} has the highest mean accuracy ({100*means[best]:.1f} %). {_how_many_differ(tests, sure, means, name)}'
+    head = (f'{name(best)} has the highest mean accuracy ({100*means[best]:.1f} %). '
+            + _how_many_differ(tests, sure, means, name))
     if S < 2:
         return (head + 'Each algorithm was trained with one seed, so this speaks of these trained models only; another '
                 'seed may turn it round.')

@@ -1,4 +1,4 @@
-"""Zero-shot tasks made from held-out text, the same for the same seed, with what guessing and counting would score on them.
+"""Zero-shot tasks made from held-out text, the same for the same seed, with what counting would score.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/evaluation/suites.html.md"""
 
@@ -35,7 +35,8 @@ def _given(texts, name, arg='data'):
     if isinstance(texts, dict): return [p for d,ts in texts.items() for p in _given(ts, d, f'{arg}[{d!r}]')]
     try: res = [(getattr(t, 'domain', name), getattr(t, 'text', t)) for t in texts]
     except TypeError:
-        raise ValueError(f'{arg} must be a TextData, texts, or a dict of domain and texts, got {shown(texts)}') from None
+        raise ValueError(f'{arg} must be a TextData, texts, or a dict of domain and texts, got '
+                         f'{shown(texts)}') from None
     for i,(_,t) in enumerate(res): check(isinstance(t, str), f'{arg}[{i}]', t, 'a string')
     return res
 
@@ -102,7 +103,8 @@ def _pick(kind, held, n, known):
 def _answers(held, name, docs):
     "A place of the right answer for each document, blocks of all places one after another"
     C = len(docs[0].get('choices', [0])) if docs else 1
-    return [p for i in range(0, len(docs), C) for p in stable_shuffle(range(C), held.seed, held.domain, name, 'answer', i)]
+    return [p for i in range(0, len(docs), C)
+            for p in stable_shuffle(range(C), held.seed, held.domain, name, 'answer', i)]
 
 def _placed(ex, answer):
     if 'choices' not in ex: return ex
@@ -169,11 +171,11 @@ def _named(name, taken):
 
 # %% ../../nbs/evaluation/suites.ipynb #e2482312
 def make_suite(
-    data,                  # a `TextData` (its validation documents), or held-out texts: a list, or a dict of domain and texts
+    data,                  # a `TextData` (its validation side), or held-out texts: a list, or a dict of domains
     kinds=None,            # names in `suite_kinds` or of their groups; None: all that the text has examples for
     num_examples=200,      # of each task
     seed=0,                # decides what is asked
-    *, train=None,         # texts that models were trained on, where `data` is no `TextData`; None: held out is not checked
+    *, train=None,         # texts of training, where `data` is not a `TextData`; None: held out is not checked
     domains=None,          # names of domains to use; None: all
     name='text',           # domain of texts that have none
     context_words=80,      # words and punctuation marks of context, at most
@@ -194,7 +196,8 @@ def make_suite(
     return res
 
 # %% ../../nbs/evaluation/suites.ipynb #ca6cc1e6
-_least = dict(num_examples=1, seed=0, context_words=8, continuation_words=2, num_candidates=2, num_pairs=2, min_examples=1)
+_least = dict(num_examples=1, seed=0, context_words=8, continuation_words=2, num_candidates=2, num_pairs=2,
+              min_examples=1)
 
 def _check_options(**given):
     for n,value in given.items(): check_whole(n, value, _least[n])
@@ -239,7 +242,7 @@ def _add_task(suite, kind, held, least, known, ngram, lenient):
 # %% ../../nbs/evaluation/suites.ipynb #0d3e5b65
 @patch
 def baselines(self:Suite, groups=False)->pd.DataFrame:
-    "Accuracy of guessing, of a unigram and of an n-gram model on each task; with `groups` the means of each group, too."
+    "Accuracy of guessing, of a unigram and of an n-gram model on each task; with `groups` also their means."
     rows = [dict(task=t.name, group=t.group, domain=t.domain, n=len(t), dropped=t.dropped, chance=t.chance,
                  unigram=t.baselines.get('unigram', math.nan),
                  ngram=t.baselines.get('ngram', math.nan)) for t in self.tasks.values()]
