@@ -3,10 +3,16 @@ import collections, gzip, json, os, random
 from pathlib import Path
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
-from made_text import pack, line, plain_words, prep, refused, saved, stream, texts, words
+from made_text import fill, line, pack, plain_words, prep, refused, saved, stream, texts, words
 from libmoe_nb.data import files
 from libmoe_nb.data.files import cut_place
 from libmoe_nb.data.sources import load_documents
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
+
+@pytest.fixture
+def corpus(tmp_path): return fill(tmp_path/'corpus')
 
 def refused_file(tmp_path, name, content, *says, **kw):
     p = tmp_path/name

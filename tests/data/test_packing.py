@@ -3,10 +3,16 @@ import json, os, signal, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from made_text import decoded, prep, python, stream, words
+from made_text import decoded, fill, prep, python, stream, words
 from libmoe_nb.data import text
 from libmoe_nb.data.files import quick_digest
 from libmoe_nb.data.packing import PackedDataset, cache_folder, train_tokenizer, write_tokens
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
+
+@pytest.fixture
+def corpus(tmp_path): return fill(tmp_path/'corpus')
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.lists(st.integers(1, 60_000), max_size=30), st.integers(0, 3)), min_size=1, max_size=12),

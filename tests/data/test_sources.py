@@ -1,9 +1,15 @@
 "What `data` may name: folders, links, datasets, packaged corpora. What is not there is said in one sentence."
 import gzip, os, warnings
 import pytest
-from made_text import line, prep, python, refused, texts, words
+from made_text import fill, line, prep, python, refused, texts, words
 from libmoe_nb.core import machine
 from libmoe_nb.data.sources import Corpus, corpora, default_data, load_documents
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
+
+@pytest.fixture
+def corpus(tmp_path): return fill(tmp_path/'corpus')
 
 def test_data_argument(corpus):
     for bad in ('', ',', [], ['python', ''], 7, type(None)):

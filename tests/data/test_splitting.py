@@ -3,10 +3,16 @@ import collections, json, random, re, warnings
 from pathlib import Path
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
-from made_text import pack, decoded, fill, line, plain_words, prep, saved, words
+from made_text import decoded, fill, line, pack, plain_words, prep, saved, words
 from libmoe_nb.data import sources
 from libmoe_nb.data.splitting import Spooled, split_spool
 from libmoe_nb.data.text import text_data
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
+
+@pytest.fixture
+def corpus(tmp_path): return fill(tmp_path/'corpus')
 
 def test_split_is_disjoint_and_complete(tmp_path):
     texts = [words(30, i) for i in range(60)]

@@ -1,10 +1,16 @@
 "Arguments of text_data, odd text, tokenizers, the floor."
 import json
 import numpy as np, pytest, torch
-from made_text import decoded, prep, stream, words
+from made_text import decoded, fill, prep, stream, words
 from libmoe_nb.data.sources import default_data
 from libmoe_nb.data.packing import END_OF_TEXT
 from libmoe_nb.data.text import text_data
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
+
+@pytest.fixture
+def corpus(tmp_path): return fill(tmp_path/'corpus')
 
 @pytest.mark.parametrize('kw, says', [
     (dict(vocab_size=5000), 'vocab_size=5000 is more than this corpus supports.*use at most [0-9]+'),
