@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Does a suite made from a corpus measure something? Scores of guessing, counting, a small model of ours and SmolLM2-135M.
+"""Does a suite made from a corpus measure something? Guessing, counting, a small model of ours and SmolLM2-135M.
 
-    python benchmarks/suite_smollm2.py                     # about ten minutes on two cores; writes nbs/paper/data/suite_smollm2.csv
-    python benchmarks/suite_smollm2.py --examples 2 --steps 3 --out /tmp/suite.csv     # three minutes: only to see that it runs
+    # about ten minutes on two cores; writes nbs/paper/data/suite_smollm2.csv
+    python benchmarks/suite_smollm2.py
+    # three minutes: only to see that it runs
+    python benchmarks/suite_smollm2.py --examples 2 --steps 3 --out /tmp/suite.csv
 
-The suite comes from validation documents of State of the Union addresses, the King James Bible and Python's standard library. The small
-model (preset 'mini', recipe smoe) is trained on the training documents. SmolLM2 is taken as it is; it may have met these texts in its own
-training. Then it is upcycled, two experts of which both are active, and answers the first questions of each task again: equal answers.
+The suite comes from validation documents of State of the Union addresses, the King James Bible and Python's standard
+library. The small model (preset 'mini', recipe smoe) is trained on the training documents. SmolLM2 is taken as it is.
+It may have met these texts in its own training. Then it is upcycled, two experts of which both are active, and answers
+the first questions of each task again: equal answers.
 """
 import argparse, sys, time
 from pathlib import Path

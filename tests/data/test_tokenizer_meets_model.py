@@ -1,4 +1,4 @@
-"A tokenizer whose largest id has no row in the embedding is one sentence everywhere; one with gaps in its ids is none where the model has rows for them."
+"A tokenizer whose largest id has no row in the embedding is refused in one sentence; one with gaps in its ids is not."
 import json, random
 import numpy as np, pytest
 from tokenizers import Tokenizer, models as tokenizer_models, pre_tokenizers, decoders
