@@ -395,7 +395,8 @@ def _act_back(act, grad, x, out):
 
 # %% ../../nbs/moe/experts.ipynb #c9fbf752
 def _hidden(p, act, gated, inplace=False):
-    "Pre-activations [n, h or 2h] to hidden values [n, h]"
+    "Pre-activations [n, h or 2h] to hidden values [n, h]; `gated` may be a function that does it"
+    if callable(gated): return gated(p)
     if act is F.relu and not gated: return p.clamp_min_(0) if inplace else p
     n,h = len(p),p.shape[1] // (1+gated)
     if not gated: return _act(act, p, _workspace('h', p, n, h))
@@ -404,6 +405,7 @@ def _hidden(p, act, gated, inplace=False):
 def _hidden_back(grad, p, act, gated):
     "The gradient of the hidden values [n, h] to that of the pre-activations; overwrites `grad`, wants the buffers of `_hidden`"
     out = _workspace('dp', p, *p.shape)
+    if callable(gated): return _act_back(gated, grad, p, out)
     if not gated: return _act_back(act, grad, p, out)
     n,h = grad.shape
     torch.mul(grad, _workspace('a', p, n, h), out=out[:,h:])
@@ -476,7 +478,7 @@ def _sorted_backward(ctx, grad):
 def _slots_per_block(experts, dtype):
     "(slots that fit the cache, slots of padding that cost as much as a product's set-up)"
     d,o,h,half = experts.hidden_size,experts.output_size,experts.intermediate_size,dtype.itemsize < 4
-    h_up = h * (1+experts.gated)
+    h_up = h * (1+bool(experts.gated))
     return (int((40e6 if half else 20e6) / ((d + o + h_up + h) * dtype.itemsize)),
             8 + int((1e7 if half else 2e6) / (d*h_up)))
 
