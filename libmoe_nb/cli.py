@@ -19,8 +19,8 @@ from .core.settings import read_setting, read_settings, settings
 from .moe.config import presets, own_recipes
 from .core.machine import check_device
 from .core.settings import seed_list
-from .moe.config import (apply_overrides, check_model_name, check_recipe, named_recipes, spec_fields,
-                                  preset_fields, read_intervention)
+from .core.settings import check_model_name, read_intervention
+from .moe.config import apply_overrides, check_recipe, named_recipes, spec_fields, preset_fields
 
 # %% ../nbs/cli.ipynb #43b6252a
 @contextmanager

@@ -13,7 +13,8 @@ import ast, copy, re, torch, torch.nn.functional as F
 from contextlib import contextmanager
 from fastcore.basics import patch
 from pathlib import Path
-from ..moe.routers import Router, Routing, stable_topk
+from ..moe.routers import Router
+from ..moe.routing import Routing, stable_topk
 from .tracing import MoEAdapter, record_routing, _adapted, _families, _foreign
 
 # %% ../../nbs/analysis/adapters.ipynb #5887bbeb

@@ -11,7 +11,7 @@ __all__ = ['drop_top1', 'drop_top12', 'ranking', 'next_ranked', 'drop_top', 'ban
 # %% ../../nbs/analysis/interventions.ipynb #f293214d
 import torch
 from torch import Tensor
-from ..moe.routers import Routing, stable_topk
+from ..moe.routing import Routing, stable_topk
 
 # %% ../../nbs/analysis/interventions.ipynb #a3f8c378
 def ranking(

@@ -22,7 +22,7 @@ from ..core.machine import find_device
 from ..core.modes import evaluating, seeded
 from ..core.settings import read_settings
 from ..data.text import check_ids
-from ..moe.config import read_intervention
+from ..core.settings import read_intervention
 
 # %% ../../nbs/evaluation/harness.ipynb #5a8a1950
 def _tokens_per_batch(device, vocab_size):

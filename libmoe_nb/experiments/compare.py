@@ -32,7 +32,7 @@ from ..data.text import TextData, default_data, text_data, find_sources
 from ..evaluation.ranking import paired_test, ranking_verdict, score_table, _columns
 from ..models.causal import count_parameters, from_scratch
 from ..moe.config import Preset, presets, recipes, apply_overrides, from_saved, named_recipes
-from ..moe.layers import build_layer, settled
+from ..moe.recipes import build_layer, settled
 from ..plots.figures import (plot_by_layer, plot_over_checkpoints, plot_balance, plot_comparison, plot_curves,
                                      plot_domains, plot_loads, plot_perplexity, recipe_style, recipe_title)
 from ..plots.page import report_cells, report_facts, report_figure, report_page, report_table

@@ -22,8 +22,9 @@ from ..data.text import TextData, cache_folder, text_data, find_sources, _is_pat
 from .compare import print_progress, _claim, _Minutely, _Tell
 from ..models.causal import count_parameters
 from ..models.upcycling import load_dense, upcycle, _config_of, _exact_options
-from ..moe.config import MoESpec, get_recipe, recipes
-from ..moe.layers import settled
+from ..moe.config import MoESpec, recipes
+from ..moe.recipes import get_recipe
+from ..moe.recipes import settled
 from ..training.learner import MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, resume
 
 # %% ../../nbs/experiments/upcycle.ipynb #0c949749

@@ -27,9 +27,11 @@ from ..core.errors import did_you_mean
 from ..core.files import write_atomic
 from ..core.modes import seeded
 from .upcycling import find_ffns, moeify, _as_built, _indices, _is_linear, _replaced, _weight
-from ..moe.config import MoESpec, Preset, get_preset, get_recipe, from_saved, ModelSize
+from ..moe.config import MoESpec, Preset, get_preset, from_saved, ModelSize
+from ..moe.recipes import get_recipe
 from ..moe.experts import FeedForward
-from ..moe.layers import MoELayer, aux_loss, build_layer, noted, recipe_options, settled
+from ..moe.layers import MoELayer, aux_loss, noted
+from ..moe.recipes import build_layer, recipe_options, settled
 
 # %% ../../nbs/models/causal.ipynb #701739ee
 class MoEConfig(PreTrainedConfig):

@@ -23,7 +23,8 @@ from .upcycling import find_ffns
 from ..moe.config import MoESpec
 from ..moe.experts import FeedForward
 from ..moe.layers import MoELayer
-from ..moe.routers import Router, SigmoidRouter, SoftmaxRouter, tokens_per_expert
+from ..moe.routers import Router, SigmoidRouter, SoftmaxRouter
+from ..moe.routing import tokens_per_expert
 
 # %% ../../nbs/models/export.ipynb #224f40e9
 @dataclass(frozen=True)

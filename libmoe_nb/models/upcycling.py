@@ -22,8 +22,9 @@ from ..core.files import write_atomic
 from ..core.modes import seeded
 from ..core.settings import read_setting, read_settings
 from ..moe.config import MoESpec
-from ..moe.experts import FeedForward, activation, ffn, _activations
-from ..moe.layers import MoELayer, build_layer, link_layers, recipe_options, settled
+from ..moe.experts import FeedForward, activation, ffn, activations
+from ..moe.layers import MoELayer, link_layers
+from ..moe.recipes import build_layer, recipe_options, settled
 
 # %% ../../nbs/models/upcycling.ipynb #c7600412
 @dataclass(frozen=True)
@@ -362,9 +363,9 @@ def _act_name(act):
     "The name of an activation, from its values on a grid"
     x = torch.linspace(-12, 12, 4801)
     y = act(x)
-    for name, f in _activations.items():
+    for name, f in activations.items():
         if torch.allclose(f(x), y, rtol=1e-5, atol=1e-5): return name
-    raise ValueError(f'hidden_act must be one of {", ".join(_activations)}, got {act}, which computes none of them')
+    raise ValueError(f'hidden_act must be one of {", ".join(activations)}, got {act}, which computes none of them')
 
 # %% ../../nbs/models/upcycling.ipynb #39a77c6c
 @torch.no_grad()

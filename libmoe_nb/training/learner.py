@@ -30,7 +30,8 @@ from ..core.settings import read_settings
 from ..data.text import check_ids
 from ..moe.config import get_preset, TrainingBudget
 from ..moe.layers import MoELayer
-from ..moe.routers import Routing, tokens_per_expert, update_expert_bias
+from ..moe.routers import update_expert_bias
+from ..moe.routing import Routing, tokens_per_expert
 
 # %% ../../nbs/training/learner.ipynb #217f9a90
 with warnings.catch_warnings():
