@@ -28,7 +28,7 @@ def _started(): return torch.distributed.is_available() and torch.distributed.is
 # %% ../../nbs/core/ranks.ipynb #aacc7285
 def sum_over_ranks(
     x:torch.Tensor, # of the same shape in all processes; left as it is
-)->torch.Tensor:    # the same in all processes
+)->torch.Tensor:    # the same in all processes; `x` itself where there is one
     "The sum of `x` over all processes."
     if world_size() == 1: return x
     torch.distributed.all_reduce(x := x.clone())
@@ -36,6 +36,6 @@ def sum_over_ranks(
 
 def mean_over_ranks(
     x:torch.Tensor, # of floating point, of the same shape in all processes
-)->torch.Tensor:    # the same in all processes
+)->torch.Tensor:    # the same in all processes; `x` itself where there is one
     "The mean of `x` over all processes."
     return sum_over_ranks(x) / world_size() if world_size() > 1 else x

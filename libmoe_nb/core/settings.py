@@ -22,6 +22,7 @@ class Kind:
     read: callable  # the value, or its text, to a value of the right type; raises where it is none
     limit: str = '' # words for a number that is too large
 
+# %% ../../nbs/core/settings.ipynb #a474ef68
 def _need(ok):
     if not ok: raise ValueError
 
@@ -104,63 +105,68 @@ _double = Kind("yes, no or 'chosen'", lambda v: v if isinstance(v, str) and v ==
 _size, _count = _whole(1, 10**6), _whole(0, 10**6)
 
 # %% ../../nbs/core/settings.ipynb #4d8707ce
-settings = dict(                                                        # name -> `Kind`
-    # one layer
+settings = dict( # name -> `Kind`
     recipe=_word, hidden_size=_size, num_experts=_size, top_k=_size, num_shared_experts=_count,
-    moe_intermediate_size=_size, output_size=_maybe(_size),
+    moe_intermediate_size=_size, output_size=_maybe(_size), gated=_flag, bias=_flag, norm_topk_prob=_flag,
     hidden_act=_one_of(*'relu relu2 relu6 leaky_relu elu silu swish gelu gelu_new gelu_pytorch_tanh gelu_fast '
                        'quick_gelu mish hardswish softplus sigmoid tanh linear'.split()),
-    gated=_flag, bias=_flag, norm_topk_prob=_flag, router_init_std=_weight, expert_init_std=_pair(_weight),
-    second_init_scale=_maybe(_weight),
+    router_init_std=_weight, expert_init_std=_pair(_weight), second_init_scale=_maybe(_weight),
     router_aux_loss_coef=_weight, router_z_loss_coef=_weight,
-    aux_loss_group=_one_of('sequence', 'micro_batch', 'global_batch'), options=_options,
-    # what only some recipes understand
-    expert_bias=_flag, routed_scaling_factor=_weight, n_group=_size, topk_group=_size, shared_weight=_maybe(_share),
-    shared_gate=_flag,
-    router_size=_maybe(_size), temperature=_positive, gain=_weight, learnable_temperature=_flag, double_softmax=_double,
-    embedding_norm=_maybe(_positive),
+    aux_loss_group=_one_of('sequence', 'micro_batch', 'global_batch'), options=_options)
+
+# %% ../../nbs/core/settings.ipynb #a16c6413
+settings |= dict(
+    expert_bias=_flag, routed_scaling_factor=_weight, n_group=_size, topk_group=_size,
+    shared_weight=_maybe(_share), shared_gate=_flag, router_size=_maybe(_size), temperature=_positive, gain=_weight,
+    learnable_temperature=_flag, double_softmax=_double, embedding_norm=_maybe(_positive),
     negative_offset=_any, null_offset=_any, null_reward_coef=_weight, gating_residual=_flag,
     num_zero=_count, num_copy=_count, num_constant=_maybe(_count), zero_expert_weight=_weight,
-    constant_std=_maybe(_weight), constant_gate_std=_maybe(_weight),
-    # a model
+    constant_std=_maybe(_weight), constant_gate_std=_maybe(_weight))
+
+# %% ../../nbs/core/settings.ipynb #83c17c15
+settings |= dict(
     name=_word, num_hidden_layers=_whole(1, 10**4), num_attention_heads=_size, head_dim=_size,
-    vocab_size=_whole(1, 10**8), sequence_length=_whole(1, 10**8),
-    partial_rotary_factor=_part, depth_scaled_init=_flag, aux_loss_reduction=_one_of('mean', 'sum'),
-    # training
+    vocab_size=_whole(1, 10**8), sequence_length=_whole(1, 10**8), partial_rotary_factor=_part,
+    depth_scaled_init=_flag, aux_loss_reduction=_one_of('mean', 'sum'))
+settings |= dict(
     steps=_whole(), batch_size=_size, grad_accum=_size, learning_rate=_positive, lr=_positive, warmup_steps=_whole(0),
-    final_lr_fraction=_share, weight_decay=_weight,
-    betas=_pair(_below_one), grad_clip=_weight, bf16=_flag, expert_bias_rate=_weight, seed=_whole(0, 2**63 - 1),
-    threads=_maybe(_whole(1, 1024)),
+    final_lr_fraction=_share, weight_decay=_weight, betas=_pair(_below_one), grad_clip=_weight, bf16=_flag,
+    expert_bias_rate=_weight, seed=_whole(0, 2**63 - 1), threads=_maybe(_whole(1, 1024)),
     valid_batch_size=_maybe(_size), valid_steps=_maybe(_whole()), valid_tokens=_maybe(_whole(1, 10**15)),
-    checkpoint_seconds=_weight, dense=_flag, domains=_flag, keep_models=_flag,
-    # upcycling
+    checkpoint_seconds=_weight, dense=_flag, domains=_flag, keep_models=_flag)
+
+# %% ../../nbs/core/settings.ipynb #a7de96c4
+settings |= dict(
     init=_word, noise=_weight, drop_ratio=_share, rescale=_flag, exact=_flag, inplace=_flag,
-    # text, analysis, evaluation
     max_bytes=_maybe(_whole(1, 10**15)), text_field=_word, domain_field=_maybe(_word),
     examples=_maybe(_whole(2, 10**6)), num_tokens=_whole(2), limit=_maybe(_limit), num_fewshot=_maybe(_whole(0, 1000)),
     perturb=_flag)
 
 # %% ../../nbs/core/settings.ipynb #1567ff9e
 def read_setting(
-    name:str,   # in `settings`
-    value,      # or the text of one
+    name:str,       # in `settings`
+    value,          # or the text of one
     kind:Kind=None, # None: that of the table
-):              # the value, of the right type
+):                  # the value, of the right type
     "The value of a setting, or a `ValueError` that names it, what was given and what was expected."
     if kind is None and name not in settings: raise ValueError(did_you_mean('setting', name, settings))
     kind = kind or settings[name]
     try: return kind.read(value)
     except OverflowError: expected = kind.limit or kind.expected
-    # whatever a strange object raises when it is compared
-    except Exception: expected = kind.expected
+    except Exception: expected = kind.expected # also whatever a strange object raises when it is compared
     raise ValueError(f'{name} must be {expected}, got {shown(value)}')
 
-def read_settings(d:dict)->dict:
+# %% ../../nbs/core/settings.ipynb #cbdebb7d
+def read_settings(
+    d:dict, # name -> value, or the text of one
+)->dict:    # with values of the right type
     "`read_setting` of those that are in the table; others are left as they are."
     return {k: read_setting(k, v) if k in settings else v for k, v in d.items()}
 
 # %% ../../nbs/core/settings.ipynb #4a7cdd5f
-def is_flag(name:str)->bool:
+def is_flag(
+    name:str, # of a setting, or any other
+)->bool:
     "Is the setting yes or no?"
     return settings.get(name) is _flag
 

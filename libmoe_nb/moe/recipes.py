@@ -70,7 +70,8 @@ def _warn_if_constant(layer, spec):
         return
     why = 'norm_topk_prob=True (or exact=True)' if spec.norm_topk_prob else f'options={spec.options}'
     warnings.warn(f'the router of {spec.recipe} cannot learn from the language loss: with {why} and one routed '
-                  'expert a token its weight is always 1. Leave it out, or route a token to more experts (top_k)', stacklevel=3)
+                  'expert a token its weight is always 1. Leave it out, or route a token to more experts (top_k)',
+                  stacklevel=3)
 
 # %% ../../nbs/moe/recipes.ipynb #99b2cb43
 def settled(
