@@ -21,26 +21,26 @@ def format_number(
 
 # %% ../../nbs/core/words.ipynb #45eea982
 def format_millions(
-    n, # what is not a number: a dash
+    n, # what is not a finite number: a dash
 )->str:
     "A count in millions."
-    if not isinstance(n, numbers.Real) or n != n: return '–'
+    if not isinstance(n, numbers.Real) or not abs(n) < math.inf: return '–'
     return f'{n/1e6:,.2f} M' if n < 1e8 else f'{n/1e6:,.0f} M'
 
 def format_duration(
-    s, # seconds; None: a dash
+    s, # seconds; None and what is not finite: a dash
 )->str:
     "A time in the unit in which it is short: seconds, minutes or hours."
-    if s is None or s != s: return '–'
+    if s is None or not abs(s) < math.inf: return '–'
     return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
 
 # %% ../../nbs/core/words.ipynb #70b153a0
 def format_percent(
-    v,          # a share; what is not a number: a dash
+    v,          # a share; what is not a finite number: a dash
     e=math.nan, # its standard error
 )->str:
     "A share in %, with its error if there is one."
-    known = lambda x: isinstance(x, numbers.Real) and x == x
+    known = lambda x: isinstance(x, numbers.Real) and abs(x) < math.inf
     return (f'{100*v:.1f}' + (f' ± {100*e:.1f}' if known(e) else '')) if known(v) else '–'
 
 # %% ../../nbs/core/words.ipynb #2fd8961b

@@ -33,8 +33,7 @@ class Router(nn.Module):
         topk_group:int=1,         # ... and from how many of them a token may choose
     ):
         super().__init__()
-        M = num_choices or num_experts
-        _check_choices(M, top_k, n_group, topk_group)
+        _check_choices(M := num_choices or num_experts, top_k, n_group, topk_group)
         self.num_experts, self.top_k, self.num_choices, self.init_std = num_experts, top_k, M, init_std
         self.norm_topk_prob = top_k > 1 or M == 1 if norm_topk_prob is None else norm_topk_prob
         self.routed_scaling_factor, self.n_group, self.topk_group = routed_scaling_factor, n_group, topk_group
