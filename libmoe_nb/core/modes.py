@@ -8,6 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/core/modes.html.md"""
 __all__ = ['evaluating', 'seeded', 'autocast', 'unwrap', 'quiet_bars']
 
 # %% ../../nbs/core/modes.ipynb #b32e6b60
+import sys
 from contextlib import contextmanager
 
 # %% ../../nbs/core/modes.ipynb #57c96f86
@@ -70,8 +71,9 @@ def unwrap(
 
 @contextmanager
 def quiet_bars():
-    "Without the progress bars of transformers."
-    from transformers.utils import logging
+    "Without the progress bars of transformers; import it before the block."
+    logging = sys.modules.get('transformers.utils.logging')
+    if logging is None: yield; return
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try: yield

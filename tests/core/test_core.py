@@ -222,3 +222,12 @@ def test_cores_in_a_container(monkeypatch):
     for text, want in [('max 100000', everything), ('50000 100000', 1), ('x', everything), ('100000 100000', 1)]:
         monkeypatch.setattr(Path, 'read_text', lambda self, *a, text=text, **k: text)
         assert available_cores() == want
+
+def test_quiet_bars_load_nothing():
+    code = ('import sys\nfrom libmoe_nb.core.modes import quiet_bars\nwith quiet_bars(): pass\n'
+            'print("transformers" in sys.modules)\nfrom transformers.utils import logging\n'
+            'for shown in (True, False):\n'
+            '    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()\n'
+            '    with quiet_bars(): print(logging.is_progress_bar_enabled())\n'
+            '    print(logging.is_progress_bar_enabled())')
+    assert python(code).communicate()[0].split() == ['False', 'False', 'True', 'False', 'False']
