@@ -6,9 +6,9 @@
     python benchmarks/experts.py --quick                 # one minute: fewer tokens and rounds, only to see that it runs
     python benchmarks/experts.py --json benchmarks/experts.json
 
-Implementations take turns in one process, in another order and with fresh routing in every round; a ratio is the median over
-the rounds of an implementation's time over the dense FFN's in the same round. Run it on an idle machine. `--json` keeps the rows
-of earlier runs that this run does not measure again (with `--no-memory`: their memory too).
+Implementations take turns in one process, in another order and with fresh routing in every round. A ratio is the
+median over the rounds of an implementation's time over the dense FFN's in the same round. Run it on an idle machine.
+`--json` keeps the rows of earlier runs that this run does not measure again (with `--no-memory`: their memory too).
 """
 import argparse, json, os, re, statistics, subprocess, sys, time
 from pathlib import Path
@@ -24,7 +24,7 @@ targets = {('A', 'balanced'): (1.6, 1.7, 2.4, 2.7), ('B', 'balanced'): (1., 1., 
            ('C', 'balanced'): (1.8, 1.8, 2.1, 1.9), ('D', 'balanced'): (1.07, 1.1, 1.15, 1.3),
            ('A', 'zipf'): (1.84, 1.96, 3., 3.), ('B', 'zipf'): (1.15, 1.15, 1.3, 1.2),
            ('C', 'zipf'): (2.07, 2.07, 3., 3.), ('D', 'zipf'): (1.23, 1.27, 1.2, 1.5)}
-modes = 'forward','forward+backward'
+modes = 'forward', 'forward+backward'
 slow = dict(loop=4, transformers_eager=4, transformers_batched=20, transformers_grouped=4)   # measured every n-th round
 
 def target(shape, routing, dtype, mode): return targets[shape, routing][2*(dtype == 'bfloat16') + modes.index(mode)]
@@ -38,29 +38,30 @@ def choices(torch, T, N, K, routing, generator):
 def implementations(shape, dtype, tokens=1.):
     "name -> (module, function of tokens, choices and weights); all but the dense FFN share one set of weights"
     import torch
+    import libmoe_nb.moe.kernels  # noqa: F401  (registers the fast ones)
     from libmoe_nb.moe.experts import Experts, FeedForward, kernels
     from transformers.integrations import moe as hf
-    d,N,h,K,act,gated,bias,T = shapes[shape]
+    d, N, h, K, act, gated, bias, T = shapes[shape]
     dtype = getattr(torch, dtype)
-    dense,experts = FeedForward(d, K*h, act, gated, bias).to(dtype),Experts(N, d, h, act, gated, bias).to(dtype)
-    experts.act_fn,experts.has_gate,experts.has_bias,experts.is_transposed = experts.act,gated,bias,False
+    dense, experts = FeedForward(d, K*h, act, gated, bias).to(dtype), Experts(N, d, h, act, gated, bias).to(dtype)
+    experts.act_fn, experts.has_gate, experts.has_bias, experts.is_transposed = experts.act, gated, bias, False
     experts.has_post_expert_norm = experts._is_expert_parallel = False
     experts._apply_gate = MethodType(hf._default_apply_gate, experts)
     run = dict(dense=(dense, lambda x, index, w: dense(x)))
-    for name in ('loop', 'sorted'): run[name] = experts,lambda *a, f=kernels[name]: f(experts, *a)
-    run['transformers_grouped'] = experts,lambda *a: hf.grouped_mm_experts_forward(experts, *a)
+    for name in ('loop', 'sorted'): run[name] = experts, lambda *a, f=kernels[name]: f(experts, *a)
+    run['transformers_grouped'] = experts, lambda *a: hf.grouped_mm_experts_forward(experts, *a)
     if gated:
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-        run['transformers_eager'] = experts,lambda *a: MixtralExperts.forward.__wrapped__(experts, *a)
+        run['transformers_eager'] = experts, lambda *a: MixtralExperts.forward.__wrapped__(experts, *a)
     if T*tokens*K*d*h*dtype.itemsize < 4e8:   # it copies a matrix per choice
-        run['transformers_batched'] = experts,lambda *a: hf.batched_mm_experts_forward(experts, *a)
+        run['transformers_batched'] = experts, lambda *a: hf.batched_mm_experts_forward(experts, *a)
     return run
 
 def step(module, f, x, index, w, dy=None):
     "One forward pass, with gradients where `dy` is given; the time in ms"
     import torch
     module.zero_grad()
-    x,w = x.detach().requires_grad_(dy is not None),w.detach().requires_grad_(dy is not None)
+    x, w = x.detach().requires_grad_(dy is not None), w.detach().requires_grad_(dy is not None)
     start = time.perf_counter()
     with torch.set_grad_enabled(dy is not None): y = f(x, index, w)
     if dy is not None: y.backward(dy)
@@ -69,7 +70,7 @@ def step(module, f, x, index, w, dy=None):
 def saved_mb(f, x, index, w, params):
     "What autograd keeps between the passes, inputs and parameters not counted"
     import torch
-    known,kept = {t.untyped_storage().data_ptr() for t in (x, index, w, *params)},{}
+    known, kept = {t.untyped_storage().data_ptr() for t in (x, index, w, *params)}, {}
     def pack(t):
         s = t.untyped_storage()
         if s.data_ptr() not in known: kept[s.data_ptr()] = s.nbytes()
@@ -80,15 +81,15 @@ def saved_mb(f, x, index, w, params):
 
 def inputs(shape, routing, dtype, seed, tokens=1.):
     import torch
-    d,N,h,K,*_,T = shapes[shape]
-    g,T = torch.Generator().manual_seed(seed),int(T*tokens)
-    x,dy = (torch.randn(T, d, generator=g).to(getattr(torch, dtype)) for _ in range(2))
-    return x,*choices(torch, T, N, K, routing, g),dy
+    d, N, h, K, *_, T = shapes[shape]
+    g, T = torch.Generator().manual_seed(seed), int(T*tokens)
+    x, dy = (torch.randn(T, d, generator=g).to(getattr(torch, dtype)) for _ in range(2))
+    return x, *choices(torch, T, N, K, routing, g), dy
 
 def peak(shape, routing, dtype, name):
     "Peak memory of a training step above what weights and inputs need, in MB; in a process of its own"
-    module,f = implementations(shape, dtype)[name]
-    *args,dy = inputs(shape, routing, dtype, 0)
+    module, f = implementations(shape, dtype)[name]
+    *args, dy = inputs(shape, routing, dtype, 0)
     step(module, f, args[0][:64], args[1][:64], args[2][:64], dy[:64])
     module.zero_grad()
     status = lambda key: int(re.search(rf'{key}:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1e3 * 1.024
@@ -98,24 +99,24 @@ def peak(shape, routing, dtype, name):
     return status('VmHWM') - before
 
 def measure(shape, routing, dtype, repeats, tokens, memory):
-    runs,rows = implementations(shape, dtype, tokens),[]
+    runs, rows = implementations(shape, dtype, tokens), []
     for mode in modes:
         times = {name: [] for name in runs}
         for r in range(-2, repeats):   # two rounds to warm up
-            *args,dy = inputs(shape, routing, dtype, r+2, tokens)
+            *args, dy = inputs(shape, routing, dtype, r+2, tokens)
             names = list(runs)
             for name in names[r % len(names):] + names[:r % len(names)]:
                 if r > -2 and r % slow.get(name, 1): continue
                 ms = step(*runs[name], *args, dy if mode == modes[1] else None)
                 if r >= 0: times[name].append((r, ms))
         base = dict(times['dense'])
-        for name,ts in times.items():
+        for name, ts in times.items():
             row = dict(shape=shape, routing=routing, dtype=dtype, mode=mode, implementation=name,
-                       ratio=round(statistics.median(t/base[r] for r,t in ts), 3),
-                       milliseconds=round(statistics.median(t for _,t in ts), 3))
+                       ratio=round(statistics.median(t/base[r] for r, t in ts), 3),
+                       milliseconds=round(statistics.median(t for _, t in ts), 3))
             if name == 'sorted' and tokens == 1: row['target'] = target(shape, routing, dtype, mode)
             if mode == modes[1] and memory:
-                *args,_ = inputs(shape, routing, dtype, 0, tokens)
+                *args, _ = inputs(shape, routing, dtype, 0, tokens)
                 row['saved_mb'] = round(saved_mb(runs[name][1], *args, runs[name][0].parameters()), 1)
                 call = [sys.executable, __file__, '--peak', shape, routing, dtype, name, '--threads',
                         os.environ['OMP_NUM_THREADS']]

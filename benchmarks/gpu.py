@@ -5,11 +5,13 @@
     python benchmarks/gpu.py --device cpu --tiny --only checks train   # the same path without a GPU
 
 Four parts, each written to the JSON as soon as it ends:
-checks   every recipe and kernel, outputs and gradients, against the loop in float64 on the CPU; `libmoe compare` as a command
+checks   every recipe and kernel, outputs and gradients, against the loop in float64 on the CPU; `libmoe compare` as a
+         command
 kernels  our layer at the paper's shapes beside a dense FFN of the same active FLOPs and transformers' grouped_mm
 train    a preset for some seconds a recipe: tokens/s, memory, model FLOPs utilisation, the loss on validation text
 compile  the same model in a plain loop, as it is and under torch.compile
-Errors are ||a - b|| / ||b||. Times are medians between events of the device, implementations in turn, fresh routing in every round.
+Errors are ||a - b|| / ||b||. Times are medians between events of the device, implementations in turn, fresh routing in
+every round.
 """
 import argparse, gc, json, os, statistics, subprocess, sys, tempfile, time, traceback
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from libmoe_nb.core.files import write_json
 from libmoe_nb.moe.config import MoESpec, get_preset, recipes
 from libmoe_nb.moe.experts import Experts, FeedForward, kernels
-from libmoe_nb.moe.layers import build_layer
+from libmoe_nb.moe.recipes import build_layer
 
 # name: d, N experts, h, K, activation, gated, bias, T tokens
 shapes = {'paper-0.15b': (512, 66, 128, 8, 'relu', False, False, 65536),
@@ -47,7 +49,7 @@ def peak_gb(device): return round(torch.cuda.max_memory_allocated() / 1e9, 2) if
 def usable(kernel, device): return device.type == 'cpu' or kernel != 'sorted'
 
 def check_layer(recipe, kernel, dtype, device, seed=0):
-    "Largest errors of a layer's output and gradients against float64 and the loop on the CPU, and tokens that choose others"
+    "Largest errors of output and gradients against the loop in float64 on the CPU, and tokens that choose others"
     torch.manual_seed(seed)
     shared = recipe.startswith('sharede')
     spec = MoESpec(recipe=recipe, hidden_size=64, num_experts=9 if shared else 8, top_k=3,

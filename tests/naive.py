@@ -1,6 +1,7 @@
 """The eight recipes once more, token by token and expert by expert in plain Python, from the formulas alone.
 
-Nothing here knows of the library: a layer is a dict of parameters and a dict of options. Slow on purpose; numbers are Python floats."""
+Nothing here knows of the library: a layer is a dict of parameters and a dict of options. Slow on purpose. Numbers are
+Python floats."""
 import math
 
 ACTS = {
@@ -32,7 +33,7 @@ def top(scores, k):
 
 
 def ffn(p, x, act='relu', gated=False):
-    "One feed-forward network; `p` holds `up`, `down` and, where it has them, `up_bias`, `down_bias`; gated: `up` stacks gate over up"
+    "One feed-forward network; `p` holds `up`, `down` and maybe `up_bias`, `down_bias`; gated: `up` stacks gate over up"
     h = matvec(p['up'], x, p.get('up_bias'))
     if gated:
         n = len(h) // 2
@@ -47,7 +48,7 @@ def normalised(w): return [v / sum(w) for v in w]
 # -- routing one token: (logits, scores, chosen, weights) -------------------------------------------------------
 
 def within_groups(key, n_group, topk_group, per_group):
-    "Everything outside the best `topk_group` of `n_group` groups can't be chosen; a group is worth its `per_group` best added up"
+    "Only the best `topk_group` of `n_group` groups can be chosen; a group is worth its `per_group` best added up"
     size = len(key) // n_group
     worth = [sum(sorted(key[g * size:(g + 1) * size], reverse=True)[:per_group]) for g in range(n_group)]
     keep = top(worth, topk_group)
@@ -150,7 +151,7 @@ def token(recipe, p, x, k, o, previous=None):
 # -- losses: lists of routed tokens in, a number out ------------------------------------------------------------
 
 def balance(tokens, n, k, eta=None):
-    "One group of tokens: N times the sum over experts of (share of the K|G| assignments) times (mean row-normalised score)"
+    "One group of tokens: N times the sum over experts of share of the K|G| assignments times mean normalised score"
     G, total = len(tokens), 0.
     for i in range(n):
         f = sum(c == i for _, _, chosen, _ in tokens for c in chosen) / (k * G)
@@ -160,7 +161,7 @@ def balance(tokens, n, k, eta=None):
 
 
 def balance_ternary(tokens, n):
-    "Over the N experts, positive and negative added; nulls are nobody's: neither their assignments nor their mass count"
+    "Over the N experts, positive and negative added; neither assignments nor mass of nulls count"
     G, total = len(tokens), 0.
     real = [c % n for _, _, chosen, _ in tokens for c in chosen if c < 2 * n]
     for i in range(n):

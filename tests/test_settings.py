@@ -1,4 +1,6 @@
-"Every setting, given every way, with values that are wrong in every way: read with the right type, or refused in one sentence before any work."
+"""Every setting, given every way, with values that are wrong in every way.
+
+It is read with the right type, or refused in one sentence before any work."""
 import dataclasses, decimal, json, math, os, subprocess, sys
 from pathlib import Path
 
@@ -10,19 +12,25 @@ from conftest import write_texts
 from libmoe_nb.moe import config
 from libmoe_nb import cli
 from libmoe_nb.cli import app
-from libmoe_nb.core.settings import read_setting, settings
+from libmoe_nb.core.settings import known_interventions, read_setting, settings
 from libmoe_nb.moe.config import apply_overrides, MoESpec, Preset, get_preset, presets, recipes
 from libmoe_nb.data.text import text_data
 from libmoe_nb.core.machine import use_threads
 from libmoe_nb.experiments.compare import compare
-from libmoe_nb.moe.layers import build_layer, recipe_options
+from libmoe_nb.moe.recipes import build_layer, recipe_options
 from libmoe_nb.models.causal import MoEConfig, count_parameters, from_scratch
 from libmoe_nb.training.learner import moe_learner
 from libmoe_nb.models.upcycling import initialisations, upcycle
 
 LAYER = [f.name for f in dataclasses.fields(MoESpec)]
 MODEL = [f.name for f in dataclasses.fields(Preset)]
-BROKEN = type('Broken', (), {'__repr__': lambda self: 1 / 0, '__eq__': lambda self, other: 1 / 0})()
+
+class Broken:
+    "Cannot be shown or compared"
+    def __repr__(self): return 1 / 0
+    def __eq__(self, other): return 1 / 0
+
+BROKEN = Broken()
 NASTY = [None, True, False, -1, 0, 1, 2, .5, 1., -1., 1e18, 1e300, 10**400, -10**400, 10**5000, math.nan, math.inf,
          -math.inf, 5e-324, '', ' ', 'no', 'off', 'yes', 'abc', 'NaN', '-1', '0', '1', '1e400', '0.9,0.95', '[0.9]',
          '[0.9, 0.95]', '{"a": 1}', '{}', 'null', '\0', '\ud800', 'é', '9' * 5000, '[' * 50_000, [], [1], [.1, .2],
@@ -147,15 +155,15 @@ def test_what_was_saved(tmp_path):
 # what is known before torch is
 
 def test_lists_that_are_written_twice():
-    from libmoe_nb.moe.experts import _activations
+    from libmoe_nb.moe.experts import activations
     from libmoe_nb.evaluation.harness import _makers
     from libmoe_nb.training.trackers import trackers
     assert {n: r.title for n, r in recipes.items() if n in config.own_recipes} == config.own_recipes
-    for n in _activations: assert read_setting('hidden_act', n) == n
+    for n in activations: assert read_setting('hidden_act', n) == n
     for n in ('copy', 'drop', 'split', 'virtual_group', 'random', 'shared_only'):
         assert n in initialisations and n in cli._inits
-    assert {*_makers} == {*config._interventions} and {*trackers} == {*cli._logs}
-    for r in config._sharing:
+    assert {*_makers} == {*known_interventions} and {*trackers} == {*cli._logs}
+    for r in config.sharing_recipes:
         with pytest.raises(ValueError, match='at least 1'): build_layer(MoESpec(r, num_shared_experts=0))
     for p in presets:
         for r in config.own_recipes:

@@ -4,7 +4,7 @@ import math
 import pytest, torch
 
 from libmoe_nb.moe.config import get_preset, recipes
-from libmoe_nb.moe.layers import build_layer
+from libmoe_nb.moe.recipes import build_layer
 from libmoe_nb.models.causal import MoEConfig, MoEForCausalLM, from_scratch, _llama
 from libmoe_nb.analysis.tracing import moe_layers
 from libmoe_nb.models.upcycling import find_ffns

@@ -1,4 +1,6 @@
-"Every recipe's router is taught by the language loss, and models saved when one routed expert had the weight 1 compute what they did."
+"""Every recipe's router is taught by the language loss.
+
+And models saved when one routed expert had the weight 1 compute what they did."""
 import dataclasses, warnings
 
 import pytest, torch
@@ -6,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from libmoe_nb.moe.config import MoESpec, get_preset, recipes
 from libmoe_nb.experiments.compare import run_config
-from libmoe_nb.moe.layers import build_layer, settled
+from libmoe_nb.moe.recipes import build_layer, settled
 from libmoe_nb.models.causal import MoEConfig, MoEForCausalLM, from_scratch
 from libmoe_nb.analysis.tracing import moe_layers
 from libmoe_nb.models.upcycling import load_upcycled, upcycle
@@ -100,7 +102,8 @@ def test_an_upcycled_encoder_says_it_outright(tmp_path):
 
 def test_a_recipe_of_ones_own_is_settled_by_its_router():
     from libmoe_nb.moe.config import recipe
-    from libmoe_nb.moe.layers import MoELayer, build_router
+    from libmoe_nb.moe.layers import MoELayer
+    from libmoe_nb.moe.recipes import build_router
     from libmoe_nb.moe.routers import SoftmaxRouter
     try:
         recipe('two_beside')(lambda spec: MoELayer(spec, build_router(SoftmaxRouter, spec, 2), 2))

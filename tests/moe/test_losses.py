@@ -8,9 +8,11 @@ from hypothesis import given, settings, strategies as st
 
 import naive
 from libmoe_nb.moe.config import MoESpec
-from libmoe_nb.moe.layers import aux_loss, build_layer
+from libmoe_nb.moe.layers import aux_loss
+from libmoe_nb.moe.recipes import build_layer
 from libmoe_nb.moe.losses import load_balancing_loss, null_reward, router_z_loss
-from libmoe_nb.moe.routers import Routing, TernaryRouter
+from libmoe_nb.moe.routers import TernaryRouter
+from libmoe_nb.moe.routing import Routing
 
 close = torch.testing.assert_close
 quick = settings(derandomize=True, deadline=None, max_examples=50, database=None)
@@ -172,7 +174,7 @@ def test_ternary_losses():
 
 
 def test_ternary_reference_values():
-    "1 at uniform use of the experts, whatever their signs and however many nulls; N at collapse; 0 where nothing was chosen"
+    "1 at uniform use of the experts, whatever signs and nulls; N at collapse; 0 where nothing was chosen"
     of, sign = ternary().choice_maps('cpu')
     def made(index, p):
         return Routing(p.log(), p, torch.tensor(index), torch.ones(len(index), len(index[0])), 4, of, sign,
@@ -278,7 +280,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="group must be one of sequence, micro_batch, global_batch, got 'layer'"):
         load_balancing_loss(r, group='layer')
     for f in (load_balancing_loss, router_z_loss, null_reward):
-        with pytest.raises(ValueError, match=r'mask must have one entry for each of the 12 tokens, got shape \(2, 5\)'):
+        with pytest.raises(ValueError, match=r'mask must be .* one entry for each of the 12 tokens, got \(2, 5\)'):
             f(r, torch.ones(2, 5, dtype=bool))
 
 

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import naive
 from libmoe_nb.moe.config import MoESpec, recipes
 from libmoe_nb.moe.experts import FeedForward
-from libmoe_nb.moe.layers import MoELayer, aux_loss, build_layer, link_layers
+from libmoe_nb.moe.layers import MoELayer, aux_loss, link_layers
+from libmoe_nb.moe.recipes import build_layer
 from libmoe_nb.analysis.tracing import intervene, record_routing
 
 NAMES = ['dense', 'smoe', 'smoe_sigmoid', 'xmoe', 'sharede_v2', 'sharede_v3', 'tcmoe', 'moe_plus_plus']
@@ -573,12 +574,12 @@ def test_a_linked_layer_alone():
     model(tokens(12))
     assert model[0](tokens(5)).shape == (5, 6)
     model(tokens(12))
-    with pytest.raises(ValueError, match=r'previous_logits must be \(5, 8\)'): model[1](tokens(5))
+    with pytest.raises(ValueError, match=r'previous_logits must be of shape \(5, 8\)'): model[1](tokens(5))
 
 
 @pytest.mark.parametrize('name', SPARSE)
 def test_activation_checkpointing(name):
-    "Recomputing each layer in backward gives the same gradients, those along the gating residual included, and the same records"
+    "Recomputing each layer in backward gives the same gradients, the gating residual's too, and the same records"
     model, x = nn.Sequential(*(made(name, s) for s in (1, 2, 3))), tokens(12)
     link_layers(model)
 
