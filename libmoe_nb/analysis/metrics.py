@@ -47,7 +47,7 @@ def _units(l, units, top=None):
 def _counts(i, U, weights=None): return np.bincount(i.reshape(-1), weights, minlength=U + 1)[:U]
 
 # %% ../../nbs/analysis/metrics.ipynb #95ee7ea1
-def _apart(word, names):
+def set_apart(word, names):
     "A word of ours that is none of the names that users gave"
     while word in names: word = f'({word})'
     return word
@@ -55,7 +55,7 @@ def _apart(word, names):
 def _groups(t, by_domain):
     "Name and tokens (an index) of each domain, or of all"
     if not by_domain: return [('all', slice(None))]
-    name = lambda d: t.domains[d] if 0 <= d < len(t.domains) else _apart('unknown' if d < 0 else str(d), t.domains)
+    name = lambda d: t.domains[d] if 0 <= d < len(t.domains) else set_apart('unknown' if d < 0 else str(d), t.domains)
     return [(name(d), t.domain == d) for d in np.unique(t.domain)]
 
 def _layers(t, layers):
