@@ -187,8 +187,7 @@ def train(
 ):
     "Train one recipe and keep the model."
     kw = read_options(dict(options, evaluate=_examples(examples, evaluate)), ('valid_tokens', 'options', 'cache_dir'))
-    preset, out = options['preset'], out or Path('trained')/recipe
-    seed_list([seed])
+    preset, out, (seed,) = options['preset'], out or Path('trained')/recipe, seed_list([seed])
     check_training([recipe], preset, **kw | dict(log=log, out=out, options={recipe: kw.get('options') or {}}))
     from libmoe_nb.experiments import compare as experiments
     with RunProgress() as progress:
@@ -353,6 +352,7 @@ def evaluate(model: Model, **options):
                               batch_size=o.batch_size if o.batch_size == 'auto' else int(o.batch_size))
     _answer(o.as_json, res.to_dict, lambda: [*evaluation_tables(res), *([f'saved: {o.out}'] if o.out else [])])
 
+# %% ../nbs/cli.ipynb #b5517e50
 def _suites(o):
     "Suites from files, and one that is made from what is held out of a corpus"
     if not o.suite and not o.data: return []

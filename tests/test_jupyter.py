@@ -1,4 +1,4 @@
-"What a reader of Jupyter sees: notebooks run under a kernel, where figures are shown by the backend that the first of them chooses."
+"What you see in Jupyter: under a kernel, figures are shown by the backend that the first of them chooses."
 import os
 from pathlib import Path
 
@@ -26,9 +26,13 @@ def test_every_figure_of_a_session_is_shown(tmp_path):
 
 def stored(path): return nbformat.read(path, as_version=4)
 
-@pytest.mark.parametrize('name', ['plots', 'tutorials/compare'])
-def test_a_page_shows_in_jupyter_the_figures_that_it_stores(name):
-    path = NBS/f'{name}.ipynb'
+def most_figures(folder):
+    "The page of a folder that stores the most figures; the gallery trains for too long"
+    pages = [p for p in (NBS/folder).glob('*.ipynb') if p.stem != 'gallery']
+    return max(pages, key=lambda p: sum(map(figures, stored(p).cells)))
+
+@pytest.mark.parametrize('path', [most_figures('plots'), NBS/'tutorials'/'compare.ipynb'], ids=lambda p: p.stem)
+def test_a_page_shows_in_jupyter_the_figures_that_it_stores(path):
     before = stored(path)
     after = run(stored(path), path.parent)
     assert sum(map(figures, before.cells)) > 1
