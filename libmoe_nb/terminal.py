@@ -218,11 +218,11 @@ def on_step(self:RunProgress, name, step, loss, tokens_per_second):
 # %% ../nbs/terminal.ipynb #3ce5f9b0
 @patch
 def on_finish(self:RunProgress, name, result, reused):
-    from libmoe_nb.experiments.comparison import tell_outcome
+    now = time.monotonic()
     self.done += 1
     if reused: return
     self.trained += 1
-    now = time.monotonic()
+    from libmoe_nb.experiments.comparison import tell_outcome
     left = (self.total - self.done) * (now - self.start) / self.trained
     self.line(f"[{self.done}/{self.total}] {result['title']}, seed {result['seed']}: "
               f"{tell_outcome(result['perplexity'])} in {now - self.began:.0f} s"
