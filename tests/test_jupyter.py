@@ -8,7 +8,7 @@ from nbclient import NotebookClient
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 
 def run(nb, cwd, settings):
-    "`nb` after a kernel of Jupyter ran it in a folder, with the backend that Jupyter takes; `settings`: IPython's folder"
+    "`nb` after a kernel of Jupyter ran it in a folder, with Jupyter's backend; `settings`: IPython's folder"
     env = {k: v for k, v in os.environ.items() if k != 'MPLBACKEND'}
     env['IPYTHONDIR'] = str(settings)
     client = NotebookClient(nb, timeout=300, kernel_name='python3', resources=dict(metadata=dict(path=str(cwd))))
