@@ -5,6 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from libmoe_nb.cli import app
+from libmoe_nb.training.log import run_log_path
 
 SMALL = '--preset tiny --steps 4 --batch-size 4 --sequence-length 64 --vocab-size 300 --threads 1'.split()
 
@@ -152,9 +153,14 @@ def wait_for(condition, p, seconds=120):
         assert time.monotonic() < end, 'nothing happened'
         time.sleep(.05)
 
+def logged(out):
+    "Folders of runs in `out` that have begun to write a log"
+    return [f.parent for f in out.glob('*/config.json')
+            if run_log_path(f.parent).exists() and run_log_path(f.parent).stat().st_size]
+
 def test_control_c_is_kind(texts, tmp_path):
     p = process('compare', '--data', texts, '--recipes', 'smoe', *LONG, '--out', tmp_path/'runs')
-    wait_for(lambda: any(f.stat().st_size for f in (tmp_path/'runs').glob('*/metrics.jsonl')), p)
+    wait_for(lambda: logged(tmp_path/'runs'), p)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and 'go on from here' in err and 'Traceback' not in err and out == ''
@@ -166,8 +172,7 @@ def test_killed_in_the_middle_and_finished_by_the_next_call(texts, tmp_path):
     whole = libmoe(*args, tmp_path/'whole')
     assert whole.exit_code == 0, whole.stderr
     p = process(*args, tmp_path/'killed')
-    wait_for(lambda: any('smoe' in f.parent.name and f.stat().st_size
-                         for f in (tmp_path/'killed').glob('*/metrics.jsonl')), p)
+    wait_for(lambda: any('smoe' in f.name for f in logged(tmp_path/'killed')), p)
     os.kill(p.pid, signal.SIGKILL)
     p.communicate()
     done = {f.parent.name: f.stat().st_mtime_ns for f in (tmp_path/'killed').glob('*/result.json')}
@@ -181,19 +186,19 @@ def test_killed_in_the_middle_and_finished_by_the_next_call(texts, tmp_path):
 def test_one_process_at_a_time(texts, tmp_path):
     p = process('compare', '--data', texts, '--recipes', 'smoe', *LONG, '--out', tmp_path/'runs')
     try:
-        wait_for(lambda: any(f.stat().st_size for f in (tmp_path/'runs').glob('*/metrics.jsonl')), p)
+        wait_for(lambda: logged(tmp_path/'runs'), p)
         refused('in use by process', 'compare', '--data', texts, '--recipes', 'smoe', *LONG, '--out', tmp_path/'runs')
     finally: p.kill(); p.communicate()
 
 def test_an_interrupted_run_goes_on_or_starts_over(texts, tmp_path):
     args = ['train', 'smoe', '--data', texts, *LONG, '--steps', '150', '--out']
     p = process(*args, tmp_path/'run')
-    wait_for(lambda: any(f.read_text().count('\n') > 2 for f in (tmp_path/'run').glob('metrics.jsonl')), p)
+    wait_for(lambda: (f := run_log_path(tmp_path/'run')).exists() and f.read_text().count('\n') > 2, p)
     p.send_signal(signal.SIGINT)
     p.communicate(timeout=120)
     assert (p.returncode == 130 and list((tmp_path/'run').glob('checkpoints/step-*'))
             and not (tmp_path/'run'/'result.json').exists())
-    first = lambda name: (tmp_path/name/'metrics.jsonl').read_text().splitlines()[1]
+    first = lambda name: run_log_path(tmp_path/name).read_text().splitlines()[1]
     before = first('run')                                  # with the seconds it took, which are never the same
     shutil.copytree(tmp_path/'run', tmp_path/'over')
     (tmp_path/'over'/'notes.txt').write_text('mine')

@@ -1,5 +1,5 @@
 "What new versions of dependencies change: names, warnings, requirements."
-import copy, dataclasses, logging, os, pickle, re, subprocess, sys, warnings
+import copy, dataclasses, json, logging, os, pickle, re, subprocess, sys, warnings
 import pytest, torch, yaml
 from configparser import ConfigParser
 from importlib.metadata import PackageNotFoundError, version
@@ -9,11 +9,12 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
-from libmoe_nb import cli
 from libmoe_nb.analysis.adapters import tiny_moe
 from libmoe_nb.experiments.inspect import load_subject
 from libmoe_nb.data.text import text_data
+from libmoe_nb.evaluation.suites import make_suite
 from libmoe_nb.models.causal import MoECausalLMOutput, from_scratch
+from libmoe_nb.terminal import only_our_warnings
 
 # one cache, two names: `past_key_values` until transformers 5.23, `cache` from 5.24 on
 
@@ -127,39 +128,54 @@ def test_a_base_keeps_no_tensor_of_our_layers_in_float32(dtype, tmp_path):
 
 # the bars are lm-eval's, asked for by evaluate
 OURS = re.compile(r'(.*\.\.\.|\[\d+\/\d+\] .*|(libmoe|warning|intervention): .*|Running \w+ requests: .*|)')
-SMALL = ('--data python --max-bytes 250000 --preset tiny --steps 4 --batch-size 4 --sequence-length 64 --vocab-size '
+SMALL = ('--data python --max-bytes 250000 --preset tiny --steps 2 --batch-size 4 --sequence-length 64 --vocab-size '
          '512 --threads 1'.split())
 
 def commands(box):
     "Each command on something small, in an order in which one can use what another left"
     short = ['--data', 'python', '--threads', '1', '--max-bytes', '250000', '--sequence-length', '32']
-    yield 'compare', '--recipes', 'dense,smoe', *SMALL, '--evaluate', '--out', box/'runs'
+    yield 'compare', '--recipes', 'dense,smoe', *SMALL, '--evaluate', '--examples', '4', '--out', box/'runs'
     yield 'train', 'sharede_v3', *SMALL, '--out', box/'run'
-    yield 'upcycle', box/'llama', *short, '--steps', '2', '--out', box/'up'
-    for m in 'run', 'lara_mini': yield 'analyze', box/m, *short, '--tokens', '400', '--out', box/f'analysis-{m}'
-    yield ('evaluate', box/'run', '--suite', next((box/'runs').glob('suite-*')), '--limit', '3', '--intervene',
-           'drop_top1', '--threads', '1', '--out', box/'scores')
+    yield 'upcycle', box/'llama', *short, '--steps', '2', '--valid-tokens', '1024', '--out', box/'up'
+    for m in 'run', 'lara_mini':
+        if m == 'run' or (box/m).exists():
+            yield 'analyze', box/m, *short, '--tokens', '400', '--out', box/f'analysis-{m}'
+    yield ('evaluate', box/'run', '--suite', box/'suite.jsonl', '--limit', '3', '--intervene', 'drop_top1', '--threads',
+           '1', '--out', box/'scores')
     yield 'list',
     yield 'report', box/'runs'
+
+# all in one process: what a library says once in a process is said where it is first used, and heard there
+RUN_ALL = """
+import json, sys
+from libmoe_nb.cli import main
+for args in json.loads(sys.argv[1]):
+    print('$', *args, file=sys.stderr, flush=True)
+    sys.argv[1:] = args
+    try: main()
+    except SystemExit as e: print('exit', e.code or 0, file=sys.stderr, flush=True)
+"""
 
 @pytest.mark.timeout(1800)
 def test_no_message_of_a_dependency_reaches_a_user(tmp_path, monkeypatch):
     monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
-    tokenizer = text_data('python', vocab_size=512, sequence_length=64, max_bytes=250_000).tokenizer
+    data = text_data('python', vocab_size=512, sequence_length=64, max_bytes=250_000)
+    make_suite(data, num_examples=4).save(tmp_path/'suite.jsonl')
     llama = AutoConfig.for_model('llama', vocab_size=512, hidden_size=32, intermediate_size=48, num_attention_heads=2,
                                  num_hidden_layers=2, bos_token_id=0, eos_token_id=0)
     models = dict(llama=AutoModelForCausalLM.from_config(llama))
     models |= {f: tiny_moe(f, vocab_size=512) for f in ('lara_mini',) if f in CONFIG_MAPPING}
-    for f, m in models.items(): m.save_pretrained(tmp_path/f); tokenizer.save_pretrained(tmp_path/f)
-    code, env = ('from libmoe_nb.cli import main; main()',
-                 {k: v for k, v in os.environ.items()
-                  if k not in ('PYTHONWARNINGS', 'TRANSFORMERS_VERBOSITY', 'LIBMOE_DEBUG')})
-    for args in commands(tmp_path):
-        if args[0] == 'analyze' and not args[1].exists(): continue
-        done = subprocess.run([sys.executable, '-W', 'default', '-c', code, *map(str, args)], capture_output=True,
-                              text=True, env=env)
-        strange = [line for line in done.stderr.splitlines() if not OURS.fullmatch(line)]
-        assert done.returncode == 0 and not strange, (args, done.stderr)
+    for f, m in models.items(): m.save_pretrained(tmp_path/f); data.tokenizer.save_pretrained(tmp_path/f)
+    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONWARNINGS', 'TRANSFORMERS_VERBOSITY', 'LIBMOE_DEBUG')}
+    asked = [[str(a) for a in args] for args in commands(tmp_path)]
+    done = subprocess.run([sys.executable, '-W', 'default', '-c', RUN_ALL, json.dumps(asked)], capture_output=True,
+                          text=True, env=env)
+    said = done.stderr.split('$ ')
+    assert done.returncode == 0 and said[0] == '' and len(said) == len(asked) + 1, done.stderr
+    for args, heard in zip(asked, said[1:]):
+        first, *lines = heard.splitlines()
+        assert first == ' '.join(args) and lines[-1] == 'exit 0', heard
+        assert not [line for line in lines[:-1] if not OURS.fullmatch(line)], heard
 
 def test_our_own_warnings_do_reach_a_user(capsys):
     def run(where):
@@ -170,7 +186,7 @@ def test_our_own_warnings_do_reach_a_user(capsys):
              "logging.getLogger(__name__).warning('logged')\n", dict(__name__=where))
     with warnings.catch_warnings(record=True) as others:
         warnings.simplefilter('always')
-        with cli._only_ours(): run('libmoe_nb.training.learner'); run('pandas.io')
+        with only_our_warnings(): run('libmoe_nb.training.learner'); run('pandas.io')
         assert capsys.readouterr().err.splitlines() == ['warning: libmoe_nb.training.learner 1',
                                                         'warning: libmoe_nb.training.learner 2'] and not others
         warnings.warn('after it, all is as before')
