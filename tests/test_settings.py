@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from conftest import write_texts
 from libmoe_nb.moe import config
-from libmoe_nb import cli
+from libmoe_nb import cli, listing, options
 from libmoe_nb.cli import app
 from libmoe_nb.core.settings import known_interventions, read_setting, settings
 from libmoe_nb.moe.config import apply_overrides, MoESpec, Preset, get_preset, presets, recipes
@@ -78,7 +78,7 @@ def test_fields_in_python(cls, name):
        st.integers().map(str),
        st.lists(st.floats()).map(str), st.recursive(st.none() | st.booleans() | st.floats(), st.lists).map(json.dumps)))
 def test_set_on_the_command_line(name, text):
-    try: kw = cli._settings(dict(max_bytes=0, set=[f'{name}={text}']))
+    try: kw = options.read_options(dict(max_bytes=0, set=[f'{name}={text}']))
     except ValueError as e: return told(e, name)
     assert right(settings[name], kw[name])
     try:
@@ -90,7 +90,7 @@ def test_every_field_is_in_the_table():
     assert {*LAYER, *MODEL} <= {*settings}
     for r in config.own_recipes:
         known = recipe_options(r)                                    # a list: none of ours takes whatever it is given
-        assert {*known} <= {*settings} and {*known} <= {*cli._of_recipes}, r
+        assert {*known} <= {*settings} and {*known} <= {*options.recipe_option_names}, r
         with pytest.raises(ValueError, match=f"unknown option of {r} 'shraed_gate'"):
             from_scratch(r, 'tiny', shraed_gate=1)
     for f in [f for c in (MoESpec, Preset) for f in dataclasses.fields(c) if f.default is not dataclasses.MISSING
@@ -161,14 +161,14 @@ def test_lists_that_are_written_twice():
     assert {n: r.title for n, r in recipes.items() if n in config.own_recipes} == config.own_recipes
     for n in activations: assert read_setting('hidden_act', n) == n
     for n in ('copy', 'drop', 'split', 'virtual_group', 'random', 'shared_only'):
-        assert n in initialisations and n in cli._inits
-    assert {*_makers} == {*known_interventions} and {*trackers} == {*cli._logs}
+        assert n in initialisations and n in options.init_names
+    assert {*_makers} == {*known_interventions} and {*trackers} == {*options.tracker_names}
     for r in config.sharing_recipes:
         with pytest.raises(ValueError, match='at least 1'): build_layer(MoESpec(r, num_shared_experts=0))
     for p in presets:
         for r in config.own_recipes:
             with torch.device('meta'): c = count_parameters(from_scratch(r, p))
-            assert cli._size(r, presets[p]) == dict(total=c['total'], active=c['active']), (p, r)
+            assert listing.parameter_count(r, presets[p]) == dict(total=c['total'], active=c['active']), (p, r)
 
 TYPOS = ['compare --recipes smo', 'compare --preset huge', 'compare --steps 0', 'compare --seeds 0',
          'compare --data /nope', 'compare --data a.txt', 'compare --device foo', 'compare --threads 0',
