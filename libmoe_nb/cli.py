@@ -390,7 +390,7 @@ def train(
                         ('valid_tokens', 'options', 'cache_dir')), out or Path('trained')/recipe
     _check_training([recipe], options['preset'], seed_list([seed]), out, log, kw, {recipe: kw.get('options') or {}})
     from libmoe_nb.experiments import compare as experiments
-    from libmoe_nb.analysis.metrics import _apart
+    from libmoe_nb.analysis.metrics import distinct_label
     with _Progress() as progress:
         res = experiments.train(recipe, preset=options['preset'], out=out, seed=seed, resume=resume, progress=progress,
                                 log=log, **kw)
@@ -398,7 +398,7 @@ def train(
     from libmoe_nb.core.words import format_number as number
     rows = [['validation', 'unigram model', res['title']],
             *[[d, number(res['unigram']['domains'][d]), number(v)] for d, v in res['domains'].items()],
-            [_apart('all', res['domains']), number(res['unigram']['perplexity']),
+            [distinct_label('all', res['domains']), number(res['unigram']['perplexity']),
              'diverged' if res['perplexity'] is None else number(res['perplexity'])]]
     tasks = ([['task', 'guessing', 'unigram', res['title']], *_task_rows(res['evaluation'])]
              if 'evaluation' in res else None)
@@ -445,14 +445,14 @@ def _upcycle_settings(options):
 def _upcycled_tables(rows):
     "Sizes and speed; perplexity of each domain, before and after"
     from libmoe_nb.core.words import format_millions, format_number
-    from libmoe_nb.analysis.metrics import _apart
+    from libmoe_nb.analysis.metrics import distinct_label
     domains, times = [k.removesuffix(' after') for k in rows[0] if k.endswith(' after')], ('before', 'after')
     sizes = [['model', 'parameters', 'active', 'tokens/s'],
              *[[r['model'], format_millions(r['parameters']), format_millions(r['active']),
                 format_number(r['tokens_per_second'], 0)] for r in rows]]
     cells = lambda pre: [format_number(r[pre + t], 2) for r in rows for t in times]
     perplexity = [['perplexity', *[f"{r['model']} {t}" for r in rows for t in times]],
-                  *[[d, *cells(f'{d} ')] for d in domains], [_apart('all', domains), *cells('')]]
+                  *[[d, *cells(f'{d} ')] for d in domains], [distinct_label('all', domains), *cells('')]]
     return *_tables(sizes), *_tables(perplexity)
 
 # %% ../nbs/cli.ipynb #defb1c8b

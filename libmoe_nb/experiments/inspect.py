@@ -16,9 +16,9 @@ from pathlib import Path
 from .. import __version__
 from ..analysis.interventions import drop_top1, drop_top12, random_routing, temperature
 from ..analysis.metrics import (co_activation, dead_experts, domain_specialisation, expert_allocation_entropy,
-                                        expert_output_similarity, expert_parameter_similarity, expert_weight_entropy,
-                                        load_imbalance, router_margin, routing_perturbation, selection_ratio,
+                                        expert_weight_entropy, load_imbalance, router_margin, selection_ratio,
                                         vocabulary_specialisation)
+from ..analysis.model_metrics import expert_output_similarity, expert_parameter_similarity, routing_perturbation
 from ..analysis.traces import Trace, probe_batches, write_trace
 from ..analysis.tracing import adapter_of, intervene, moe_layers, record_routing
 from ..core.errors import first_line

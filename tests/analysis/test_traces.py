@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st, HealthCheck
 from safetensors.numpy import load_file, save_file
-from libmoe_nb.analysis import metrics
-from libmoe_nb.analysis.adapters import tiny_moe
+from libmoe_nb.analysis import metrics, model_metrics
+from libmoe_nb.analysis.tiny_models import tiny_moe
 from libmoe_nb.models.causal import from_scratch
 from libmoe_nb.analysis.traces import read_trace, write_trace
 from libmoe_nb.analysis.tracing import moe_layers, record_routing
@@ -120,9 +120,9 @@ def test_transformers_models(name, tmp_path):
     assert t.meta['num_experts'] == [8, 8] and t.meta['model'] == type(m).__name__
     for f in metrics.trace_metrics.values():
         assert len(f(t, **(dict(min_count=1) if 'min_count' in f.__code__.co_varnames else {})))
-    assert metrics.expert_output_similarity(m, probe()).similarity.between(0, 1).all()
-    assert len(metrics.expert_parameter_similarity(m)) == 2 * 28
-    assert metrics.balance_loss(m, probe()).balance_loss.ge(.5).all()
+    assert model_metrics.expert_output_similarity(m, probe()).similarity.between(0, 1).all()
+    assert len(model_metrics.expert_parameter_similarity(m)) == 2 * 28
+    assert model_metrics.balance_loss(m, probe()).balance_loss.ge(.5).all()
 
 
 def test_a_million_tokens_need_the_memory_of_a_batch(tmp_path):

@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 import pytest, torch, transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from libmoe_nb.analysis.adapters import tiny_moe
+from libmoe_nb.analysis.tiny_models import tiny_moe
 from libmoe_nb.moe.config import recipes
 from libmoe_nb.models.export import from_native, logit_error, natives, save_native, to_dense, to_native
 from libmoe_nb.moe.layers import MoELayer
