@@ -363,7 +363,7 @@ def compare(
 def _show(res):
     from libmoe_nb.evaluation.ranking import ranking_verdict
     from libmoe_nb.experiments.compare import verdict
-    from libmoe_nb.plots.figures import recipe_title
+    from libmoe_nb.plots.style import recipe_title
     scores = [ranking_verdict(res.score_tests, names=recipe_title)] if len(res.score_tests) else []
     _print(*_result_tables(res), verdict(res.runs), *scores, '', f"report: {res.out/'report.html'}")
 
@@ -390,7 +390,7 @@ def train(
                         ('valid_tokens', 'options', 'cache_dir')), out or Path('trained')/recipe
     _check_training([recipe], options['preset'], seed_list([seed]), out, log, kw, {recipe: kw.get('options') or {}})
     from libmoe_nb.experiments import compare as experiments
-    from libmoe_nb.analysis.metrics import distinct_label
+    from libmoe_nb.analysis.metrics import set_apart
     with _Progress() as progress:
         res = experiments.train(recipe, preset=options['preset'], out=out, seed=seed, resume=resume, progress=progress,
                                 log=log, **kw)
@@ -398,7 +398,7 @@ def train(
     from libmoe_nb.core.words import format_number as number
     rows = [['validation', 'unigram model', res['title']],
             *[[d, number(res['unigram']['domains'][d]), number(v)] for d, v in res['domains'].items()],
-            [distinct_label('all', res['domains']), number(res['unigram']['perplexity']),
+            [set_apart('all', res['domains']), number(res['unigram']['perplexity']),
              'diverged' if res['perplexity'] is None else number(res['perplexity'])]]
     tasks = ([['task', 'guessing', 'unigram', res['title']], *_task_rows(res['evaluation'])]
              if 'evaluation' in res else None)
@@ -445,14 +445,14 @@ def _upcycle_settings(options):
 def _upcycled_tables(rows):
     "Sizes and speed; perplexity of each domain, before and after"
     from libmoe_nb.core.words import format_millions, format_number
-    from libmoe_nb.analysis.metrics import distinct_label
+    from libmoe_nb.analysis.metrics import set_apart
     domains, times = [k.removesuffix(' after') for k in rows[0] if k.endswith(' after')], ('before', 'after')
     sizes = [['model', 'parameters', 'active', 'tokens/s'],
              *[[r['model'], format_millions(r['parameters']), format_millions(r['active']),
                 format_number(r['tokens_per_second'], 0)] for r in rows]]
     cells = lambda pre: [format_number(r[pre + t], 2) for r in rows for t in times]
     perplexity = [['perplexity', *[f"{r['model']} {t}" for r in rows for t in times]],
-                  *[[d, *cells(f'{d} ')] for d in domains], [distinct_label('all', domains), *cells('')]]
+                  *[[d, *cells(f'{d} ')] for d in domains], [set_apart('all', domains), *cells('')]]
     return *_tables(sizes), *_tables(perplexity)
 
 # %% ../nbs/cli.ipynb #defb1c8b

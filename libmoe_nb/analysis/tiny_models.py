@@ -1,4 +1,4 @@
-"""A model of any mixture-of-experts class of transformers, with random weights and a few thousand parameters.
+"""A model of any mixture-of-experts class of transformers, with random weights and a few ten thousand parameters.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/analysis/tiny_models.html.md"""
 

@@ -33,8 +33,10 @@ from ..evaluation.ranking import paired_test, ranking_verdict, score_table, _col
 from ..models.causal import count_parameters, from_scratch
 from ..moe.config import Preset, presets, recipes, apply_overrides, from_saved, named_recipes
 from ..moe.layers import build_layer, settled
-from ..plots.figures import (plot_by_layer, plot_over_checkpoints, plot_balance, plot_comparison, plot_curves,
-                                     plot_domains, plot_loads, plot_perplexity, recipe_style, recipe_title)
+from ..plots.experts import plot_loads
+from ..plots.routing import plot_by_layer, plot_over_checkpoints
+from ..plots.style import recipe_style, recipe_title
+from ..plots.training import plot_balance, plot_comparison, plot_curves, plot_domains, plot_perplexity
 from ..plots.page import report_cells, report_facts, report_figure, report_page, report_table
 from ..training.learner import (Checkpoint, MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner,
                                         next_token_loss, read_metrics, resume, _as_batch)

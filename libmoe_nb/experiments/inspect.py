@@ -28,8 +28,9 @@ from ..core.modes import quiet_bars
 from ..core.settings import read_setting, read_settings
 from ..core.words import join_words, format_millions, format_number, plural, join_some
 from ..data.text import TextData, default_data, text_data, find_sources, check_ids
-from ..plots.figures import (plot_allocation, plot_by_layer, plot_co_activation, plot_loads, plot_perturbation,
-                                     plot_similarity, plot_specialisation, token_html)
+from ..plots.experts import plot_co_activation, plot_loads, plot_similarity, plot_specialisation
+from ..plots.routing import plot_allocation, plot_by_layer, plot_perturbation
+from ..plots.text import token_html
 from ..plots.page import report_facts, report_figure, report_page, report_table
 
 # %% ../../nbs/experiments/inspect.ipynb #ad7f629a

@@ -183,7 +183,7 @@ def table(self:LivePlot)->pd.DataFrame: # columns recipe, seed, step and each of
 def draw(self:LivePlot):
     "Redraw the figure"
     import matplotlib.pyplot as plt
-    from libmoe_nb.plots.figures import plot_balance
+    from libmoe_nb.plots.training import plot_balance
     self.figure, self.drawn = plot_balance(self.table(), self.ys, x='step'), self.learn.step
     plt.close(self.figure)
     if self.handle: self.handle.update(self.figure)
