@@ -7,7 +7,8 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from libmoe_nb.experiments.inspect import load_subject, measure_trace
+from libmoe_nb.experiments.analysis import measure_trace
+from libmoe_nb.experiments.inspect import load_subject
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
 from libmoe_nb.evaluation.harness import Evaluation, evaluate

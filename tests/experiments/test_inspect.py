@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from libmoe_nb.analysis.tiny_models import tiny_moe
-from libmoe_nb.experiments.inspect import analyze, load_subject, measure_trace, random_like
+from libmoe_nb.experiments.analysis import measure_trace, random_like
+from libmoe_nb.experiments.inspect import analyze, load_subject
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
 from libmoe_nb.experiments.compare import compare, read_comparison, train
