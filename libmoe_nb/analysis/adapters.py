@@ -1,4 +1,4 @@
-"""How layers of one family route, in one form: where the router is, what it decided, and how to put another decision in its place.
+"""How the layers of one family route: where the router is, what it decided, how to put another decision in its place.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/analysis/adapters.html.md"""
 

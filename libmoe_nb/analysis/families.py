@@ -291,9 +291,9 @@ def find_adapter(
         for c in type(child).__mro__:
             if c.__name__ in known_routers: return known_routers[c.__name__]
     routers = [type(c).__name__ for n, c in module.named_children() if n in ('router', 'gate', 'classifier')]
-    raise ValueError(f'no adapter knows how {name} routes: {how_to_register((routers or ["its router"])[0])}, say how it '
-                     f'scores, and hold it to the model with check_rules (moe_classes lists the {len(known_routers)} '
-                     f'routers that are known)')
+    raise ValueError(f'no adapter knows how {name} routes: {how_to_register((routers or ["its router"])[0])}, say how '
+                     f'it scores, and hold it to the model with check_rules (moe_classes lists the '
+                     f'{len(known_routers)} routers that are known)')
 
 # %% ../../nbs/analysis/families.ipynb #c082b451
 def moe_classes()->list: # of dicts: model, layer, router, adapter, note

@@ -1,4 +1,4 @@
-"""What would the model do if its routers had decided otherwise? Functions from one decision to another, for `intervene`.
+"""What would a model do if its routers decided otherwise? Functions from one decision to another, for `intervene`.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/analysis/interventions.html.md"""
 

@@ -1,4 +1,4 @@
-"""What a trace tells: how stable, how even, how sure and how specialised routing is. Formula, code, an example by hand, and what random routing would give.
+"""What a trace tells: how stable, even, sure and specialised routing is, and what random routing would give.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/analysis/metrics.html.md"""
 

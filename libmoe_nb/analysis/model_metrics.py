@@ -1,4 +1,4 @@
-"""How alike experts are, how evenly a checkpoint routes, and what it costs to route otherwise: what a trace cannot tell.
+"""What a trace cannot tell: how alike experts are, how evenly a checkpoint routes, what it costs to route otherwise.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/analysis/model_metrics.html.md"""
 
@@ -32,7 +32,7 @@ def _pair_cosines(adapter, layer, x, routing):
 # %% ../../nbs/analysis/model_metrics.ipynb #003ca5e4
 def expert_output_similarity(
     model,      # with mixture-of-experts layers
-    batches,    # probe set: dicts with input_ids [B, S], and attention_mask where there is padding (see `probe_batches`)
+    batches,    # probe set: dicts with input_ids [B, S], attention_mask where there is padding (see `probe_batches`)
     clip=True,  # count negative cosines as 0?
     run=None,   # function of model and batch that runs it
 )->pd.DataFrame: # one row for each layer

@@ -152,7 +152,7 @@ class _Spool:
 
 # %% ../../nbs/analysis/traces.ipynb #4a181d79
 def _save(f, spool, arrays, meta):
-    "Write to the open file `f`: arrays is a list of (name, dtype, shape, keys of the spool whose bytes follow each other)"
+    "Write to the open file `f`; arrays: (name, dtype, shape, keys of the spool whose bytes follow each other)"
     header, at = {'__metadata__': meta}, 0
     for name, dtype, shape, keys in arrays:
         n = sum(spool.size.get(k, 0) for k in keys)
@@ -262,6 +262,7 @@ def _save_whole(path, draft, spool, arrays, header):
         f.flush(); os.fsync(f.fileno())
     os.replace(draft, path)
 
+# %% ../../nbs/analysis/traces.ipynb #6712565b
 def _describe(facts, T, extra, spool, domains, model, recipe, info):
     "Metadata of the header, and the arrays in the order of the file"
     L, M, R = len(facts), max(f['num_choices'] for f in facts.values()), _num_ranks(facts, extra)
@@ -306,6 +307,7 @@ def read_trace(
         raise ValueError(f'{path} is a damaged trace: {e}') from None
     return t
 
+# %% ../../nbs/analysis/traces.ipynb #b7ae9a8a
 def _open_trace(path):
     "The open file and its metadata, if they are those of a trace"
     from safetensors import safe_open, SafetensorError

@@ -59,7 +59,7 @@ def _in_backward(): return torch._C._current_graph_task_id() != -1
 # %% ../../nbs/analysis/tracing.ipynb #71001355
 @contextmanager
 def record_routing(model):
-    "Yields a dict: name of each mixture-of-experts layer -> list of its `Routing`, one for each forward pass in the block."
+    "Yields a dict: name of each layer -> list of its `Routing`, one for each forward pass in the block."
     records = {}
     def make_hook(name, layer, adapter):
         records[name] = []

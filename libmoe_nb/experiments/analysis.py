@@ -1,4 +1,4 @@
-"""Every metric of a model's routers beside the same number for random routing: by layer, in a summary, and in sentences.
+"""Every metric of a model's routers beside the same number for random routing: by layer, in a summary, in sentences.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/experiments/analysis.html.md"""
 

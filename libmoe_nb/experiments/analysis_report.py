@@ -23,8 +23,8 @@ from ..plots.text import token_html
 
 # %% ../../nbs/experiments/analysis_report.ipynb #3453bd12
 _notes = dict(
-    perturbation='When the routers of all layers decide otherwise: their best one or two experts are replaced by the next '
-    'in line, scores are sharper (temperature 0.1) or flatter (10), experts are drawn at random.',
+    perturbation='When the routers of all layers decide otherwise: their best one or two experts are replaced by the '
+    'next in line, scores are sharper (temperature 0.1) or flatter (10), experts are drawn at random.',
     held_out='validation documents, which this model was not trained on',
     not_held_out='not known: perplexity is not a score if the model was trained on this text',
     random='drawn for the same tokens and sizes; of experts\' outputs: measured while experts are chosen at random; of '

@@ -1,4 +1,4 @@
-"""One call that looks into any mixture of experts: a model of ours, an upcycled one, or a published one of transformers. It measures everything, says what chance would give, and writes a report.
+"""One call that looks into any mixture of experts, says what chance would give, and writes a report.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/experiments/inspect.html.md"""
 
@@ -172,8 +172,8 @@ def analyze(
     start, tell = time.perf_counter(), progress or (lambda what: None)
     sizes = dict(num_tokens=num_tokens, sequence_length=sequence_length, batch_size=batch_size,
                  similarity_tokens=similarity_tokens)
-    reading, asked = _check_request(out, {**reading_defaults, **reading}, sizes, model=model, data=data, tokenizer=tokenizer,
-                                    perturb=perturb, device=device, dtype=dtype)
+    reading, asked = _check_request(out, reading_defaults | reading, sizes, model=model, data=data, perturb=perturb,
+                                    tokenizer=tokenizer, device=device, dtype=dtype)
     tell('model')
     s = load_subject(model, tokenizer or (data.tokenizer if isinstance(data, TextData) else None), device, dtype)
     return _look_into(s, data, out and Path(out), asked, reading, tell, start)

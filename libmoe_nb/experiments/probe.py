@@ -1,4 +1,4 @@
-"""The text on which a model is looked at: held out where that is known, in the model's own tokens, spread over documents and domains.
+"""The text on which a model is looked at: in its own tokens, spread over domains, held out where that is known.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/experiments/probe.html.md"""
 
@@ -112,6 +112,7 @@ def data_name(
     if isinstance(data, TextData): return ','.join(data.domains)
     return ','.join(map(str, data)) if isinstance(data, (list, tuple)) else str(data)
 
+# %% ../../nbs/experiments/probe.ipynb #ed19bc34
 def make_probe(
     subject,            # with model, tokenizer and run, as `load_subject` makes it
     data,               # what `text_data` takes, or a `TextData`; None: the run's own, else the packaged corpora
@@ -122,11 +123,13 @@ def make_probe(
 )->Probe:
     "The probe set for a model."
     known, reading = subject.run.get('info', {}).get('data', {}), reading_defaults | reading
-    size = dict(num_tokens=num_tokens, batch_size=batch_size, sequence_length=_length(subject, sequence_length, num_tokens))
+    size = dict(num_tokens=num_tokens, batch_size=batch_size,
+                sequence_length=_length(subject, sequence_length, num_tokens))
     if isinstance(data, TextData) or known: res = _split_probe(subject, data, known, size, reading)
     else:
         some = {k: reading[k] for k in ('text_field', 'domain_field')}
-        res = Probe(*_read_text(data, subject.tokenizer, **size, **some), data_name(data or default_data()), False, False)
+        read = _read_text(data, subject.tokenizer, **size, **some)
+        res = Probe(*read, data_name(data or default_data()), False, False)
     check_ids(max(int(b['input_ids'].max()) for b in res.batches), subject.model)
     return res
 

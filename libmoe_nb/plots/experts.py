@@ -129,6 +129,7 @@ def plot_co_activation(
     if np.isfinite(chance): bar.ax.axhline(chance, color='#d1500a', lw=2)
     return ax
 
+# %% ../../nbs/plots/experts.ipynb #b13bf48c
 def _pair_by_chance(d):
     "(K - 1) / (N - 1), where the table is whole, so that the sum of a row tells K - 1"
     N = d.N.iloc[0]

@@ -12,8 +12,8 @@ import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from ..core.errors import check
-from .style import (axis_label, in_style, make_axes, plain_legend, recipe_style, recipe_title, recipes_of,
-                                   spread_over_seeds)
+from .style import (axis_label, in_style, make_axes, plain_legend, recipe_style, recipe_title,
+                                   recipes_of, spread_over_seeds)
 
 # %% ../../nbs/plots/routing.ipynb #ce34ce5e
 _muted, _marks = (['#cc6677', '#332288', '#ddcc77', '#117733', '#88ccee', '#882255', '#44aa99', '#999933', '#aa4499'],
@@ -212,6 +212,7 @@ def plot_perturbation(
     ax.set_xlabel(axis_label(value)); ax.tick_params(axis='y', length=0)
     return ax
 
+# %% ../../nbs/plots/routing.ipynb #fe821d10
 def _grouped_bars(ax, df, value, by, names, groups):
     looks, h = _looks_of(by, names), .78 / len(names)
     for i, n in enumerate(names):

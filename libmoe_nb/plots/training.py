@@ -10,8 +10,8 @@ __all__ = ['plot_curves', 'plot_perplexity', 'plot_domains', 'plot_balance', 'pl
 # %% ../../nbs/plots/training.ipynb #20ec3106
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
-from .style import (axis_label, in_style, make_axes, plain_legend, recipe_style, recipe_title, recipes_of,
-                                   spread_over_seeds)
+from .style import (axis_label, in_style, make_axes, plain_legend, recipe_style, recipe_title,
+                                   recipes_of, spread_over_seeds)
 
 # %% ../../nbs/plots/training.ipynb #93fbc89b
 def _lost(df, x, y):

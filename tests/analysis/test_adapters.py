@@ -1,4 +1,5 @@
-"""Each family of transformers: its own router logits, an identity that changes no bit, interventions held to an independent computation."""
+"""Each family of transformers: its own router logits, an identity that changes no bit, interventions held to an
+independent computation."""
 import importlib, sys
 import pytest, torch, transformers
 from libmoe_nb.analysis.families import moe_classes

@@ -1,4 +1,5 @@
-"""Recording and intervening where it is hard: nesting, exceptions, generation with a cache, padding, checkpointing, compiled code."""
+"""Recording and intervening where it is hard: nesting, exceptions, generation with a cache, padding, checkpointing,
+compiled code."""
 import copy, sys, subprocess, pickle
 import pytest, torch
 from libmoe_nb.analysis.interventions import drop_top, drop_top1, override_top_k, random_routing, temperature

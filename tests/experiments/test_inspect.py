@@ -115,7 +115,7 @@ def test_the_command_makes_it_again(runs, tmp_path):
 
 
 def test_text_of_which_nobody_knows_whether_it_was_trained_on(texts, tmp_path):
-    "A model that does not say what it was trained on may have been trained on any text; objects in memory have no command"
+    "A model that does not say so may have been trained on any text; objects in memory have no command"
     data = text_data(str(texts), vocab_size=300, sequence_length=64)
     a = analyze(from_scratch('smoe', 'tiny', vocab_size=data.vocab_size, seed=0), data, num_tokens=300, perturb=False,
                 out=tmp_path/'a')
@@ -205,8 +205,9 @@ def test_random_like_keeps_what_the_probe_set_decides():
     assert (r.same_probe(t) and (r.domain == t.domain).all()
             and not np.array_equal(r.choice, random_like(t, seed=4).choice))
     assert np.array_equal(r.choice, random_like(t, seed=3).choice)
-    assert {n: len(df) for n, df in measure_trace(r).items() if n not in ('co_activation', 'vocabulary_specialisation')} == \
-        {n: len(df) for n, df in measure_trace(t).items() if n not in ('co_activation', 'vocabulary_specialisation')}
+    rows = lambda trace: {n: len(df) for n, df in measure_trace(trace).items()
+                          if n not in ('co_activation', 'vocabulary_specialisation')}
+    assert rows(r) == rows(t)
 
 
 # bad input
