@@ -1,8 +1,11 @@
-"""What recording costs: the time of a forward pass with `record_routing` over the time without, interleaved in one process.
+"""What recording costs: a forward pass with `record_routing` over one without, interleaved in one process.
 
-python benchmarks/recording.py [--preset mini] [--recipes smoe,...] [--batch 8] [--repeats 30] [--threads 1] [--wall] [--json benchmarks/recording.json]
+python benchmarks/recording.py [--preset mini] [--recipes smoe,...] [--batch 8] [--repeats 30] [--threads 1] [--wall]
+                               [--json benchmarks/recording.json]
 
-Medians over repeats of the processor time of this process, which another process on the machine does not lengthen; with --wall, of the time that passes. Target: below 1.05. Beside it an intervention (drop_top1), which computes something, and a trace, which also writes."""
+Medians over repeats of the processor time of this process, which another process on the machine does not lengthen;
+with --wall, of the time that passes. Target: below 1.05. Beside it an intervention (drop_top1), which computes
+something, and a trace, which also writes."""
 import argparse, json, statistics, tempfile, time
 import torch
 from libmoe_nb.analysis.interventions import drop_top1

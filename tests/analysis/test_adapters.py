@@ -1,7 +1,10 @@
-"""Each family of transformers: its own router logits, an identity that changes no bit, interventions held to an independent computation."""
+"""Each family of transformers: its own router logits, an identity that changes no bit, interventions held to an
+independent computation."""
 import importlib, sys
 import pytest, torch, transformers
-from libmoe_nb.analysis.adapters import _tiny, _tiny_more, check_rules, moe_classes, tiny_moe
+from libmoe_nb.analysis.families import moe_classes
+from libmoe_nb.analysis.tiny_models import tiny_config, tiny_moe
+from libmoe_nb.analysis.tracing import check_rules
 from libmoe_nb.analysis.interventions import ban_experts, drop_top1, override_top_k, temperature
 from libmoe_nb.analysis.tracing import adapter_of, intervene, moe_layers, record_routing, swap_routers
 
@@ -197,13 +200,10 @@ MORE = {'ernie4_5_vl_moe': dict(moe_intermediate_size=[16, 16]), 'glm5_next': di
 WHOLE = {'deepseek_v4', 'gemma4', 'diffusion_gemma'}
 CLASSES = [r for r in moe_classes() if r['adapter']]         # what transformers gains has a note, and is no failure
 
-def tiny_config(cls, model):
-    alias, more = getattr(cls, 'attribute_map', {}), _tiny_more.get(cls.model_type, {}) | MORE.get(model, {})
-    fields = set(cls().to_dict()) | set(alias)
-    sizes = {k: v for k, v in _tiny.items() if k in fields
-             and alias.get(k) not in _tiny} | {k: v for k, v in more.items() if k in fields}
-    if 'qk_rope_head_dim' in fields: sizes.pop('head_dim', None)
-    config = cls(**sizes)
+def sized(cls, model):
+    "A small configuration of the class, with what the model's own layers need"
+    fields = set(cls().to_dict()) | set(getattr(cls, 'attribute_map', {}))
+    config = tiny_config(cls, **{k: v for k, v in MORE.get(model, {}).items() if k in fields})
     if not hasattr(config, 'shared_expert_intermediate_size'): config.shared_expert_intermediate_size = 16
     return config
 
@@ -215,7 +215,7 @@ def tiny_block(model, layer):
     for c in sorted(configs, key=lambda c: ('Vision' in layer) != ('Vision' in c.__name__) or 'Text' not in c.__name__):
         for extra in {'ernie4_5_vl_moe': [(16,)], 'dots3_note': [(), (25,)]}.get(model, [(), (0,)]):
             try:
-                config = tiny_config(c, model)
+                config = sized(c, model)
                 block = getattr(module, layer)(config, *extra).eval()
             except Exception as e: errors.append(e)
             else:

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st, HealthCheck
 from safetensors.numpy import load_file, save_file
-from libmoe_nb.analysis import metrics
-from libmoe_nb.analysis.adapters import tiny_moe
+from libmoe_nb.analysis import metrics, model_metrics
+from libmoe_nb.analysis.tiny_models import tiny_moe
 from libmoe_nb.models.causal import from_scratch
 from libmoe_nb.analysis.traces import read_trace, write_trace
 from libmoe_nb.analysis.tracing import moe_layers, record_routing
@@ -120,9 +120,9 @@ def test_transformers_models(name, tmp_path):
     assert t.meta['num_experts'] == [8, 8] and t.meta['model'] == type(m).__name__
     for f in metrics.trace_metrics.values():
         assert len(f(t, **(dict(min_count=1) if 'min_count' in f.__code__.co_varnames else {})))
-    assert metrics.expert_output_similarity(m, probe()).similarity.between(0, 1).all()
-    assert len(metrics.expert_parameter_similarity(m)) == 2 * 28
-    assert metrics.balance_loss(m, probe()).balance_loss.ge(.5).all()
+    assert model_metrics.expert_output_similarity(m, probe()).similarity.between(0, 1).all()
+    assert len(model_metrics.expert_parameter_similarity(m)) == 2 * 28
+    assert model_metrics.balance_loss(m, probe()).balance_loss.ge(.5).all()
 
 
 def test_a_million_tokens_need_the_memory_of_a_batch(tmp_path):
@@ -136,16 +136,18 @@ def test_a_million_tokens_need_the_memory_of_a_batch(tmp_path):
             def __init__(self):
                 super().__init__()
                 self.e = nn.Embedding(10, 4)
-                self.l = nn.ModuleList(build_layer(MoESpec(hidden_size=4, num_experts=4, top_k=1, moe_intermediate_size=1)) for _ in range(2))
+                spec = MoESpec(hidden_size=4, num_experts=4, top_k=1, moe_intermediate_size=1)
+                self.l = nn.ModuleList(build_layer(spec) for _ in range(2))
             def forward(self, input_ids, attention_mask=None):
                 x = self.e(input_ids)
                 for l in self.l: x = l(x)
         n, B = int(sys.argv[1]), 16384
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         m = M()
-        write_trace(m, [dict(input_ids=torch.zeros(16, B // 16, dtype=torch.long))] * 2, sys.argv[2])
+        batch = lambda: dict(input_ids=torch.zeros(16, B // 16, dtype=torch.long))
+        write_trace(m, [batch()] * 2, sys.argv[2])
         before = peak()
-        t = write_trace(m, (dict(input_ids=torch.zeros(16, B // 16, dtype=torch.long)) for _ in range(n // B)), sys.argv[2])
+        t = write_trace(m, (batch() for _ in range(n // B)), sys.argv[2])
         print(t.num_tokens, peak() - before)''')
     out = subprocess.run([sys.executable, '-c', code, str(1 << 20), str(tmp_path/'t')], capture_output=True, text=True,
                          timeout=300, check=True).stdout.split()

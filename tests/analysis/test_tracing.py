@@ -1,4 +1,5 @@
-"""Recording and intervening where it is hard: nesting, exceptions, generation with a cache, padding, checkpointing, compiled code."""
+"""Recording and intervening where it is hard: nesting, exceptions, generation with a cache, padding, checkpointing,
+compiled code."""
 import copy, sys, subprocess, pickle
 import pytest, torch
 from libmoe_nb.analysis.interventions import drop_top, drop_top1, override_top_k, random_routing, temperature
@@ -144,7 +145,7 @@ def test_records_pickle_without_their_router(model, ids):
 
 
 def test_own_models_need_no_transformers():
-    code = ('import sys, torch\nfrom libmoe_nb.moe.config import MoESpec\nfrom libmoe_nb.moe.recipes import '
+    code = ('import sys, torch\nfrom libmoe_nb.moe.config import MoESpec\nfrom libmoe_nb.moe.layers import '
             'build_layer\nfrom libmoe_nb.analysis.tracing import *\nfrom libmoe_nb.analysis.interventions import *\n'
             'm = build_layer(MoESpec(hidden_size=8, num_experts=4, top_k=2, moe_intermediate_size=4))\n'
             'with record_routing(m) as r, intervene(m, drop_top1): m(torch.randn(3, 8))\n'

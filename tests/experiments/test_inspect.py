@@ -5,8 +5,9 @@ import numpy as np, pandas as pd, pytest, transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
-from libmoe_nb.analysis.adapters import tiny_moe
-from libmoe_nb.experiments.inspect import analyze, load_subject, measure_trace, random_like
+from libmoe_nb.analysis.tiny_models import tiny_moe
+from libmoe_nb.experiments.analysis import measure_trace, random_like
+from libmoe_nb.experiments.inspect import analyze, load_subject
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
 from libmoe_nb.experiments.compare import compare, read_comparison, train
@@ -114,7 +115,7 @@ def test_the_command_makes_it_again(runs, tmp_path):
 
 
 def test_text_of_which_nobody_knows_whether_it_was_trained_on(texts, tmp_path):
-    "A model that does not say what it was trained on may have been trained on any text; objects in memory have no command"
+    "A model that does not say so may have been trained on any text; objects in memory have no command"
     data = text_data(str(texts), vocab_size=300, sequence_length=64)
     a = analyze(from_scratch('smoe', 'tiny', vocab_size=data.vocab_size, seed=0), data, num_tokens=300, perturb=False,
                 out=tmp_path/'a')
@@ -204,8 +205,9 @@ def test_random_like_keeps_what_the_probe_set_decides():
     assert (r.same_probe(t) and (r.domain == t.domain).all()
             and not np.array_equal(r.choice, random_like(t, seed=4).choice))
     assert np.array_equal(r.choice, random_like(t, seed=3).choice)
-    assert {n: len(df) for n, df in measure_trace(r).items() if n not in ('co_activation', 'vocabulary_specialisation')} == \
-        {n: len(df) for n, df in measure_trace(t).items() if n not in ('co_activation', 'vocabulary_specialisation')}
+    rows = lambda trace: {n: len(df) for n, df in measure_trace(trace).items()
+                          if n not in ('co_activation', 'vocabulary_specialisation')}
+    assert rows(r) == rows(t)
 
 
 # bad input

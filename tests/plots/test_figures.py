@@ -1,15 +1,15 @@
-"Figures of metrics at the sizes of real models: nothing overlaps, nothing is cut off, and coloured text says what the trace says."
-import html.parser
+"Figures of metrics at the sizes of real models: nothing overlaps, and nothing is cut off."
 import numpy as np, pandas as pd, pytest
 
 import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from libmoe_nb.plots import figures as plots
 from libmoe_nb.analysis.metrics import *
-from libmoe_nb.plots.figures import *
-from libmoe_nb.analysis.traces import make_trace
+from libmoe_nb.plots.experts import *
+from libmoe_nb.plots.routing import *
+from libmoe_nb.plots.style import recipe_looks, recipe_style, recipe_title
+from libmoe_nb.plots.training import *
 
 EIGHT = 'dense smoe smoe_sigmoid xmoe sharede_v2 sharede_v3 tcmoe moe_plus_plus'.split()
 DOMAINS = ['python', 'sotu', 'kjv', 'a domain with quite a long name', *(f'subtask {i}' for i in range(10))]
@@ -100,49 +100,12 @@ ODD = ['cost_$_and_$', 'b']
     lambda: plot_loads(pd.DataFrame([dict(layer=0, domain=d, expert=e, load=1.) for d in ODD for e in (0, 1)]),
                        title=ODD[0])])
 def test_names_are_no_formulas(draw, monkeypatch):
-    monkeypatch.setattr('libmoe_nb.plots.figures._looks', dict(plots._looks))
+    for name in ODD: monkeypatch.setitem(recipe_looks, name, ('#123456', '-', 'o'))       # taken out again afterwards
     fig = draw()
     fig = getattr(fig, 'figure', None) or fig
     fig.canvas.draw()
     said = [t.get_text() for t in fig.findobj(matplotlib.text.Text)]
     assert any('cost_$_and_$' in s for s in said)
-
-class Reader(html.parser.HTMLParser):
-    "Tokens of the text (title, style, text), and whether all tags are closed"
-    def __init__(self): super().__init__(); self.open, self.tokens = [], []
-    def handle_starttag(self, tag, attrs):
-        self.open.append((tag, dict(attrs)))
-        if 'title' in dict(attrs): self.tokens.append([dict(attrs)['title'], dict(attrs)['style'], ''])
-    def handle_endtag(self, tag): assert self.open.pop()[0] == tag
-    def handle_data(self, data):
-        if any('title' in a for _, a in self.open): self.tokens[-1][2] += data
-
-class Bytes:
-    def decode(self, ids, **kw): return bytes(ids).decode(errors='replace')
-
-def test_coloured_text_is_the_text():
-    text = 'if a < b & "c": print(\'<script>alert(1)</script>\')  # naïve\n\treturn\n'
-    ids = list(text.encode())
-    t = random_trace(len(ids), 66, 8, 3, token=ids, domain=np.zeros(len(ids), int),
-                     domains=['"><img src=x onerror=alert(1)>'])
-    r = Reader()
-    r.feed(token_html(t, Bytes(), layer=1))
-    assert not r.open and len(r.tokens) == len(ids)
-    assert ''.join(x for _, _, x in r.tokens).replace('·', '').replace('↵', '') == text
-    l = t.layer(1)
-    for i, (title, _, _) in enumerate(r.tokens):
-        said = [int(p.split(':')[0].split()[-1]) for p in title.split('. ', 1)[1].split(', ')]
-        assert said == l.expert[i].tolist()
-
-def test_an_expert_keeps_its_look():
-    a, b = (Reader() for _ in range(2))
-    t, u = big(0, L=1), big(1, L=1)
-    a.feed(token_html(t, num_tokens=600)); b.feed(token_html(u, num_tokens=600))
-    looks = {}
-    for r, trace in ((a, t), (b, u)):
-        for (_, style, _), e in zip(r.tokens, trace.layer(0).expert[:, 0]):
-            assert looks.setdefault(int(e), style) == style
-    assert len(set(looks.values())) == len(looks) == 66
 
 @pytest.mark.parametrize('N, K', [(1, 1), (2, 1), (200, 3)])
 def test_odd_sizes(N, K):
@@ -150,9 +113,3 @@ def test_odd_sizes(N, K):
     plot_by_layer(router_margin(t), 'margin')
     plot_allocation(expert_allocation_entropy(t)); plot_specialisation(domain_specialisation(t))
     if N > 1: plot_co_activation(co_activation(t))
-    assert token_html(t).count('<span title=') == 50
-
-def test_choices_without_an_expert():
-    t = make_trace([[[2, 0], [0, 3], [4, 5]]], 2, 2, expert_of=[0, 1, 0, 1, 2, 2], sign_of=[1, 1, -1, -1, 1, 1])
-    text = token_html(t, numbers=True)
-    assert 'expert −0' in text and 'none: 0.50, none: 0.50' in text and '>–</sub>' in text
