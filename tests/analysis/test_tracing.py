@@ -145,7 +145,7 @@ def test_records_pickle_without_their_router(model, ids):
 
 
 def test_own_models_need_no_transformers():
-    code = ('import sys, torch\nfrom libmoe_nb.moe.config import MoESpec\nfrom libmoe_nb.moe.layers import '
+    code = ('import sys, torch\nfrom libmoe_nb.moe.config import MoESpec\nfrom libmoe_nb.moe.recipes import '
             'build_layer\nfrom libmoe_nb.analysis.tracing import *\nfrom libmoe_nb.analysis.interventions import *\n'
             'm = build_layer(MoESpec(hidden_size=8, num_experts=4, top_k=2, moe_intermediate_size=4))\n'
             'with record_routing(m) as r, intervene(m, drop_top1): m(torch.randn(3, 8))\n'

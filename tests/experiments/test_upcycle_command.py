@@ -158,9 +158,9 @@ def test_bad_models(box, tmp_path, monkeypatch):
     go('must be the name or folder of a model', box/'texts')
     # offline by the user's wish
     go("'nobody/such-a-model'", 'nobody/such-a-model')
-    monkeypatch.setattr('libmoe_nb.experiments.upcycle.no_network', lambda: True)
+    monkeypatch.setattr('libmoe_nb.models.loading.no_network', lambda: True)
     go('there is no network to fetch it', 'nobody/such-a-model')
-    monkeypatch.setattr('libmoe_nb.experiments.upcycle.packaged_models',
+    monkeypatch.setattr('libmoe_nb.models.loading.packaged_models',
                         dict(smollm2=('no_such_package', 'x.gguf', 'pip install x')))
     go("needs two packages: pip install x", 'smollm2')
     (tmp_path/'bare').mkdir()
