@@ -237,13 +237,13 @@ _Progress.on_plan, _Progress.on_start, _Progress.on_step = _plan, _start, _step
 
 # %% ../nbs/cli.ipynb #3ce5f9b0
 def _finish(self, name, result, reused):
-    from libmoe_nb.experiments.compare import _outcome
+    from libmoe_nb.experiments.run import outcome_in_words
     self.done += 1
     if reused: return
     self.trained += 1
     took, p = time.monotonic() - self.began, result['perplexity']
     left = (self.total - self.done) * (time.monotonic() - self.start) / self.trained
-    self.line(f"[{self.done}/{self.total}] {result['title']}, seed {result['seed']}: {_outcome(p)} in {took:.0f} s"
+    self.line(f"[{self.done}/{self.total}] {result['title']}, seed {result['seed']}: {outcome_in_words(p)} in {took:.0f} s"
               + (f', about {_minutes(left)} left' if left else ''))
 _Progress.on_finish = _finish
 
@@ -315,7 +315,8 @@ _least = 'experts/token,busiest/mean,tokens/s,time,parameters,mean rank,active,a
 def _result_tables(res, width=None):
     "The tables of a `Comparison`: results, and perplexity by domain where it does not fit beside them; strings for what is left out"
     from libmoe_nb.core.words import format_duration, format_millions, format_number
-    from libmoe_nb.experiments.compare import _by_domain, _perplexity, _score_cells
+    from libmoe_nb.experiments.comparison import _perplexity
+    from libmoe_nb.experiments.comparison import _by_domain, _score_cells
     df, names, width = res.results, res.domain_names, width or _width()
     head = ['', 'recipe', 'parameters', 'active', 'perplexity',
             *(['accuracy %', 'mean rank'] if res.evaluations else []), 'busiest/mean', 'experts/token',
@@ -362,7 +363,7 @@ def compare(
 
 def _show(res):
     from libmoe_nb.evaluation.ranking import ranking_verdict
-    from libmoe_nb.experiments.compare import verdict
+    from libmoe_nb.experiments.comparison import verdict
     from libmoe_nb.plots.figures import recipe_title
     scores = [ranking_verdict(res.score_tests, names=recipe_title)] if len(res.score_tests) else []
     _print(*_result_tables(res), verdict(res.runs), *scores, '', f"report: {res.out/'report.html'}")
@@ -732,7 +733,7 @@ def report(
     "Make table and report.html again from the finished runs of a folder."
     from libmoe_nb.core.files import check_is_folder
     check_is_folder(out)
-    from libmoe_nb.experiments.compare import read_comparison
+    from libmoe_nb.experiments.comparison import read_comparison
     (res := read_comparison(out)).save()
     if as_json: print(json.dumps(res.to_dict(), indent=1))
     else: _show(res)

@@ -11,7 +11,8 @@ from libmoe_nb.experiments.inspect import load_subject, measure_trace
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
 from libmoe_nb.evaluation.harness import Evaluation, evaluate
-from libmoe_nb.experiments.compare import compare, print_progress, read_comparison, train
+from libmoe_nb.experiments.compare import compare, print_progress, train
+from libmoe_nb.experiments.comparison import read_comparison
 from libmoe_nb.evaluation.suites import Suite
 from libmoe_nb.analysis.traces import read_trace, write_trace
 from libmoe_nb.analysis.tracing import moe_layers

@@ -12,7 +12,8 @@ from libmoe_nb.experiments.inspect import analyze
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
 from libmoe_nb.evaluation.harness import evaluate
-from libmoe_nb.experiments.compare import compare, read_comparison, train, verdict
+from libmoe_nb.experiments.compare import compare, train
+from libmoe_nb.experiments.comparison import read_comparison, verdict
 from libmoe_nb.analysis.interventions import next_ranked
 from libmoe_nb.analysis.metrics import *
 import matplotlib.pyplot as plt

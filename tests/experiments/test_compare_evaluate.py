@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 from libmoe_nb.experiments import compare as experiments
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
-from libmoe_nb.experiments.compare import SuiteCallback, compare, read_comparison, train
+from libmoe_nb.experiments.compare import compare, train
+from libmoe_nb.experiments.comparison import read_comparison
+from libmoe_nb.experiments.run import SuiteCallback
 from libmoe_nb.models.causal import from_scratch
 from libmoe_nb.evaluation.suites import make_suite
 from libmoe_nb.training.learner import MetricsWriter, moe_learner, read_metrics

@@ -9,7 +9,8 @@ from libmoe_nb.analysis.adapters import tiny_moe
 from libmoe_nb.experiments.inspect import analyze, load_subject, measure_trace, random_like
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
-from libmoe_nb.experiments.compare import compare, read_comparison, train
+from libmoe_nb.experiments.compare import compare, train
+from libmoe_nb.experiments.comparison import read_comparison
 from libmoe_nb.analysis.metrics import expert_allocation_entropy
 from libmoe_nb.models.causal import from_scratch
 from libmoe_nb.analysis.traces import make_trace, read_trace

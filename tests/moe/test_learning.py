@@ -5,7 +5,7 @@ import pytest, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from libmoe_nb.moe.config import MoESpec, get_preset, recipes
-from libmoe_nb.experiments.compare import run_config
+from libmoe_nb.experiments.run import run_config
 from libmoe_nb.moe.layers import build_layer, settled
 from libmoe_nb.models.causal import MoEConfig, MoEForCausalLM, from_scratch
 from libmoe_nb.analysis.tracing import moe_layers
