@@ -1,4 +1,4 @@
-"""Train several algorithms under one budget, lose nothing when interrupted, do nothing twice, and read everything off folders.
+"""Train several algorithms under one budget, lose nothing when interrupted, and do nothing twice.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/experiments/compare.html.md"""
 
@@ -174,13 +174,13 @@ def compare(
     progress=print_progress, # told what happens; None: nobody
     keep_models:bool=True, # save the trained models
     traces=True,           # see `RunOptions`; changes no result
-    evaluate=None,         # score models on tasks made from validation text: True, how many examples, or a `Suite`
+    evaluate=None,         # score models on tasks made of validation text: True, how many of each, or a `Suite`
     log=None,              # 'tensorboard', 'trackio' or 'wandb': send telemetry there, too; changes no result
     **kwargs,              # fields of `Preset` and `MoESpec`, and max_bytes, text_field, domain_field, cache_dir
 )->Comparison:
     "Train recipes under one budget, and report. Runs that are finished in `out` are not repeated."
-    out, progress, seeds, wishes = Path(out), _observer(progress), seed_list(seeds), RunOptions(traces, None, log,
-                                                                                               keep_models)
+    out, progress, seeds = Path(out), _observer(progress), seed_list(seeds)
+    wishes = RunOptions(traces, log=log, keep_model=keep_models)
     _check_evaluate(evaluate)
     plan = _planned(recipes, data, preset, out, progress, threads, options=options, bf16=bf16, device=device,
                     valid_tokens=valid_tokens, steps=steps, **kwargs)
@@ -221,8 +221,9 @@ def train(
     resume:bool=True,   # go on with an interrupted run of this configuration? False: start it over
     **kwargs,
 )->dict:                # the result
-    "Train one recipe; `out/model` is what `from_pretrained` loads. A finished run of this configuration is not repeated, an interrupted one goes on."
-    out, progress, (seed,), wishes = Path(out), _observer(progress), seed_list([seed]), RunOptions(traces, None, log)
+    """Train one recipe; `out/model` is what `from_pretrained` loads.
+    A finished run of this configuration is not repeated, an interrupted one goes on."""
+    out, progress, (seed,), wishes = Path(out), _observer(progress), seed_list([seed]), RunOptions(traces, log=log)
     _check_evaluate(evaluate)
     plan = _planned([recipe], data, preset, out, progress, options={recipe: options} if options else None, **kwargs)
     if evaluate: progress('suite')

@@ -189,8 +189,14 @@ def claim_folder(
 
 @patch
 def claim(self:Run):
-    "Take the folder for this configuration."
+    "Take the folder for this configuration, which must be that of the text."
+    if not self.finished: _check_data(self.config, self.data)
     claim_folder(self.folder, self.config, self.info)
+
+def _check_data(config, data):
+    check(data is not None, 'data', data, 'given: a run cannot be trained without it')
+    wanted = config['data']['fingerprint']
+    check(data.fingerprint == wanted, 'data', data.fingerprint, f'the text of the configuration, {wanted}')
 
 # %% ../../nbs/experiments/run.ipynb #46d999fa
 @patch
@@ -206,17 +212,11 @@ def start_over(self:Run):
 def learner(self:Run): # a `MoELearner`
     "A new learner with the model and the callbacks of this run."
     c, data = self.config, self.data
-    _check_data(c, data)
     model = from_scratch(c['recipe'], self.preset, seed=c['seed'], vocab_size=data.vocab_size, **c['layer'],
                          **c['options'])
     return moe_learner(model, data, preset=self.preset, seed=c['seed'], bf16=c['bf16'], device=c['device'],
                        cbs=self.callbacks(model), valid_batch_size=_valid_batch,
                        valid_steps=_valid_steps(data, curve_tokens))
-
-def _check_data(config, data):
-    check(data is not None, 'data', data, 'given: a run cannot be trained without it')
-    wanted = config['data']['fingerprint']
-    check(data.fingerprint == wanted, 'data', data.fingerprint, f'the text of the configuration, {wanted}')
 
 # %% ../../nbs/experiments/run.ipynb #ae2a9063
 _valid_batch = 16  # sequences

@@ -1,4 +1,4 @@
-"""One call that upcycles a model, goes on training it on real text beside the dense model it came from, and leaves a folder that loads like any other.
+"""Upcycle a model, train it on beside the dense one it came from, and keep a folder that loads like any other.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/experiments/upcycle.html.md"""
 
@@ -366,7 +366,7 @@ def _card(config, rows):
 def upcycle_and_train(
     name,                  # of a model, see `find_model`
     recipe:str='smoe',     # name of a registered recipe
-    data=None,             # what `text_data` takes, or a `TextData` made with the model's tokenizer, of whose length it is
+    data=None,             # what `text_data` takes, or a `TextData` made with the model's tokenizer
     steps:int=100,         # optimiser steps
     out=None,              # folder for model and results; None: nothing is kept
     *, num_experts:int=4, top_k:int=2, # N and K, shared experts included
@@ -382,7 +382,8 @@ def upcycle_and_train(
     data_options:dict=None, # for `text_data`: max_bytes, valid_fraction, ...
     **overrides,           # for `upcycle`: init, layers, exact, ...
 )->pd.DataFrame:           # one row a model: sizes, perplexity before and after (overall, by domain), speed of training
-    "Upcycle a model and train it, beside the dense model. A finished folder is not worked on again, an interrupted call goes on."
+    """Upcycle a model and train it, beside the dense model it came from.
+    A finished folder is not worked on again, an interrupted call goes on. Ready text brings its own length."""
     if isinstance(data, TextData): sequence_length = data.sequence_length
     asked = _read_arguments(recipe, overrides, steps=steps, num_experts=num_experts, top_k=top_k, dense=dense,
         batch_size=batch_size, sequence_length=sequence_length, lr=lr, warmup_steps=warmup_steps, bf16=bf16, seed=seed,
