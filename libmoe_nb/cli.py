@@ -237,13 +237,13 @@ _Progress.on_plan, _Progress.on_start, _Progress.on_step = _plan, _start, _step
 
 # %% ../nbs/cli.ipynb #3ce5f9b0
 def _finish(self, name, result, reused):
-    from libmoe_nb.experiments.run import outcome_in_words
+    from libmoe_nb.experiments.comparison import tell_outcome
     self.done += 1
     if reused: return
     self.trained += 1
     took, p = time.monotonic() - self.began, result['perplexity']
     left = (self.total - self.done) * (time.monotonic() - self.start) / self.trained
-    self.line(f"[{self.done}/{self.total}] {result['title']}, seed {result['seed']}: {outcome_in_words(p)} in {took:.0f} s"
+    self.line(f"[{self.done}/{self.total}] {result['title']}, seed {result['seed']}: {tell_outcome(p)} in {took:.0f} s"
               + (f', about {_minutes(left)} left' if left else ''))
 _Progress.on_finish = _finish
 

@@ -19,8 +19,8 @@ from ..core.machine import find_device, use_threads
 from ..core.settings import read_setting, seed_list
 from ..data.text import TextData, default_data, text_data, find_sources
 from ..evaluation.suites import Suite, make_suite
-from .comparison import Comparison
-from .run import Run, RunOptions, outcome_in_words, run_config, run_name
+from .comparison import Comparison, tell_outcome, write_report
+from .run import Run, RunOptions, run_config, run_name
 from ..moe.config import Preset, recipes, apply_overrides, named_recipes
 from ..moe.layers import build_layer
 
@@ -141,7 +141,7 @@ def _fitting(suite, data):
 def print_progress(event, name=None, result=None, reused=False, **facts):
     "One line a run."
     if event == 'finish':
-        print(f"{name}: {outcome_in_words(result['perplexity'])}, "
+        print(f"{name}: {tell_outcome(result['perplexity'])}, "
               + ('finished before' if reused else f"{result['seconds']:.0f} s of training"), flush=True)
 
 # %% ../../nbs/experiments/compare.ipynb #5faacc43
@@ -202,7 +202,7 @@ def run(self:Plan, out:Path, recipe:str, seed:int, wishes:RunOptions=RunOptions(
 def _reported(runs, out, progress):
     res = Comparison([r.folder for r in runs])
     progress('report')
-    res.save(out)
+    write_report(res, out)
     return res
 
 # %% ../../nbs/experiments/compare.ipynb #b164b229

@@ -6,7 +6,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/experiments/run.html.md"""
 
 # %% auto #0
 __all__ = ['curve_tokens', 'TimedCheckpoint', 'StepReporter', 'run_log_path', 'run_config', 'run_hash', 'run_name', 'RunOptions',
-           'Run', 'outcome_in_words', 'train_to_end', 'claim_folder', 'training_callbacks', 'SuiteCallback']
+           'Run', 'train_to_end', 'claim_folder', 'training_callbacks', 'SuiteCallback']
 
 # %% ../../nbs/experiments/run.ipynb #f489feab
 import dataclasses, json, math, shutil, time, torch
@@ -133,16 +133,10 @@ class Run:
     def __repr__(self): return f'Run({self.name}: {_state(self)})'
 
 # %% ../../nbs/experiments/run.ipynb #ff99abab
-def outcome_in_words(
-    perplexity, # None or no finite number: the run diverged
-)->str:
-    "How a run ended."
-    lost = perplexity is None or not math.isfinite(perplexity)
-    return 'diverged' if lost else f'perplexity {format_number(perplexity)}'
-
 def _state(run):
-    if run.finished: return outcome_in_words(run.result['perplexity'])
-    return 'begun' if (run.folder/'config.json').exists() else 'not begun'
+    if not run.finished: return 'begun' if (run.folder/'config.json').exists() else 'not begun'
+    perplexity = run.result['perplexity']
+    return 'diverged' if perplexity is None else f'perplexity {format_number(perplexity)}'
 
 # %% ../../nbs/experiments/run.ipynb #c316f87f
 @patch

@@ -1,5 +1,5 @@
 "One run: its folder, its observer, what it refuses, what an interruption leaves."
-import dataclasses, json
+import dataclasses, json, random
 from collections import Counter
 
 import pytest, torch
@@ -13,6 +13,17 @@ from libmoe_nb.experiments.upcycle import upcycle_and_train
 from libmoe_nb.moe.config import get_preset
 
 SMALL = dict(hidden_size=16, head_dim=8, batch_size=2, sequence_length=32, steps=6, warmup_steps=1, valid_tokens=512)
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory):
+    "Two subfolders of documents, none of which is another once more"
+    folder, rng = tmp_path_factory.mktemp('texts'), random.Random(0)
+    words = [a + b for a in 'ba de ki lo mu na po ru'.split() for b in 'ran sel tin vor lum'.split()]
+    for name in (f'{d}/{i}.txt' for d in ('tales', 'notes') for i in range(12)):
+        (folder/name).parent.mkdir(exist_ok=True)
+        sentences = (' '.join(rng.choices(words, k=12)).capitalize() + '.' for _ in range(30))
+        (folder/name).write_text(' '.join(sentences))
+    return folder
 
 @pytest.fixture(scope='module')
 def data(texts, tmp_path_factory):
