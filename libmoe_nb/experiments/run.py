@@ -184,13 +184,15 @@ def claim_folder(
 @patch
 def claim(self:Run):
     "Take the folder for this configuration, which must be that of the text."
-    if not self.finished: _check_data(self.config, self.data)
+    if not self.finished: self.check_data()
     claim_folder(self.folder, self.config, self.info)
 
-def _check_data(config, data):
-    check(data is not None, 'data', data, 'given: a run cannot be trained without it')
-    wanted = config['data']['fingerprint']
-    check(data.fingerprint == wanted, 'data', data.fingerprint, f'the text of the configuration, {wanted}')
+@patch
+def check_data(self:Run):
+    "Raise a `ValueError` unless there is text to train on, and it is the configuration's."
+    check(self.data is not None, 'data', self.data, 'given: a run cannot be trained without it')
+    wanted, given = self.config['data']['fingerprint'], self.data.fingerprint
+    check(given == wanted, 'data', given, f'the text of the configuration, {wanted}')
 
 # %% ../../nbs/experiments/run.ipynb #46d999fa
 @patch
@@ -383,15 +385,16 @@ def _balance(loads, model, tokens):
 @patch
 def save_model(self:Run, model, result:dict):
     "Save the model with its card, and its tokenizer, as `from_pretrained` loads them."
-    model.config.training, model.config.evaluation = _facts(self.config, result)
+    model.config.training, model.config.evaluation = self.card(result)
     with quiet_bars():
         model.save_pretrained(self.folder/'model')
         self.data.tokenizer.save_pretrained(self.folder/'model')
 
 # %% ../../nbs/experiments/run.ipynb #bfcc8fab
-def _facts(config, result):
-    "What the card of a model tells of its training and of its evaluation"
-    p, d = config['preset'], config['data']
+@patch
+def card(self:Run, result:dict)->tuple: # of two dicts
+    "What the card of the model tells of its training and of its evaluation."
+    config, p, d = self.config, self.config['preset'], self.config['data']
     training = dict(data=d['domains'], steps=p['steps'], tokens=result['tokens'], batch_size=p['batch_size'],
                     sequence_length=d['sequence_length'], learning_rate=p['learning_rate'],
                     optimizer='AdamW', precision='bfloat16' if config['bf16'] else 'float32', seed=config['seed'],
