@@ -181,6 +181,7 @@ def claim_folder(
         raise ValueError(f'{folder} is neither empty nor the folder of a run: choose another folder')
     else: write_json(path, dict(run=config, info=info))
 
+# %% ../../nbs/experiments/run.ipynb #c1a1f01d
 @patch
 def claim(self:Run):
     "Take the folder for this configuration, which must be that of the text."
