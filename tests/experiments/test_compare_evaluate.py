@@ -1,6 +1,5 @@
 "Evaluation in comparisons: what it adds, and that it changes nothing else."
 import json, random, shutil, subprocess, sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd

@@ -157,7 +157,7 @@ def test_a_run_tells_what_it_does(config, data, tmp_path):
     assert asked.evaluation['suite']['fingerprint'] == suite.fingerprint
 
 def test_one_observer_for_everything(texts, data, tmp_path, monkeypatch):
-    "A comparison, a training and an upcycling tell the same facts of the same events, as `progress(event, name, **facts)`"
+    "A comparison, a training and an upcycling tell the same facts of the same events"
     monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(

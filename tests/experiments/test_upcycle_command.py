@@ -1,4 +1,4 @@
-"`libmoe upcycle` as a user types it: results, exactness before a step, bad input, interruptions, folders that are there."
+"`libmoe upcycle` as a user types it: results, exactness before a step, bad input, interruptions, old folders."
 import json, signal, subprocess, sys, time
 
 import pytest, torch
