@@ -1,4 +1,4 @@
-"`libmoe upcycle` as a user types it: results on two families, exactness before a step, bad input, interruptions, folders that are there already."
+"`libmoe upcycle` as a user types it: results, exactness before a step, bad input, interruptions, old folders."
 import json, signal, subprocess, sys, time
 
 import pytest, torch
@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
 from libmoe_nb.analysis.tracing import moe_layers
-from libmoe_nb.experiments.upcycle import upcycle_and_train
+from libmoe_nb.experiments.upcycle import find_model, packaged_models, upcycle_and_train
 
 SMALL = '--batch-size 4 --sequence-length 32 --learning-rate 3e-3 --threads 1 --valid-tokens 2000'.split()
 SIZES = dict(llama=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2),
@@ -158,10 +158,9 @@ def test_bad_models(box, tmp_path, monkeypatch):
     go('must be the name or folder of a model', box/'texts')
     # offline by the user's wish
     go("'nobody/such-a-model'", 'nobody/such-a-model')
-    monkeypatch.setattr('libmoe_nb.models.loading.no_network', lambda: True)
+    monkeypatch.setattr(f'{find_model.__module__}.no_network', lambda: True)
     go('there is no network to fetch it', 'nobody/such-a-model')
-    monkeypatch.setattr('libmoe_nb.models.loading.packaged_models',
-                        dict(smollm2=('no_such_package', 'x.gguf', 'pip install x')))
+    monkeypatch.setitem(packaged_models, 'smollm2', ('no_such_package', 'x.gguf', 'pip install x'))
     go("needs two packages: pip install x", 'smollm2')
     (tmp_path/'bare').mkdir()
     AutoConfig.from_pretrained(box/'llama').save_pretrained(tmp_path/'bare')
