@@ -199,7 +199,8 @@ def matmul_rate(device, n):
 
 def train_row(recipe, preset, data, seconds, device, parts):
     from fastai.basics import CancelFitException
-    from libmoe_nb.models.causal import count_flops, count_parameters, from_scratch
+    from libmoe_nb.models.causal import from_scratch
+    from libmoe_nb.models.counting import count_flops, count_parameters
     from libmoe_nb.training.learner import Callback, evaluate_perplexity, moe_learner
     class Until(Callback):
         "Ends the fit after some seconds; the first three steps are not timed"
@@ -249,7 +250,8 @@ def train(device, args):
 # compile
 
 def plain_row(recipe, preset, data, compiled, seconds, device, batch):
-    from libmoe_nb.models.causal import count_flops, from_scratch
+    from libmoe_nb.models.causal import from_scratch
+    from libmoe_nb.models.counting import count_flops
     torch._dynamo.reset()
     reset_peak(device)
     model = from_scratch(recipe, preset, seed=0).to(device).train()

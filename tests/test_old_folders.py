@@ -17,7 +17,7 @@ from libmoe_nb.analysis.traces import read_trace, write_trace
 from libmoe_nb.analysis.tracing import moe_layers
 from libmoe_nb.training.learner import evaluate_perplexity, read_metrics
 from libmoe_nb.experiments.upcycle import upcycle_and_train
-from libmoe_nb.models.upcycling import load_upcycled
+from libmoe_nb.models.wrapping import load_upcycled
 
 FIXTURES = Path(__file__).resolve().parent/'fixtures'
 EXPECTED = json.loads((FIXTURES/'expected.json').read_text(encoding='utf-8'))

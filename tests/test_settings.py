@@ -16,9 +16,12 @@ from libmoe_nb.data.text import text_data
 from libmoe_nb.core.machine import use_threads
 from libmoe_nb.experiments.compare import compare
 from libmoe_nb.moe.layers import build_layer, recipe_options
-from libmoe_nb.models.causal import MoEConfig, count_parameters, from_scratch
+from libmoe_nb.models.causal import from_scratch
+from libmoe_nb.models.configuration import MoEConfig
+from libmoe_nb.models.counting import count_parameters
 from libmoe_nb.training.learner import moe_learner
-from libmoe_nb.models.upcycling import initialisations, upcycle
+from libmoe_nb.models.initialisations import initialisations
+from libmoe_nb.models.upcycling import upcycle
 
 LAYER = [f.name for f in dataclasses.fields(MoESpec)]
 MODEL = [f.name for f in dataclasses.fields(Preset)]

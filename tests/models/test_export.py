@@ -7,7 +7,8 @@ from libmoe_nb.analysis.adapters import tiny_moe
 from libmoe_nb.moe.config import recipes
 from libmoe_nb.models.export import from_native, logit_error, natives, save_native, to_dense, to_native
 from libmoe_nb.moe.layers import MoELayer
-from libmoe_nb.models.causal import MoEForCausalLM, count_parameters, from_scratch
+from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
+from libmoe_nb.models.counting import count_parameters
 from libmoe_nb.analysis.tracing import moe_layers, record_routing
 from libmoe_nb.models.upcycling import upcycle
 

@@ -11,10 +11,12 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
 from libmoe_nb.moe.config import recipes
 from libmoe_nb.moe.experts import Experts
 from libmoe_nb.moe.layers import MoELayer, aux_loss
-from libmoe_nb.models.causal import MoEForCausalLM, count_parameters, from_scratch
+from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
+from libmoe_nb.models.counting import count_parameters
 from libmoe_nb.analysis.tracing import moe_layers, record_routing
-from libmoe_nb.models.upcycling import (FFNWeights, ffn_families, ffn_weights, find_ffns, load_upcycled,
-                                        register_ffn, upcycle)
+from libmoe_nb.models.ffns import FFNWeights, ffn_families, ffn_weights, find_ffns, register_ffn
+from libmoe_nb.models.upcycling import upcycle
+from libmoe_nb.models.wrapping import load_upcycled
 
 SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, pad_token_id=0)

@@ -7,7 +7,9 @@ from test_upcycling import CAUSAL, ENCODERS, IDS, SMALL, T5, causal, encoder, er
 from libmoe_nb.models.causal import MoEForCausalLM
 from libmoe_nb.moe.config import MoESpec
 from libmoe_nb.analysis.tracing import moe_layers
-from libmoe_nb.models.upcycling import ffn_families, ffn_report, moeify, upcycle
+from libmoe_nb.models.ffns import ffn_families, ffn_report
+from libmoe_nb.models.swapping import moeify
+from libmoe_nb.models.upcycling import upcycle
 
 class Act(nn.Module):
     def forward(self, x): return F.gelu(x)

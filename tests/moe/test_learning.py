@@ -7,9 +7,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from libmoe_nb.moe.config import MoESpec, get_preset, recipes
 from libmoe_nb.experiments.compare import run_config
 from libmoe_nb.moe.layers import build_layer, settled
-from libmoe_nb.models.causal import MoEConfig, MoEForCausalLM, from_scratch
+from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
+from libmoe_nb.models.configuration import MoEConfig
 from libmoe_nb.analysis.tracing import moe_layers
-from libmoe_nb.models.upcycling import load_upcycled, upcycle
+from libmoe_nb.models.upcycling import upcycle
+from libmoe_nb.models.wrapping import load_upcycled
 
 SPARSE = [r for r in recipes if r != 'dense']
 IDS = torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(0))
