@@ -30,7 +30,8 @@ from ..core.settings import read_setting, seed_list
 from ..core.words import join_words, format_duration, format_millions, format_number, plural, format_percent
 from ..data.text import TextData, default_data, text_data, find_sources
 from ..evaluation.ranking import paired_test, ranking_verdict, score_table, _columns
-from ..models.causal import count_parameters, from_scratch
+from ..models.causal import from_scratch
+from ..models.counting import count_parameters
 from ..moe.config import Preset, presets, recipes, apply_overrides, from_saved, named_recipes
 from ..moe.layers import build_layer, settled
 from ..plots.figures import (plot_by_layer, plot_over_checkpoints, plot_balance, plot_comparison, plot_curves,

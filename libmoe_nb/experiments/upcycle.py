@@ -20,8 +20,9 @@ from ..core.modes import quiet_bars
 from ..core.settings import read_setting, read_settings, settings
 from ..data.text import TextData, cache_folder, text_data, find_sources, _is_path, check_ids
 from .compare import print_progress, _claim, _Minutely, _Tell
-from ..models.causal import count_parameters
-from ..models.upcycling import load_dense, upcycle, _config_of, _exact_options
+from ..models.counting import count_parameters
+from ..models.initialisations import exact_options
+from ..models.upcycling import load_dense, upcycle, model_config
 from ..moe.config import MoESpec, get_recipe, recipes
 from ..moe.layers import settled
 from ..training.learner import MetricsWriter, RoutingTelemetry, evaluate_perplexity, moe_learner, resume
@@ -124,7 +125,7 @@ def _by_score(recipe, num_experts=8, top_k=2, num_shared_experts=None, norm_topk
 
 def _every_recipe(**kwargs):
     "Label -> keywords of `upcycle`"
-    exact = {f'{r.title}, exact': dict(recipe=n, exact=True) for n, r in recipes.items() if _exact_options(n)
+    exact = {f'{r.title}, exact': dict(recipe=n, exact=True) for n, r in recipes.items() if exact_options(n)
              or _by_score(n, **kwargs)}
     return {r.title: dict(recipe=n) for n, r in recipes.items()} | exact
 
@@ -151,7 +152,7 @@ def _check_causal(config, name):
 
 def _rehearse(folder, name, recipe, num_experts, top_k, sequence_length, overrides):
     "Upcycle a model without memory that has the configuration of the real one"
-    config = _config_of(folder, name)
+    config = model_config(folder, name)
     _check_causal(config, name)
     if Path(folder).is_dir() and not any(p.suffix in ('.safetensors', '.bin') for p in Path(folder).iterdir()):
         raise ValueError(f'model {str(name)!r} has a configuration but no weights (model.safetensors)')

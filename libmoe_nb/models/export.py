@@ -18,8 +18,9 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..analysis.tracing import record_routing
 from ..core.errors import did_you_mean
-from .causal import MoEConfig, MoEForCausalLM
-from .upcycling import find_ffns
+from .causal import MoEForCausalLM
+from .configuration import MoEConfig
+from .ffns import find_ffns
 from ..moe.config import MoESpec
 from ..moe.experts import FeedForward
 from ..moe.layers import MoELayer
