@@ -210,7 +210,7 @@ class _Made(dict):
     def __missing__(self, kind):
         config = upcycled_config(CONFIG_MAPPING[self.dense(kind)])
         for auto in _auto_classes():
-            if (cls := auto._model_mapping.get(config.dense_class)) is not None: _register(auto, config, cls)
+            if (cls := auto._model_mapping.get(config.dense_class, None)) is not None: _register(auto, config, cls)
         _same_renaming(self.dense(kind), kind)
         self[kind] = config
         return config
@@ -254,15 +254,15 @@ def load_upcycled(
     name,     # folder, or name on the Hugging Face hub, of an upcycled model that is no causal language model
     **kwargs, # for `from_pretrained`
 )->nn.Module: # of the class that was upcycled, and of `UpcycledMixin`
-    "A saved model whose layers are ours; a `ValueError` names weights that are missing, of another shape, or not expected."
+    "A saved upcycled model; a `ValueError` names weights that are missing, of another shape, or not expected."
     saved, _ = PreTrainedConfig.get_config_dict(name)
-    kind = saved.get('model_type') or 'folder without a model type'
-    check(saved.get('libmoe'), 'name', str(name), f'that of a model that upcycle made (causal language models are loaded by '
-          f'AutoModelForCausalLM), this is a {kind}')
+    if 'libmoe' not in saved:
+        kind = saved.get('model_type') or 'folder without a model type'
+        raise ValueError(f'name must be of a model that upcycle made, got {str(name)!r}, a {kind}; causal language models '
+                         f'are loaded by AutoModelForCausalLM')
     made_by = (saved.get('architectures') or [''])[0]
-    cls = getattr(transformers, made_by, None) or getattr(transformers, made_by.removeprefix('MoE'), None)
-    check(isinstance(cls, type), 'name', str(name), f'of a model whose configuration names a class of transformers '
-          f'(architectures={made_by!r})')
+    cls = next((c for n in (made_by, made_by.removeprefix('MoE')) if (c := getattr(transformers, n, None))), None)
+    check(cls, 'name', str(name), 'of a model whose configuration names a class of transformers in its architectures')
     model, info = upcycled_class(cls).from_pretrained(name, output_loading_info=True, **kwargs)
     _refuse(name, _bad_keys(info))
     return model
