@@ -47,7 +47,7 @@ def model_aux_loss(
     masks:dict={},        # kind of a layer -> bool [B, S]; False: padding
     kind=lambda layer: None, # of a layer: whose mask it has
     reduction:str='mean', # over layers: 'mean' or 'sum'
-    shares:Tensor=None,   # [2, B] of each sequence in the step: as a sequence, and by its tokens; None: this is all of it
+    shares:Tensor=None,   # [2, B] of each sequence in the step, as a sequence and by its tokens; None: all of it
 )->Tensor:                # the number 0 where there is no router
     "The weighted auxiliary loss of one forward pass."
     groups, total = {}, 0.

@@ -58,10 +58,10 @@ model = AutoModelForCausalLM.from_pretrained('{name}')
 
 {parameters}
 """
-_what = ('A {base} language model with {layers} of its {depth} feed-forward networks in the form of {form}: {active:,} of '
-         'its {total:,} parameters are active for a token.')
-_note = ('Without that import transformers does not recognise the model type. `trust_remote_code` is not needed: nothing '
-         'in this folder is code.')
+_what = ('A {base} language model with {layers} of its {depth} feed-forward networks in the form of {form}: {active:,} '
+         'of its {total:,} parameters are active for a token.')
+_note = ('Without that import transformers does not recognise the model type. `trust_remote_code` is not needed: '
+         'nothing in this folder is code.')
 
 # %% ../../nbs/models/cards.ipynb #5ced188e
 def _fields(spec):
@@ -74,8 +74,8 @@ def _architecture(config):
     "The fields of the spec, or those that specs share and what differs"
     groups = {}
     for name, s in config.specs.items(): groups.setdefault(json.dumps(_fields(s)), []).append(name)
-    first, *others = groups
-    same = {k: v for k, v in json.loads(first).items() if all(k in json.loads(o) and json.loads(o)[k] == v for o in others)}
+    first, *others = map(json.loads, groups)
+    same = {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}
     unlike = {f'{names[0]} ({plural(len(names), "layer")})': {k: v for k, v in json.loads(g).items() if k not in same}
               for g, names in groups.items() if others}
     return same | unlike | dict(base=config.base_config.model_type, num_hidden_layers=config.num_hidden_layers,

@@ -174,7 +174,7 @@ def __call__(self:MoEForCausalLM, *args, **kwargs):
 # %% ../../nbs/models/causal.ipynb #595fe3ab
 @patch(as_prop=True)
 def accepts_loss_kwargs(self:MoEForCausalLM)->bool:
-    "Does the base model divide its loss by `num_items_in_batch`? Where it does not, a trainer divides by the number of micro-batches."
+    "Does the base model divide its loss by `num_items_in_batch`? If not, a trainer divides by the micro-batches."
     own, code = getattr(self.base, 'accepts_loss_kwargs', None), inspect.unwrap(type(self.base).forward).__code__
     return 'loss_function' in code.co_names if own is None else own
 

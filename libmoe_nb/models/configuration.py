@@ -28,7 +28,7 @@ class MoEConfig(PreTrainedConfig):
     _bound = False                  # are the names in `moe` those of modules, and no patterns?
     def __init__(self,
         base_config=None,           # configuration of the base model, or its dict; a `LlamaConfig` by default
-        moe=None,                   # `MoESpec`, or its dict, or a dictionary of them: name or pattern of modules -> spec
+        moe=None,                   # `MoESpec` or its dict, or a dictionary of them: name or pattern of modules -> spec
         layers:list=None,           # with one spec: indices of the decoder layers that change; all by default
         aux_loss_reduction:str='mean', # of the auxiliary losses over layers: 'mean' or 'sum'
         output_router_logits:bool=False, # always return router logits and the auxiliary loss
@@ -42,8 +42,8 @@ class MoEConfig(PreTrainedConfig):
         self.base_config = AutoConfig.for_model(**base) if isinstance(base, dict) else base
         moe = MoESpec() if moe is None else moe
         self.moe = {k: plain_spec(s) for k, s in moe.items()} if _is_map(moe) else plain_spec(moe)
-        self.layers, self.aux_loss_reduction, self.output_router_logits = layers, aux_loss_reduction, output_router_logits
-        self.training, self.evaluation = dict(training or {}), dict(evaluation or {})
+        self.layers, self.training, self.evaluation = layers, dict(training or {}), dict(evaluation or {})
+        self.aux_loss_reduction, self.output_router_logits = aux_loss_reduction, output_router_logits
         self.depth_scaled_init = depth_scaled_init
         # it is handed down to the base's
         super().__init__(**dict(attn_implementation=self.base_config._attn_implementation) | kwargs)
@@ -99,6 +99,15 @@ def specs(self:MoEConfig)->dict: # name of a module in the base model -> `MoESpe
     with torch.device('meta'): base = AutoModelForCausalLM.from_config(self.base_config)
     return copy.deepcopy(self).bind(base)
 
+# %% ../../nbs/models/configuration.ipynb #b3a258c4
+def _routed(config): return [s for s in _maps(config).values() if s['recipe'] != 'dense']
+
+def _one(config, field):
+    "The one value of a field in all specs with routers; an `AttributeError` if there are several"
+    values = {s[field] for s in _routed(config)}
+    if len(values) > 1: raise AttributeError(f'{field} must be one for all layers, got {sorted(values)}')
+    return values.pop()
+
 # %% ../../nbs/models/configuration.ipynb #2e10bc80
 @cache
 def _mixture_class(cls):
@@ -109,15 +118,8 @@ def _mixture_class(cls):
              for k, f in dict(num_experts='num_experts', num_experts_per_tok='top_k').items()}
     body = names | {k: v for k, v in sizes.items() if not hasattr(cls, k)}
     reduce = lambda self, protocol: (_again, (cls, vars(self)))
-    return type(cls.__name__, (cls,), dict(__slots__=('_moe',), __module__=cls.__module__, __reduce_ex__=reduce, **body))
-
-def _routed(config): return [s for s in _maps(config).values() if s['recipe'] != 'dense']
-
-def _one(config, field):
-    "The one value of a field in all specs with routers; an `AttributeError` if there are several"
-    values = {s[field] for s in _routed(config)}
-    if len(values) > 1: raise AttributeError(f'{field} must be one for all layers, got {sorted(values)}')
-    return values.pop()
+    body |= dict(__slots__=('_moe',), __module__=cls.__module__, __reduce_ex__=reduce)
+    return type(cls.__name__, (cls,), body)
 
 def _again(cls, state):
     new = cls.__new__(cls)

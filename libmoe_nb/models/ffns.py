@@ -99,8 +99,8 @@ def matrices(self:FFNFamily): return [p for p in (self.up, self.gate, self.down)
 @patch
 def act_path(self:FFNFamily, module):
     "Path of the activation in `module`, None if it has none"
-    return next((p for p in ([self.act] if isinstance(self.act, str) else _act_names) if callable(module_at(module, p))),
-                None)
+    paths = [self.act] if isinstance(self.act, str) else _act_names
+    return next((p for p in paths if callable(module_at(module, p))), None)
 
 @patch
 def matches(self:FFNFamily, module):
@@ -184,7 +184,8 @@ def _bias(m, like):
 @patch
 def read(self:FFNFamily, module)->FFNWeights:
     "The weights of `module`"
-    ups, down = [module_at(module, p) for p in ([self.gate] if self.gate else []) + [self.up]], module_at(module, self.down)
+    ups = [module_at(module, p) for p in (self.gate, self.up) if p]
+    down = module_at(module, self.down)
     w = [linear_weight(m) for m in ups]
     w2 = linear_weight(down).to(w[0].dtype)
     biased = any(m.bias is not None for m in [*ups, down])
@@ -371,7 +372,7 @@ def check_use(
 def ffn_report(
     model:nn.Module, # a transformer
     where=None,      # as for `find_ffns`
-)->list:             # one dictionary for each feed-forward network: name, module, family, swap ('whole', 'parts' or 'refused'), why
+)->list:             # a dictionary for each: name, module, family, swap ('whole', 'parts' or 'refused'), why
     "What upcycling would do with the feed-forward networks of a model."
     return [_report(*ffn) for ffn in find_ffns(model, where).items()]
 

@@ -36,7 +36,7 @@ def pieces(self:FFNWeights, n):
 class Initialisation:
     "A named way to make experts from an FFN."
     name: str
-    experts: callable # (FFNWeights, MoESpec, n, **options) -> n `FFNWeights`, shared experts first; None: random weights
+    experts: callable # (FFNWeights, MoESpec, n, **options) -> n `FFNWeights`, shared first; None: random weights
     pieces: callable  # number of experts -> pieces of the FFN, by default
 
 initialisations = {}  # every registered `Initialisation` by its name

@@ -52,7 +52,7 @@ def check_seam(
     name:str,         # of the FFN in the model
     module:nn.Module,
 ):
-    "Raise a `ValueError` if an FFN's module would stay around a new layer, and has something between the parts that go."
+    "Raise a `ValueError` if an FFN's module would stay, and has something between the parts that go."
     family = None if isinstance(module, (MoELayer, FeedForward)) else ffn_family(module)
     if family and family.stays(module) and family.act_path(module) and not next(module.parameters()).is_meta:
         check_use(name, module, family)

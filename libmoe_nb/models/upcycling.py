@@ -98,12 +98,12 @@ def upcycle(
     layers=None,              # indices of the FFNs to change, or 'every 2nd', 'first 4', 'last 4'; None: all
     where=None,               # names or patterns of parts of the model to look into; None: its decoder
     rescale:bool=True,        # scale second matrices so that the outputs add up to the FFN's?
-    exact:bool=False,         # keep TC-MoE's and MoE++'s other choices out at first, and give a lone routed expert the weight 1, which teaches its router nothing?
+    exact:bool=False,         # keep what is no expert out at first, and give a lone routed expert the weight 1?
     seed:int=None,            # of the router and whatever else is drawn; None: torch's generator as it stands
     inplace:bool=False,       # change `model` itself?
     aux_loss_reduction:str='mean', # of the auxiliary losses over layers: 'mean' or 'sum'
     **overrides,              # fields of `MoESpec`, options of the recipe or of the initialisation
-)->nn.Module:                 # a `MoEForCausalLM` where `model` is a causal language model, else of the class of `model`
+)->nn.Module:                 # a `MoEForCausalLM` where `model` is a causal language model, else of its class
     "A mixture of experts made from a dense model."
     rescale, exact, inplace = read_settings(dict(rescale=rescale, exact=exact, inplace=inplace)).values()
     if seed is not None: seed = read_setting('seed', seed)
@@ -111,17 +111,21 @@ def upcycle(
     if not isinstance(model, nn.Module): model, inplace = load_dense(model), True
     base, earlier = _opened(model)
     chosen = _dense_ffns(base, layers, where)
-    plans, specs = {}, {}
     with seeded(seed):
-        for name, module in chosen.items():
-            w = ffn_weights(module, name)
-            spec = specs[name] = settled(_spec_for(w, name, recipe, num_experts, top_k, init, given))
-            with torch.device('meta'): _check_init(build_layer(spec), spec, init, w.intermediate_size)
-            new = upcycled_layer(w, spec, init, options, rescale, exact)
-            plans |= swap_plan(name, module, new.train(module.training))
-    as_language_model = isinstance(model, MoEForCausalLM) or _is_causal_lm(base) and {*chosen} <= {*find_ffns(base)}
-    base, specs = _swapped_model(base, plans, inplace), _together(earlier, specs)
-    return _wrapped(base, specs, aux_loss_reduction) if as_language_model else as_upcycled(base, specs, aux_loss_reduction)
+        made = {name: _made(name, ffn, (recipe, num_experts, top_k), init, given, options, rescale, exact)
+                for name, ffn in chosen.items()}
+    language = isinstance(model, MoEForCausalLM) or _is_causal_lm(base) and {*chosen} <= {*find_ffns(base)}
+    plan = {k: m for name, (layer, _) in made.items() for k, m in swap_plan(name, chosen[name], layer).items()}
+    base = _swapped_model(base, plan, inplace)
+    return (_wrapped if language else as_upcycled)(base, _together(earlier, made), aux_loss_reduction)
+
+# %% ../../nbs/models/upcycling.ipynb #03ffe9b4
+def _made(name, ffn, asked, init, given, options, rescale, exact):
+    "The layer that takes the place of an FFN, and its spec"
+    w = ffn_weights(ffn, name)
+    spec = settled(_spec_for(w, name, *asked, init, given))
+    with torch.device('meta'): _check_init(build_layer(spec), spec, init, w.intermediate_size)
+    return upcycled_layer(w, spec, init, options, rescale, exact).train(ffn.training), spec
 
 # %% ../../nbs/models/upcycling.ipynb #53cdb34f
 def _swapped_model(model, plan, inplace):
@@ -157,14 +161,15 @@ def _dense_ffns(model, layers, where):
     ffns = list(find_ffns(model, where).items())
     chosen = dict(ffns[i] for i in layer_indices(layers, len(ffns)))
     for name, m in chosen.items():
-        if isinstance(m, MoELayer): raise ValueError(f'model must be dense, but its layer {name} is a mixture of experts '
-                                                     f'already: {m.spec.recipe}. Choose others by layers or where')
+        if not isinstance(m, MoELayer): continue
+        raise ValueError(f'model must be dense, but its layer {name} is a mixture of experts already: {m.spec.recipe}; '
+                         f'choose others by layers or where')
     return chosen
 
 def _together(earlier, new):
     "Specs of all layers, by the names of the FFNs as the model's class builds them"
     home = lambda n: next((e for e in earlier if n == e or n.startswith(f'{e}.')), n)
-    return earlier | {home(n): s for n, s in new.items()}
+    return earlier | {home(n): spec for n, (_, spec) in new.items()}
 
 # %% ../../nbs/models/upcycling.ipynb #0911acef
 def model_config(

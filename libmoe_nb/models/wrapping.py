@@ -42,7 +42,8 @@ def upcycled_config(
 )->type:
     "The configuration class of its upcycled models."
     return type(f'MoE{cls.__name__}', (UpcycledConfig, cls), dict(
-        model_type=f'{_prefix}{cls.model_type}', dense_class=cls, __module__=cls.__module__, __doc__=UpcycledConfig.__doc__))
+        model_type=f'{_prefix}{cls.model_type}', dense_class=cls, __module__=cls.__module__,
+        __doc__=f'A `{cls.__name__}` that says which layers are mixtures of experts.'))
 
 def _empty(make, cls):
     "An instance without content, which pickle fills"
@@ -176,7 +177,7 @@ def _refuse(name, bad):
 
 @patch(cls_method=True)
 def from_pretrained(cls:UpcycledMixin, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-    "As in transformers; a `ValueError` names weights of our layers that are missing, of another shape, or not expected."
+    "As in transformers; a `ValueError` names weights of our layers that are missing, misshaped or not expected."
     kwargs = dict(variant=_variant, ignore_mismatched_sizes=True) | kwargs
     model, info = super(UpcycledMixin, cls).from_pretrained(pretrained_model_name_or_path, *args,
                                                             output_loading_info=True, **kwargs)
@@ -191,7 +192,8 @@ def upcycled_class(
 )->type:
     "The class of its upcycled models: of `UpcycledMixin`, and of `cls`."
     new = type(f'MoE{cls.__name__}', (UpcycledMixin, cls), dict(
-        config_class=upcycled_config(cls.config_class), dense_class=cls, forward=_forward_of(cls), __module__=cls.__module__))
+        config_class=upcycled_config(cls.config_class), dense_class=cls, forward=_forward_of(cls),
+        __module__=cls.__module__))
     new.__doc__ = f'A `{cls.__name__}` with mixture-of-experts layers.'
     _same_renaming(cls.__name__, new.__name__)
     return new
@@ -258,8 +260,8 @@ def load_upcycled(
     saved, _ = PreTrainedConfig.get_config_dict(name)
     if 'libmoe' not in saved:
         kind = saved.get('model_type') or 'folder without a model type'
-        raise ValueError(f'name must be of a model that upcycle made, got {str(name)!r}, a {kind}; causal language models '
-                         f'are loaded by AutoModelForCausalLM')
+        raise ValueError(f'name must be of a model that upcycle made, got {str(name)!r}, a {kind}; causal language '
+                         f'models are loaded by AutoModelForCausalLM')
     made_by = (saved.get('architectures') or [''])[0]
     cls = next((c for n in (made_by, made_by.removeprefix('MoE')) if (c := getattr(transformers, n, None))), None)
     check(cls, 'name', str(name), 'of a model whose configuration names a class of transformers in its architectures')

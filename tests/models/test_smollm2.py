@@ -1,4 +1,5 @@
-"The real SmolLM2-135M: upcycled without a change of what it says, saved, loaded, generated from. Runs wherever its package is installed."
+"""The real SmolLM2-135M: upcycled without a change of what it says, saved, loaded, generated from. Runs
+wherever its package is installed."""
 import importlib.util, sysconfig
 from pathlib import Path
 

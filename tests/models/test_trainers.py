@@ -1,4 +1,5 @@
-"Models in other people's hands: torch.compile, the Trainer, TRL, generation from embeddings, what tools read off a configuration."
+"""Models in other people's hands: torch.compile, the Trainer, TRL, generation from embeddings, what tools read
+off a configuration."""
 import copy, inspect, json, pickle
 import pytest, torch, transformers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments

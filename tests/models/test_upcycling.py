@@ -145,7 +145,8 @@ def test_projectors_between_widths(recipe, tmp_path):
     moe.save_pretrained(tmp_path)
     back = load_upcycled(tmp_path)
     with torch.no_grad(): assert torch.equal(back.eval()(**inputs).logits, moe.eval()(**inputs).logits)
-    assert isinstance(back, LlavaForConditionalGeneration) and type(back) is type(moe) and back.state_dict().keys() == moe.state_dict().keys()
+    assert (isinstance(back, LlavaForConditionalGeneration) and type(back) is type(moe)
+            and back.state_dict().keys() == moe.state_dict().keys())
     if recipe in ('smoe', 'sharede_v3'):
         # copies that differ, for routers to have a say
         moe = upcycle(dense, recipe, 6, 3, where=WHOLE, seed=0, router_init_std=.5, noise=.1)
@@ -350,7 +351,8 @@ def test_our_own_dense_model_and_shared_only(tmp_path):
     assert 'model.layers.0.mlp' in find_ffns(dense.base)
     with pytest.raises(ValueError, match='a mixture of experts already: smoe'): upcycle(from_scratch('smoe', 'tiny'))
     half = upcycle(dense, layers=[0], seed=0)
-    assert [s.recipe for s in half.config.specs.values()] == ['smoe', 'dense'] and error(dense, half, input_ids=ids) < 2e-5
+    assert ([s.recipe for s in half.config.specs.values()] == ['smoe', 'dense']
+            and error(dense, half, input_ids=ids) < 2e-5)
     half.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad(): assert torch.equal(back(ids).logits, half(ids).logits)
@@ -367,7 +369,8 @@ def test_other_mixtures_are_refused():
 def test_unlike_sizes(tmp_path):
     "Each layer has a spec of its own width, and all of it is saved"
     dense = causal('llama')
-    dense.model.layers[1].mlp = rough(type(dense.model.layers[1].mlp)(LlamaConfig(**SMALL | dict(intermediate_size=24))))
+    dense.model.layers[1].mlp = rough(type(dense.model.layers[1].mlp)(LlamaConfig(**SMALL
+                                                                                  | dict(intermediate_size=24))))
     moe = upcycle(dense, seed=0)
     assert {s.moe_intermediate_size for s in moe.config.specs.values()} == {48, 24} and not moe_layers(dense)
     assert error(dense, moe, input_ids=IDS) < 2e-5

@@ -4,8 +4,10 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from safetensors.torch import load_file, save_file
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForImageTextToText,
-                          AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, BertForMaskedLM,
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification,
+                          AutoModelForImageTextToText,
+                          AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification,
+                          BertForMaskedLM,
                           CLIPVisionModel, LlavaForConditionalGeneration, T5ForConditionalGeneration, Trainer,
                           TrainingArguments, ViTForImageClassification)
 from test_upcycling import IDS, SMALL, T5, WHOLE, error, rough, tiny_llava
@@ -32,15 +34,18 @@ class Case:
             self.auto, self.inputs = AutoModelForMaskedLM, dict(input_ids=IDS, labels=IDS)
             self.dense, self.cls = built(self.auto, 'bert', **ENCODER), BertForMaskedLM
         elif name == 't5':
-            self.auto, self.inputs, self.where = AutoModelForSeq2SeqLM, dict(input_ids=IDS, labels=IDS), ['encoder', 'decoder']
+            self.auto, self.inputs, self.where = (AutoModelForSeq2SeqLM, dict(input_ids=IDS, labels=IDS),
+                                                  ['encoder', 'decoder'])
             self.dense, self.cls = built(self.auto, 't5', **T5), T5ForConditionalGeneration
         elif name == 'vit':
-            self.auto, self.inputs = AutoModelForImageClassification, dict(pixel_values=pixels(), labels=torch.tensor([0, 1]))
+            self.auto, self.inputs = (AutoModelForImageClassification,
+                                      dict(pixel_values=pixels(), labels=torch.tensor([0, 1])))
             self.dense, self.cls = built(self.auto, 'vit', **ENCODER, **IMAGE), ViTForImageClassification
         elif name == 'llava':
             self.auto, self.where = AutoModelForImageTextToText, WHOLE
             self.dense, inputs = tiny_llava(width=32)
-            self.inputs, self.cls = dict(inputs, labels=inputs['input_ids'].where(inputs['input_ids'] < 96, -100)), LlavaForConditionalGeneration
+            self.inputs, self.cls = (dict(inputs, labels=inputs['input_ids'].where(inputs['input_ids'] < 96, -100)),
+                                     LlavaForConditionalGeneration)
         else:
             self.inputs = dict(pixel_values=pixels())
             self.dense, self.cls = built(AutoModel, 'clip_vision_model', **ENCODER, **IMAGE), CLIPVisionModel
@@ -61,7 +66,8 @@ def same_weights(a, b):
 
 def test_it_is_of_its_class_and_computes_what_it_did(case):
     moe = case.upcycled()
-    assert isinstance(moe, case.cls) and isinstance(moe, UpcycledMixin) and type(moe).__name__ == f'MoE{case.cls.__name__}'
+    assert (isinstance(moe, case.cls) and isinstance(moe, UpcycledMixin)
+            and type(moe).__name__ == f'MoE{case.cls.__name__}')
     assert isinstance(moe.config, type(case.dense.config)) and type(case.dense) is case.cls
     assert moe.config.model_type == f'libmoe_{case.dense.config.model_type}' and not own_layers(case.dense)
     torch.testing.assert_close(outputs(moe, case.inputs), outputs(case.dense, case.inputs), atol=1e-3, rtol=1e-4)
@@ -123,7 +129,8 @@ def test_auxiliary_loss_in_training(case):
         assert len(asked.router_logits) == len(layers)
         assert isinstance(asked, type(plain))
         loss = moe.train()(**case.inputs).loss
-        torch.testing.assert_close(moe.eval()(**case.inputs, output_router_logits=True, return_dict=False)[0], asked.loss)
+        torch.testing.assert_close(moe.eval()(**case.inputs, output_router_logits=True, return_dict=False)[0],
+                                   asked.loss)
     loss.backward()
     assert all(next(l.router.parameters()).grad.abs().sum() > 0 for l in layers.values())
 
@@ -140,7 +147,8 @@ def test_masks_of_two_sides():
     moe = Case('t5').upcycled()
     mask = torch.ones_like(IDS); mask[:, 4:] = 0
     out = dict(input_ids=IDS, decoder_input_ids=IDS, output_router_logits=True)
-    with record_routing(moe) as records: got = moe(**out, attention_mask=mask, decoder_attention_mask=mask.flip(1)).aux_loss
+    with record_routing(moe) as records:
+        got = moe(**out, attention_mask=mask, decoder_attention_mask=mask.flip(1)).aux_loss
     layers = own_layers(moe)
     each = [aux_loss([(l, r)], (mask if n.startswith('encoder') else mask.flip(1)).bool())[0]
             for n, l in layers.items() for r in records[n]]
@@ -201,7 +209,8 @@ def test_pushed_as_it_is_saved(monkeypatch, tmp_path):
         sent.update(repo=repo_id, files={p.name for p in Path(folder).iterdir()},
                     config=json.loads((Path(folder)/'config.json').read_text()))
     monkeypatch.setattr(type(moe), '_upload_modified_files', take)
-    monkeypatch.setattr('huggingface_hub.HfApi.create_repo', lambda self, repo_id, **kw: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr('huggingface_hub.HfApi.create_repo',
+                        lambda self, repo_id, **kw: SimpleNamespace(repo_id=repo_id))
     card = SimpleNamespace(save=lambda path: None)
     for place in 'modeling_utils', 'utils.hub':
         monkeypatch.setattr(f'transformers.{place}.create_and_tag_model_card', lambda *args, **kw: card)
@@ -245,7 +254,8 @@ def test_linked_routers_grow_in_either_direction(tmp_path):
     second = upcycle(dense, 'moe_plus_plus', 4, 2, layers=[1], exact=True, seed=0)
     both = upcycle(second, 'moe_plus_plus', 4, 2, layers=[0], exact=True, seed=1)
     first, last = own_layers(both).values()
-    assert last._previous[0] is first and last.router.gating_residual is not None and error(dense, both, input_ids=IDS) < 2e-5
+    assert (last._previous[0] is first and last.router.gating_residual is not None
+            and error(dense, both, input_ids=IDS) < 2e-5)
     both.save_pretrained(tmp_path)
     assert same_weights(load_upcycled(tmp_path), both)
 
@@ -262,7 +272,8 @@ def test_from_scratch_with_a_map():
     "A class built from a configuration: layers are drawn by their own rules"
     moe = Case('bert').upcycled()
     config = copy.deepcopy(moe.config)
-    config.libmoe = {n: MoESpec('smoe', 32, num_experts=4, top_k=2, moe_intermediate_size=16, expert_init_std=(.7, .05)).to_dict()
+    config.libmoe = {n: MoESpec('smoe', 32, num_experts=4, top_k=2, moe_intermediate_size=16,
+                                expert_init_std=(.7, .05)).to_dict()
                      for n in config.libmoe}
     torch.manual_seed(0)
     made = upcycled_class(BertForMaskedLM)(config)
