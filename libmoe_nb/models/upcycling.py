@@ -75,7 +75,8 @@ def _check_init(layer, spec, init, h):
           f"that of the model, {h}, for init='{init}' (init='virtual_group' makes narrower experts)")
     if init not in ('virtual_group', 'shared_only'): return
     check(h % d_e == 0, 'moe_intermediate_size', d_e, f'a divisor of the {h} neurons of the FFN')
-    check(init != 'shared_only' or shared, 'recipe', spec.recipe, f"one with shared experts for init='shared_only'")
+    if init == 'shared_only' and not shared:
+        raise ValueError(f"recipe must have shared experts for init='shared_only', got '{spec.recipe}'")
     for k, v in _grouped(layer, spec, init, spec.num_shared_experts if shared else 0).items():
         if v % (h // d_e):
             raise ValueError(f'{k} must leave whole groups of {h // d_e} experts of moe_intermediate_size={d_e}, which '
