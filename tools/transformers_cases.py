@@ -3,7 +3,8 @@ import unittest, warnings
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from libmoe_nb.moe.config import MoESpec
-from libmoe_nb.models.causal import MoEConfig, MoEForCausalLM
+from libmoe_nb.models.causal import MoEForCausalLM
+from libmoe_nb.models.configuration import MoEConfig
 
 recipes = 'dense smoe smoe_sigmoid xmoe sharede_v2 sharede_v3 tcmoe moe_plus_plus'.split()
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES['libmoe'] = 'MoEForCausalLM'   # so that they hand over labels

@@ -7,7 +7,10 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from libmoe_nb.moe.config import presets, recipes
-from libmoe_nb.models.causal import MoEConfig, MoEForCausalLM, count_flops, count_parameters, from_scratch, model_card
+from libmoe_nb.models.cards import model_card
+from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
+from libmoe_nb.models.configuration import MoEConfig
+from libmoe_nb.models.counting import count_flops, count_parameters
 from libmoe_nb.analysis.tracing import moe_layers, record_routing
 
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()

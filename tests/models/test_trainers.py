@@ -1,9 +1,11 @@
-"Models in other people's hands: torch.compile, the Trainer, TRL, generation from embeddings, what tools read off a configuration."
+"""Models in other people's hands: torch.compile, the Trainer, TRL, generation from embeddings, what tools read
+off a configuration."""
 import copy, inspect, json, pickle
 import pytest, torch, transformers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 from libmoe_nb.moe.config import MoESpec
-from libmoe_nb.models.causal import MoEConfig, MoEForCausalLM, from_scratch
+from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
+from libmoe_nb.models.configuration import MoEConfig
 from libmoe_nb.analysis.tracing import moe_layers, record_routing
 from libmoe_nb.models.upcycling import upcycle
 

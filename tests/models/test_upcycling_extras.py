@@ -1,4 +1,5 @@
-"What stands beside an FFN's matrices: each family with each kind of extra, kept to the number or refused by name; and models that come back from disk in a process that never saw them."
+"""What stands beside an FFN's matrices: each family with each kind of extra, kept to the number or refused by name; and
+models that come back from disk in a process that never saw them."""
 import re, subprocess, sys
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -7,7 +8,9 @@ from test_upcycling import CAUSAL, ENCODERS, IDS, SMALL, T5, causal, encoder, er
 from libmoe_nb.models.causal import MoEForCausalLM
 from libmoe_nb.moe.config import MoESpec
 from libmoe_nb.analysis.tracing import moe_layers
-from libmoe_nb.models.upcycling import ffn_families, ffn_report, moeify, upcycle
+from libmoe_nb.models.ffns import ffn_families, ffn_report
+from libmoe_nb.models.swapping import moeify
+from libmoe_nb.models.upcycling import upcycle
 
 class Act(nn.Module):
     def forward(self, x): return F.gelu(x)
@@ -169,7 +172,9 @@ for d in sorted(Path(sys.argv[1]).iterdir()):
     try:
         model = (load_upcycled if want['special'] else transformers.AutoModelForCausalLM.from_pretrained)(d).eval()
         have = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        bad = [n for n in have.keys() | want['tensors'].keys() if n not in have or n not in want['tensors'] or not torch.equal(have[n], want['tensors'][n])]
+        told = want['tensors']
+        bad = [n for n in have.keys() | told.keys()
+               if n not in have or n not in told or not torch.equal(have[n], told[n])]
         with torch.no_grad(): out = model(**want['inputs'])[0]
         print('WRONG' if bad or not torch.equal(out, want['out']) else 'same', d.name, *sorted(bad)[:3])
     except Exception as e: print('WRONG', d.name, repr(e)[:300])
