@@ -201,8 +201,10 @@ def matmul_rate(device, n):
 
 def train_row(recipe, preset, data, seconds, device, parts):
     from fastai.basics import CancelFitException
-    from libmoe_nb.models.causal import count_flops, count_parameters, from_scratch
-    from libmoe_nb.training.learner import Callback, evaluate_perplexity, moe_learner
+    from libmoe_nb.models.causal import from_scratch
+    from libmoe_nb.models.counting import count_flops, count_parameters
+    from libmoe_nb.evaluation.heldout import evaluate_perplexity
+    from libmoe_nb.training.learner import Callback, moe_learner
     class Until(Callback):
         "Ends the fit after some seconds; the first three steps are not timed"
         order = 90
@@ -251,7 +253,8 @@ def train(device, args):
 # compile
 
 def plain_row(recipe, preset, data, compiled, seconds, device, batch):
-    from libmoe_nb.models.causal import count_flops, from_scratch
+    from libmoe_nb.models.causal import from_scratch
+    from libmoe_nb.models.counting import count_flops
     torch._dynamo.reset()
     reset_peak(device)
     model = from_scratch(recipe, preset, seed=0).to(device).train()

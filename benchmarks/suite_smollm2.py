@@ -44,7 +44,7 @@ def main():
     from libmoe_nb.data.text import text_data
     from libmoe_nb.evaluation.harness import evaluate
     from libmoe_nb.evaluation.suites import make_suite
-    from libmoe_nb.experiments.upcycle import packaged_model
+    from libmoe_nb.models.loading import packaged_model
     from libmoe_nb.models.upcycling import load_dense, upcycle
     start = time.time()
     def say(s): print(f'{time.time()-start:5.0f} s  {s}', file=sys.stderr, flush=True)

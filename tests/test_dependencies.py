@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
-from libmoe_nb.analysis.adapters import tiny_moe
+from libmoe_nb.analysis.tiny_models import tiny_moe
 from libmoe_nb.experiments.inspect import load_subject
 from libmoe_nb.data.text import text_data
 from libmoe_nb.evaluation.suites import make_suite

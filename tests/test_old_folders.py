@@ -7,17 +7,21 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from libmoe_nb.experiments.inspect import load_subject, measure_trace
+from libmoe_nb.experiments.analysis import measure_trace
+from libmoe_nb.experiments.inspect import load_subject
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
-from libmoe_nb.evaluation.harness import Evaluation, evaluate
-from libmoe_nb.experiments.compare import compare, print_progress, read_comparison, train
+from libmoe_nb.evaluation.harness import evaluate
+from libmoe_nb.evaluation.results import Evaluation
+from libmoe_nb.experiments.compare import compare, print_progress, train
+from libmoe_nb.experiments.reports import read_comparison
 from libmoe_nb.evaluation.suites import Suite
 from libmoe_nb.analysis.traces import read_trace, write_trace
 from libmoe_nb.analysis.tracing import moe_layers
-from libmoe_nb.training.learner import evaluate_perplexity, read_metrics
+from libmoe_nb.evaluation.heldout import evaluate_perplexity
+from libmoe_nb.training.log import read_log
 from libmoe_nb.experiments.upcycle import upcycle_and_train
-from libmoe_nb.models.upcycling import load_upcycled
+from libmoe_nb.models.wrapping import load_upcycled
 
 FIXTURES = Path(__file__).resolve().parent/'fixtures'
 EXPECTED = json.loads((FIXTURES/'expected.json').read_text(encoding='utf-8'))
@@ -125,7 +129,7 @@ def test_interrupted_training_goes_on():
     res = train('sharede_v3', out='interrupted', evaluate=4, progress=told, **RUN)
     assert told.steps == [('interrupted', 3)]
     near(res, EXPECTED['resumed'])
-    lines = read_metrics('interrupted/metrics.jsonl')
+    lines = read_log('interrupted/metrics.jsonl')
     assert lines[lines.split == 'train'].step.tolist() == [1, 2, 3]
     assert not Path('interrupted/checkpoints').exists() and len([*Path('interrupted/traces').iterdir()]) == 4
     assert len(res['evaluation']['results']) > 4

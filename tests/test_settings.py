@@ -18,9 +18,12 @@ from libmoe_nb.data.text import text_data
 from libmoe_nb.core.machine import use_threads
 from libmoe_nb.experiments.compare import compare
 from libmoe_nb.moe.recipes import build_layer, recipe_options
-from libmoe_nb.models.causal import MoEConfig, count_parameters, from_scratch
+from libmoe_nb.models.causal import from_scratch
+from libmoe_nb.models.configuration import MoEConfig
+from libmoe_nb.models.counting import count_parameters
 from libmoe_nb.training.learner import moe_learner
-from libmoe_nb.models.upcycling import initialisations, upcycle
+from libmoe_nb.models.initialisations import initialisations
+from libmoe_nb.models.upcycling import upcycle
 
 LAYER = [f.name for f in dataclasses.fields(MoESpec)]
 MODEL = [f.name for f in dataclasses.fields(Preset)]
@@ -101,7 +104,7 @@ def test_every_field_is_in_the_table():
 def test_words():
     for v in ('no', 'off', '0', 'false', 'No', ' FALSE '): assert MoESpec(norm_topk_prob=v).norm_topk_prob is False
     for v in ('yes', 'on', '1', 'true'): assert MoESpec(gated=v).gated is True
-    assert from_scratch('smoe', 'tiny', norm_topk_prob='no').config.moe['norm_topk_prob'] is False
+    assert from_scratch('smoe', 'tiny', norm_topk_prob='no').config.spec.norm_topk_prob is False
 
 @pytest.mark.parametrize('bad', [dict(grad_clip=-1), dict(weight_decay=-.1), dict(router_z_loss_coef=-1),
                                  dict(warmup_steps=-5), dict(final_lr_fraction=5), dict(betas=.9), dict(betas=(.9, 1.)),
@@ -156,13 +159,13 @@ def test_what_was_saved(tmp_path):
 
 def test_lists_that_are_written_twice():
     from libmoe_nb.moe.experts import activations
-    from libmoe_nb.evaluation.harness import _makers
+    from libmoe_nb.evaluation.perturbations import intervention_makers
     from libmoe_nb.training.trackers import trackers
     assert {n: r.title for n, r in recipes.items() if n in config.own_recipes} == config.own_recipes
     for n in activations: assert read_setting('hidden_act', n) == n
     for n in ('copy', 'drop', 'split', 'virtual_group', 'random', 'shared_only'):
         assert n in initialisations and n in options.init_names
-    assert {*_makers} == {*known_interventions} and {*trackers} == {*options.tracker_names}
+    assert {*intervention_makers} == {*known_interventions} and {*trackers} == {*options.tracker_names}
     for r in config.sharing_recipes:
         with pytest.raises(ValueError, match='at least 1'): build_layer(MoESpec(r, num_shared_experts=0))
     for p in presets:

@@ -20,7 +20,7 @@ def test_tokens_of_no_domain_beside_a_domain_called_unknown():
 
 def test_next_ranked_of_scores_that_are_no_numbers():
     from libmoe_nb.moe.config import MoESpec
-    from libmoe_nb.moe.layers import build_layer
+    from libmoe_nb.moe.recipes import build_layer
     r = build_layer(MoESpec(hidden_size=16, num_experts=6, top_k=3,
                             moe_intermediate_size=8)).router(torch.randn(2, 5, 16))
     new = next_ranked(r.replace(scores=torch.full_like(r.scores, math.nan)), 3)

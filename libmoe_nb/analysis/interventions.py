@@ -1,4 +1,4 @@
-"""What would the model do if its routers had decided otherwise? Functions from one decision to another, for `intervene`.
+"""What would a model do if its routers decided otherwise? Functions from one decision to another, for `intervene`.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/analysis/interventions.html.md"""
 
@@ -11,7 +11,8 @@ __all__ = ['drop_top1', 'drop_top12', 'ranking', 'next_ranked', 'drop_top', 'ban
 # %% ../../nbs/analysis/interventions.ipynb #f293214d
 import torch
 from torch import Tensor
-from ..moe.routers import Routing, stable_topk
+from ..core.errors import check
+from ..moe.routing import Routing, stable_topk
 
 # %% ../../nbs/analysis/interventions.ipynb #a3f8c378
 def ranking(
@@ -30,18 +31,17 @@ def next_ranked(
     needed:Tensor=None,  # [T], how many of the `n` each token needs; None: all
 )->Tensor:        # [T, n] int64: the (K+1)-th, (K+2)-th, ... of each token
     "The best choices that a token did not choose."
-    key = ranking(r)
-    key = key.nan_to_num(torch.finfo(key.dtype).min, float('inf'),
-                         -float('inf')).scatter(-1, r.top_k_index, -float('inf'))
-    if allowed is not None: key = key.masked_fill(~allowed, -float('inf'))
-    if ((key > -float('inf')).sum(-1) < (n if needed is None else needed)).any():
+    key, never = ranking(r), -float('inf')
+    key = key.nan_to_num(torch.finfo(key.dtype).min, float('inf'), never).scatter(-1, r.top_k_index, never)
+    if allowed is not None: key = key.masked_fill(~allowed, never)
+    if ((key > never).sum(-1) < (n if needed is None else needed)).any():
         raise ValueError(f'up to {n} more choices are needed for each token, but of the {r.num_choices} choices '
                          f'{r.top_k} are taken and too few are left')
     return stable_topk(key, n)
 
 # %% ../../nbs/analysis/interventions.ipynb #f8c60862
 def _check_weights(weights, known=('router', 'inherit', 'rank', 'zero')):
-    if weights not in known: raise ValueError(f"weights must be one of {', '.join(known)}, got {weights!r}")
+    check(weights in known, 'weights', weights, f'one of {", ".join(known)}')
 
 def _weigh(r, index):
     if r.router is None:
@@ -69,9 +69,9 @@ def drop_top(
 ):                         # function of `Routing` to `Routing`
     "Replace the `n` best choices of each token by the next in line."
     _check_weights(weights)
-    if n < 0: raise ValueError(f'n must be at least 0, got {n}')
+    check(n >= 0, 'n', n, 'at least 0')
     def drop(r):
-        if n > r.top_k: raise ValueError(f'n must be at most top_k={r.top_k}, got {n}')
+        check(n <= r.top_k, 'n', n, f'at most top_k={r.top_k}')
         return _refill(r, (torch.arange(r.top_k, device=r.top_k_index.device) >= n).expand_as(r.top_k_index), weights)
     return drop
 
@@ -82,7 +82,7 @@ def _choices_of(r, experts):
     "bool [M]: choices that run one of `experts`"
     experts = torch.as_tensor(experts, device=r.top_k_index.device).reshape(-1)
     bad = [e for e in experts.tolist() if not 0 <= e < r.num_experts]
-    if bad: raise ValueError(f'experts must be between 0 and {r.num_experts - 1}, got {bad[0]}')
+    check(not bad, 'experts', bad and bad[0], f'between 0 and {r.num_experts - 1}')
     of = torch.arange(r.num_choices, device=experts.device) if r.expert_of is None else r.expert_of
     return torch.isin(of, experts)
 
@@ -105,29 +105,32 @@ def force_experts(
 ):                        # function of `Routing` to `Routing`
     "Every token gets `experts`, in the place of the weakest of its choice."
     _check_weights(weights, ('router', 'inherit'))
+    numbers = torch.as_tensor(experts).reshape(-1).tolist()
     def force(r):
-        forced = torch.stack([_choices_of(r, [e]).long().argmax()
-                              for e in torch.as_tensor(experts).reshape(-1).tolist()])
+        forced = torch.stack([_choices_of(r, [e]).long().argmax() for e in numbers])
         if len(forced) > r.top_k:
             raise ValueError(f'experts must be at most top_k={r.top_k} experts, got {len(forced)}')
-        old, there = r.top_k_index, (r.top_k_index[..., None] == forced).any(-1)             # [T, K]
-        missing = ~(old[..., None] == forced).any(1)                                         # [T, F]
-        # who goes first: the last, forced ones never
-        key = r.top_k - torch.arange(r.top_k, device=old.device) + there * r.top_k
-        order = key.expand_as(old).argsort(dim=-1, stable=True)                              # [T, K] weakest first
-        queue = forced.expand(len(old), -1).gather(-1, (~missing).long().argsort(dim=-1, stable=True))
-        place = torch.where(torch.arange(queue.shape[-1], device=old.device) < missing.sum(-1, keepdim=True), queue,
-                            old.gather(-1, order[:, :queue.shape[-1]]))
-        index = old.scatter(-1, order[:, :queue.shape[-1]], place)
+        index = _put_in(r.top_k_index, forced)
         return r.replace(top_k_index=index, top_k_weights=_weigh(r, index) if weights == 'router' else r.top_k_weights)
     return force
+
+def _put_in(old, forced):
+    "Choices [T, K] with those of `forced` [F] that a token lacks in the place of its last ones"
+    K, same = old.shape[-1], old[..., None] == forced
+    there, missing = same.any(-1), ~same.any(1)                                             # [T, K], [T, F]
+    # who goes first: the last, forced ones never
+    key = K - torch.arange(K, device=old.device) + there * K
+    weakest = key.expand_as(old).argsort(dim=-1, stable=True)[:, :len(forced)]              # [T, F]
+    queue = forced.expand(len(old), -1).gather(-1, (~missing).long().argsort(dim=-1, stable=True))
+    new = torch.arange(len(forced), device=old.device) < missing.sum(-1, keepdim=True)
+    return old.scatter(-1, weakest, torch.where(new, queue, old.gather(-1, weakest)))
 
 # %% ../../nbs/analysis/interventions.ipynb #f55e543d
 def temperature(
     tau:float, # τ > 0; 1 changes nothing
 ):             # function of `Routing` to `Routing`
     "Router scores from logits divided by `tau`."
-    if not tau > 0: raise ValueError(f'tau must be above 0, got {tau}')
+    check(tau > 0, 'tau', tau, 'above 0')
     def heat(r):
         if r.router is None:
             raise ValueError('temperature needs a record that knows its router, got one with router=None')
@@ -142,7 +145,7 @@ def override_top_k(
     k:int, # experts for each token
 ):         # function of `Routing` to `Routing`
     "Choose `k` in the place of K: the best of the chosen, or the next in line with them."
-    if k < 1: raise ValueError(f'k must be at least 1, got {k}')
+    check(k >= 1, 'k', k, 'at least 1')
     def override(r):
         index = r.top_k_index[:, :k] if k <= r.top_k else torch.cat([r.top_k_index, next_ranked(r, k - r.top_k)], -1)
         return r.replace(top_k_index=index, top_k_weights=_weigh(r, index))

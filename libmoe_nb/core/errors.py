@@ -15,11 +15,12 @@ def shown(
     value,
     most:int=80, # characters
 )->str:
-    "A value in an error message: one line, not too long."
+    "A value for an error message: one line, not too long."
     try: s = ' '.join(repr(value).split())
     except Exception: s = f'a {type(value).__name__} that cannot be shown'
     return s if len(s) <= most else f'{s[:most - 3]}...'
 
+# %% ../../nbs/core/errors.ipynb #542a0992
 def check(
     ok,           # does it hold?
     name:str,     # of the argument
@@ -42,20 +43,20 @@ def did_you_mean(
 
 # %% ../../nbs/core/errors.ipynb #e72e8e85
 def first_line(
-    e,               # an exception
-    most:int=None,   # characters; then all of its words count, not those of its first line alone
-)->str:              # its text, or its class if it has none
+    e,             # an exception
+    most:int=None, # characters; then all of its words count, not those of its first line alone
+)->str:            # its text, or the name of its class if it has none
     "What an exception says, short enough for a sentence."
     words = next(iter(str(e).strip().splitlines()), '') if most is None else ' '.join(str(e).split())[:most]
     return words or type(e).__name__
 
 # %% ../../nbs/core/errors.ipynb #df900b84
 def differences(
-    saved:dict,        # may hold dicts
-    asked:dict,
-    name:str='',       # in front of each name
-    strict:bool=True,  # False: only what both have
-)->dict:               # name -> (saved, asked)
+    saved:dict,       # may hold dicts
+    asked:dict,       # as `saved`
+    name:str='',      # in front of each name
+    strict:bool=True, # False: only what both have (`options` are always compared whole)
+)->dict:              # name -> (saved, asked), None for what is missing
     "What differs in two nested dicts, under names like 'preset.steps'."
     res, both = {}, [k for k in saved if k in asked]
     for k in [*saved, *(k for k in asked if k not in saved)] if strict else both:
@@ -64,10 +65,11 @@ def differences(
         elif a != b: res[n] = a, b
     return res
 
+# %% ../../nbs/core/errors.ipynb #8fbc0b30
 def tell_differences(
-    found:dict,                       # of `differences`
-    form:str='{} is {!r}, not {!r}',  # of one: name, saved, asked
-    most:int=6,                       # more of them are counted
+    found:dict,                      # of `differences`
+    form:str='{} is {!r}, not {!r}', # of one: name, saved, asked
+    most:int=6,                      # more of them are counted
 )->str:
     "Differences as a clause."
     res = [form.format(n, a, b) for n, (a, b) in found.items()]

@@ -9,7 +9,7 @@ __all__ = ['atomic_path', 'write_atomic', 'jsonable', 'write_json', 'read_json',
            'make_folder', 'locked_folder', 'file_digest', 'flush_to_disk']
 
 # %% ../../nbs/core/files.ipynb #9493ddda
-import json, math, os, contextlib
+import json, math, os
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -17,8 +17,10 @@ from filelock import FileLock, Timeout
 
 # %% ../../nbs/core/files.ipynb #9ce15a49
 @contextmanager
-def atomic_path(path):
-    "Another name to write to, which becomes `path` if the block ends well"
+def atomic_path(
+    path, # to be written; yields another name in the same folder
+):
+    "A name to write to, which becomes `path` if the block ends well, and is removed if not."
     tmp = (path := Path(path)).with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         yield tmp
@@ -28,14 +30,16 @@ def atomic_path(path):
 # %% ../../nbs/core/files.ipynb #242487b6
 def write_atomic(
     path,
-    text:str,
+    text:str, # written as UTF-8
 ):
     "Write a file whole, or not at all."
     with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
 
 # %% ../../nbs/core/files.ipynb #5c37c65e
-def jsonable(o):
-    "As JSON has it"
+def jsonable(
+    o, # dicts, lists, numbers, paths, text
+):     # the same in what JSON has
+    "What JSON can hold of a value."
     if isinstance(o, dict): return {str(k): jsonable(v) for k, v in o.items()}
     if isinstance(o, (list, tuple)): return [jsonable(v) for v in o]
     if getattr(o, 'shape', None) == (): o = o.item()
@@ -43,43 +47,55 @@ def jsonable(o):
     return str(o) if isinstance(o, os.PathLike) else o
 
 # %% ../../nbs/core/files.ipynb #31986777
-def write_json(path, o):
-    "`write_atomic` for what JSON can say."
+def write_json(
+    path,
+    o, # see `jsonable`
+):
+    "`write_atomic` for what JSON can hold."
     write_atomic(path, json.dumps(jsonable(o), indent=1, allow_nan=False) + '\n')
 
-def read_json(path):
+def read_json(
+    path,
+):        # what the file holds
     "What a JSON file holds, or a `ValueError` that names it."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise ValueError(f'{path} cannot be read: {e}') from None
 
 # %% ../../nbs/core/files.ipynb #7ebe7731
-def check_writable(out):
-    "Raise if `out` is no folder and cannot become one"
+def check_writable(
+    out:Path, # need not exist
+):
+    "Raise a `ValueError` if `out` is not a folder and cannot become one; nothing is made."
     there = next(p for p in [out, *out.absolute().parents] if p.exists())
     why = ('it is a file' if there == out and not out.is_dir() else f'{there} is a file' if not there.is_dir()
            else 'permission denied' if not os.access(there, os.W_OK | os.X_OK) else None)
     if why: raise ValueError(f'out={str(out)!r} cannot be written ({why}): name a folder that can')
 
-def check_is_folder(out):
+def check_is_folder(
+    out, # a path
+):
+    "Raise a `ValueError` if there is no folder `out`."
     if not Path(out).is_dir(): raise ValueError(f'out={str(out)!r} is not a folder: name one that `compare` wrote')
 
-def make_folder(folder):
+def make_folder(
+    folder:Path, # and all above it
+):
+    "Make a folder if it is not there, or raise a `ValueError` that says why it cannot be."
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ValueError(f'out={str(folder)!r} cannot be written ({e.strerror or e}): name a folder that can') from None
 
 # %% ../../nbs/core/files.ipynb #a2f809ff
-@contextlib.contextmanager
-def locked_folder(out):
-    "Hold the folder `out`, which is made if need be"
+@contextmanager
+def locked_folder(
+    out:Path, # made if need be
+):
+    "Hold a folder for the length of a block, or raise a `ValueError` that names the process that holds it."
     make_folder(out)
     try: (lock := FileLock(out/'.lock')).acquire(timeout=0)
     except Timeout:
-        with contextlib.suppress(OSError):
-            raise ValueError(f'out={str(out)!r} is in use by process {(out/".owner").read_text()}: wait until it ends, '
-                             f'or choose another folder') from None
-        raise ValueError(f'out={str(out)!r} is in use by another process: wait until it ends, or choose another '
-                         f'folder') from None
+        raise ValueError(f'out={str(out)!r} is in use by {_owner(out)}: wait until it ends, or choose another '
+                         'folder') from None
     except OSError as e:
         raise ValueError(f'out={str(out)!r} cannot be written ({e.strerror or e}): name a folder that can') from None
     try:
@@ -87,8 +103,14 @@ def locked_folder(out):
         yield
     finally: lock.release()
 
+def _owner(out):
+    with suppress(OSError): return f'process {(out/".owner").read_text()}'
+    return 'another process'
+
 # %% ../../nbs/core/files.ipynb #8c170d65
-def file_digest(path)->str: # 32 hexadecimal digits
+def file_digest(
+    path,
+)->str:   # 32 hexadecimal digits
     "Digest of a file's bytes."
     h = blake2b(digest_size=16)
     with open(path, 'rb') as f:

@@ -8,6 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/core/modes.html.md"""
 __all__ = ['evaluating', 'seeded', 'autocast', 'unwrap', 'quiet_bars']
 
 # %% ../../nbs/core/modes.ipynb #b32e6b60
+import sys
 from contextlib import contextmanager
 
 # %% ../../nbs/core/modes.ipynb #57c96f86
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 def evaluating(
     model, # an `nn.Module`; yields the device of its parameters
 ):
-    "Evaluation mode without gradients, and at the end every module's own mode again."
+    "Evaluation mode without gradients, and at the end every module's own mode again, also after an error."
     import torch
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
@@ -26,21 +27,8 @@ def evaluating(
 
 # %% ../../nbs/core/modes.ipynb #93d0472d
 @contextmanager
-def seeded(
-    seed:int,               # None: change nothing
-    everything:bool=False,  # Python's and NumPy's generators, too
-):
-    "Draw from a seed, and leave the generators as they were."
-    if seed is None: yield; return
-    import torch
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized()
-                               else []), _others(seed if everything else None):
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(seed)
-        yield
-
-@contextmanager
 def _others(seed):
+    "Python's and NumPy's generators"
     if seed is None: yield; return
     import random, numpy as np
     states = random.getstate(), np.random.get_state()
@@ -48,24 +36,44 @@ def _others(seed):
     try: yield
     finally: random.setstate(states[0]); np.random.set_state(states[1])
 
+# %% ../../nbs/core/modes.ipynb #051985b0
+@contextmanager
+def seeded(
+    seed:int,              # None: change nothing
+    everything:bool=False, # Python's and NumPy's generators, too
+):
+    "Draw from a seed, and leave the generators as they were."
+    if seed is None: yield; return
+    import torch
+    gpu = torch.cuda.is_initialized()
+    with (torch.random.fork_rng(devices=range(torch.cuda.device_count()) if gpu else []),
+          _others(seed if everything else None)):
+        torch.default_generator.manual_seed(seed)
+        if gpu: torch.cuda.manual_seed_all(seed)
+        yield
+
 # %% ../../nbs/core/modes.ipynb #41725c01
 def autocast(
-    device,     # of torch
-    bf16:bool,  # False: a context that does nothing
-):
+    device,    # of torch
+    bf16:bool, # False: a context that does nothing
+):             # a context
     "Compute in bfloat16 where that is safe."
     import torch
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
-def unwrap(model):
-    "The model inside of `DistributedDataParallel`, or the model."
+# %% ../../nbs/core/modes.ipynb #101975aa
+def unwrap(
+    model, # an `nn.Module`
+):         # the module inside of `DistributedDataParallel`, or `model`
+    "The model, however it is wrapped for training."
     from torch import nn
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 @contextmanager
 def quiet_bars():
-    "Without the progress bars of transformers."
-    from transformers.utils import logging
+    "Without the progress bars of transformers; import it before the block."
+    logging = sys.modules.get('transformers.utils.logging')
+    if logging is None: yield; return
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try: yield

@@ -7,35 +7,36 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/core/ranks.html.md"""
 # %% auto #0
 __all__ = ['world_size', 'rank', 'is_main', 'sum_over_ranks', 'mean_over_ranks']
 
-# %% ../../nbs/core/ranks.ipynb #0185d3be
-import torch
-
 # %% ../../nbs/core/ranks.ipynb #f98194f0
 def world_size()->int:
     "Number of processes that train together; 1 without a process group."
-    return torch.distributed.get_world_size() if _started() else 1
+    return _group().get_world_size() if _started() else 1
 
 def rank()->int:
     "Number of this process, from 0."
-    return torch.distributed.get_rank() if _started() else 0
+    return _group().get_rank() if _started() else 0
 
 def is_main()->bool:
     "Is this the process that writes files and speaks?"
     return rank() == 0
 
-def _started(): return torch.distributed.is_available() and torch.distributed.is_initialized()
+def _group():
+    from torch import distributed
+    return distributed
+
+def _started(): return _group().is_available() and _group().is_initialized()
 
 # %% ../../nbs/core/ranks.ipynb #aacc7285
 def sum_over_ranks(
-    x:torch.Tensor, # of the same shape in all processes; left as it is
-)->torch.Tensor:    # the same in all processes
+    x, # tensor of the same shape in all processes; left as it is
+):     # the same in all processes; `x` itself where there is one
     "The sum of `x` over all processes."
     if world_size() == 1: return x
-    torch.distributed.all_reduce(x := x.clone())
+    _group().all_reduce(x := x.clone())
     return x
 
 def mean_over_ranks(
-    x:torch.Tensor, # of floating point, of the same shape in all processes
-)->torch.Tensor:    # the same in all processes
+    x, # tensor of floating point, of the same shape in all processes
+):     # the same in all processes; `x` itself where there is one
     "The mean of `x` over all processes."
     return sum_over_ranks(x) / world_size() if world_size() > 1 else x

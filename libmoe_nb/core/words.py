@@ -12,46 +12,55 @@ import math, numbers
 
 # %% ../../nbs/core/words.ipynb #704f49ba
 def format_number(
-    v,             # None and what is not finite: a dash
-    digits:int=1,  # after the point
+    v,            # None and what is not finite: a dash
+    digits:int=1, # after the point
 )->str:
     "A number with thousands apart."
     if v is None or not abs(v) < math.inf: return '–'
     return f'{v:,.{digits}f}' if abs(v) < 1e7 else f'{v:.1e}'
 
-def format_millions(n)->str:
+# %% ../../nbs/core/words.ipynb #45eea982
+def format_millions(
+    n, # what is not a finite number: a dash
+)->str:
     "A count in millions."
-    if not isinstance(n, numbers.Real) or n != n: return '–'
+    if not isinstance(n, numbers.Real) or not abs(n) < math.inf: return '–'
     return f'{n/1e6:,.2f} M' if n < 1e8 else f'{n/1e6:,.0f} M'
 
 def format_duration(
-    s, # seconds
+    s, # seconds; None and what is not finite: a dash
 )->str:
-    "A time in the unit in which it is short."
-    if s is None or s != s: return '–'
+    "A time in the unit in which it is short: seconds, minutes or hours."
+    if s is None or not abs(s) < math.inf: return '–'
     return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
 
+# %% ../../nbs/core/words.ipynb #70b153a0
 def format_percent(
-    v,            # a share
-    e=math.nan,   # its standard error
+    v,          # a share; what is not a finite number: a dash
+    e=math.nan, # its standard error
 )->str:
     "A share in %, with its error if there is one."
-    known = lambda x: isinstance(x, numbers.Real) and x == x
+    known = lambda x: isinstance(x, numbers.Real) and abs(x) < math.inf
     return (f'{100*v:.1f}' + (f' ± {100*e:.1f}' if known(e) else '')) if known(v) else '–'
 
 # %% ../../nbs/core/words.ipynb #2fd8961b
-def plural(n, word:str)->str:
+def plural(
+    n:int,
+    word:str, # one of them
+)->str:
     "A count and its noun."
     return f'{n:,} {word}' + ('' if n == 1 else 's')
 
-def join_words(words)->str:
-    "'a, b and c'"
+def join_words(
+    words:list, # of text, at least one
+)->str:         # 'a, b and c'
+    "A list as a person says it."
     return words[0] if len(words) == 1 else ', '.join(words[:-1]) + ' and ' + words[-1]
 
 def join_some(
-    values,
-    most:int=4, # more of them are counted
-)->str:
-    "'0, 3, 5 and 8 and 2 more'"
-    return join_words([str(v) for v in values[:most]]) + (f' and {len(values) - most} more'
-                                                          if len(values) > most else '')
+    values:list, # of anything, at least one
+    most:int=4,  # more of them are counted
+)->str:          # 'a, b, c and d and 2 more'
+    "The first of a list as a person says it, and how many more there are."
+    more = f' and {len(values) - most} more' if len(values) > most else ''
+    return join_words([str(v) for v in values[:most]]) + more

@@ -1,4 +1,4 @@
-"""Low-rank adapters on attention, on the stacked experts and, whole, on the routers, through the library that everyone uses for them.
+"""Low-rank adapters on attention and on the stacked experts, and whole routers, by way of peft.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/models/lora.html.md"""
 
@@ -25,34 +25,45 @@ def _linears(model, holds):
     return [n for n, m in model.named_modules() if (isinstance(m, nn.Linear) or type(m).__name__ == 'Conv1D')
             and any(n.startswith(f'{r}.') for r in roots)]
 
+# part -> does it begin at this module?
+_linear_parts = dict(attention=lambda name, module: 'Attention' in type(module).__name__,
+                     shared_experts=lambda name, module: name.endswith('shared_experts'))
+
+def _linears_of(model, parts):
+    "Names of the linear layers of those of `parts` that consist of some"
+    found = {p: _linears(model, holds) for p, holds in _linear_parts.items() if p in parts}
+    for p, names in found.items():
+        if not names: raise ValueError(f'parts={p!r} found no linear layer in {type(model).__name__}')
+    return [n for names in found.values() for n in names]
+
 # %% ../../nbs/models/lora.ipynb #7ab47a8a
 def lora_targets(
     model:nn.Module,                # with layers of ours
     parts=('attention', 'experts'), # of: attention, experts, shared_experts, routers
 )->dict:                            # keywords of peft's `LoraConfig`
     "Where in a model the low-rank adapters go."
-    known, parts = (('attention', 'experts', 'shared_experts', 'routers'),
-                    [parts] if isinstance(parts, str) else list(parts))
-    layers = [m for m in model.modules() if isinstance(m, MoELayer)]
-    for p in parts:
-        if p not in known: raise ValueError(f"parts must be of {', '.join(known)}, got {p!r}")
-        if p != 'attention' and not layers:
-            raise ValueError(f"model must have mixture-of-experts layers for "
-                             f"parts={p!r}, got a {type(model).__name__} without")
-    inside = dict(attention=lambda n, m: 'Attention' in type(m).__name__,
-                  shared_experts=lambda n, m: n.endswith('shared_experts'))
-    found = {p: _linears(model, holds) for p, holds in inside.items() if p in parts}
-    for p, names in found.items():
-        if not names: raise ValueError(f'parts={p!r} found no linear layer in {type(model).__name__}')
-    linears = [n for names in found.values() for n in names]
+    parts, layers = [parts] if isinstance(parts, str) else list(parts), _own_layers(model)
+    _check_parts(model, parts, layers)
+    linears = _linears_of(model, parts)
     if 'experts' in parts and any(type(model.get_submodule(n)).__name__ == 'Conv1D' for n in linears):
         raise ValueError(f'parts must hold either experts or layers of type Conv1D, which peft cannot adapt together, '
                          f'got {parts}')
-    names = {n for n, _ in model.named_modules()}
+    others = {n for n, _ in model.named_modules()} - {*linears}
     stacked = [f'experts.{n}' for n in (layers[0].experts.up_name, 'down_proj')] if 'experts' in parts else []
     whole = [n for n in ('router', 'shared_gate') if getattr(layers[0], n) is not None] if 'routers' in parts else []
-    return dict(target_modules=_ends(linears, names - {*linears}) if linears else [], target_parameters=stacked or None,
+    return dict(target_modules=_ends(linears, others) if linears else [], target_parameters=stacked or None,
                 modules_to_save=whole or None)
+
+# %% ../../nbs/models/lora.ipynb #10a0e003
+_parts = 'attention', 'experts', 'shared_experts', 'routers'
+def _own_layers(model): return [m for m in model.modules() if isinstance(m, MoELayer)]
+
+def _check_parts(model, parts, layers):
+    for p in parts:
+        if p not in _parts: raise ValueError(f"parts must be of {', '.join(_parts)}, got {p!r}")
+        if p != 'attention' and not layers:
+            raise ValueError(f"model must have mixture-of-experts layers for parts={p!r}, got a "
+                             f"{type(model).__name__} without")
 
 # %% ../../nbs/models/lora.ipynb #2c64f910
 def add_lora(

@@ -10,24 +10,25 @@ __all__ = ['load_balancing_loss', 'router_z_loss', 'null_reward']
 # %% ../../nbs/moe/losses.ipynb #eeadd7e7
 import torch
 from torch import Tensor
+from ..core.errors import check
 from ..core.ranks import mean_over_ranks, sum_over_ranks, world_size
-from .routers import Routing
+from .routing import Routing
 
 # %% ../../nbs/moe/losses.ipynb #f74236d0
 def _groups(routing:Routing, group:str):
     "The number of groups G, and T as [G, T/G]"
     known = ('sequence', 'micro_batch', 'global_batch')
-    if group not in known: raise ValueError(f"group must be one of {', '.join(known)}, got {group!r}")
+    check(group in known, 'group', group, f"one of {', '.join(known)}")
     return _sequences(routing) if group == 'sequence' else 1
 
 def _sequences(routing): return max(routing.shape[0], 1) if len(routing.shape) > 1 else 1
 
+# %% ../../nbs/moe/losses.ipynb #503e85fc
 def _token_mask(routing:Routing, mask, dtype):
     "[T] of ones, zeros at padding"
     if mask is None: return torch.ones(routing.num_tokens, dtype=dtype, device=routing.scores.device)
-    if mask.numel() != routing.num_tokens:
-        raise ValueError(f'mask must have one entry for each of the {routing.num_tokens} tokens, got shape '
-                         f'{tuple(mask.shape)}')
+    check(mask.numel() == routing.num_tokens, 'mask', tuple(mask.shape),
+          f'of a shape with one entry for each of the {routing.num_tokens} tokens')
     return mask.reshape(-1).to(dtype)
 
 def _masked_mean(values, m):
@@ -66,15 +67,14 @@ def load_balancing_loss(
     group:str='sequence',       # tokens balanced together: 'sequence', 'micro_batch' or 'global_batch'
     choice_weights:Tensor=None, # [M] η of each choice; None: all 1
     over_experts:bool=False,    # balance the N experts behind the M choices
-    shares:Tensor=None,         # [2, B] of each sequence in the step: as a sequence, and by its tokens; None: this is all of it
+    shares:Tensor=None,         # [2, B] of each sequence in the step: as a sequence, by its tokens; None: all of it
 )->Tensor:                      # scalar; 1 at uniform routing
     "Load-balancing loss of one layer, averaged over groups that hold a real token."
     scores, index, U = _units(routing, over_experts)
     G, m = _groups(routing, group), _token_mask(routing, mask, scores.dtype)
     p = scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     p = p.masked_fill(m[:, None] == 0, 0).reshape(G, -1, U).sum(1)                                   # [G, U]
-    # [G, 1] real tokens
-    n = m.view(G, -1).sum(-1, keepdim=True)
+    n = m.view(G, -1).sum(-1, keepdim=True)                                                          # [G, 1]
     counts = m.new_zeros(G, U + 1).scatter_add_(1, index.reshape(G, -1),
                                                 m[:, None].expand_as(index).reshape(G, -1))[:, :U]
     if group == 'global_batch': counts, n = _over_ranks(counts, n)

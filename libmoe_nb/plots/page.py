@@ -14,34 +14,69 @@ import fastcore.xml as ft, re
 _css = '''
 :root { color-scheme: light; --line: #e2e2e2; --soft: #666 }
 * { box-sizing: border-box }
-body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #222; background: #fff; max-width: 76rem; margin: 2.5rem auto; padding: 0 1.25rem }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.4rem 0 .5rem; padding-top: .8rem; border-top: 1px solid var(--line) }
-p { max-width: 46rem; margin: .5rem 0 } .soft, figcaption, td small { color: var(--soft) } .lead { font-size: 1.05rem; color: var(--soft) }
-.scroll { overflow-x: auto; container-type: inline-size } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums } .wide { width: 100% }
-th, td { padding: .32rem .55rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap } th { font-weight: 600; color: var(--soft); vertical-align: bottom } thead th { white-space: normal }
-th.l, td.l { text-align: left } td.w { white-space: normal; overflow-wrap: anywhere } tr.best td { font-weight: 600; background: #f4f8f4 } tr.floor td { color: var(--soft) }
-.dot { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .5em; -webkit-print-color-adjust: exact; print-color-adjust: exact }
-.verdict { border-left: 4px solid #0060c0; background: #f3f7fc; padding: .7rem 1rem; max-width: none; -webkit-print-color-adjust: exact; print-color-adjust: exact }
-code { font: .92em ui-monospace, Menlo, Consolas, monospace; background: #f5f5f5; padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere }
-figure { margin: .8rem 0 } figcaption { font-size: .88rem; max-width: 46rem } img { max-width: 100%; height: auto; display: block }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .2rem 1.2rem; align-items: start } h3 { font-size: 1rem; margin: 1rem 0 .3rem }
-tbody th { padding-left: 0; vertical-align: top } footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; border-top: 1px solid var(--line); padding-top: .8rem }
-@media print { body { font-size: 10.5pt; margin: 0; max-width: none; padding: 0 } figure, tr, .verdict { break-inside: avoid } h2 { break-after: avoid } .scroll { overflow: visible } table { font-size: 8pt } }
+body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #222; background: #fff;
+  max-width: 76rem; margin: 2.5rem auto; padding: 0 1.25rem }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .5rem; padding-top: .8rem; border-top: 1px solid var(--line) }
+p { max-width: 46rem; margin: .5rem 0 }
+.soft, figcaption, td small { color: var(--soft) }
+.lead { font-size: 1.05rem; color: var(--soft) }
+.scroll { overflow-x: auto; container-type: inline-size }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+.wide { width: 100% }
+th, td { padding: .32rem .55rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
+  white-space: nowrap }
+th { font-weight: 600; color: var(--soft); vertical-align: bottom }
+thead th { white-space: normal }
+th.l, td.l { text-align: left }
+td.w { white-space: normal; overflow-wrap: anywhere }
+tr.best td { font-weight: 600; background: #f4f8f4 }
+tr.floor td { color: var(--soft) }
+.dot { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .5em;
+  -webkit-print-color-adjust: exact; print-color-adjust: exact }
+.verdict { border-left: 4px solid #0060c0; background: #f3f7fc; padding: .7rem 1rem; max-width: none;
+  -webkit-print-color-adjust: exact; print-color-adjust: exact }
+code { font: .92em ui-monospace, Menlo, Consolas, monospace; background: #f5f5f5; padding: .1em .3em;
+  border-radius: 3px; overflow-wrap: anywhere }
+figure { margin: .8rem 0 }
+figcaption { font-size: .88rem; max-width: 46rem }
+img { max-width: 100%; height: auto; display: block }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .2rem 1.2rem;
+  align-items: start }
+h3 { font-size: 1rem; margin: 1rem 0 .3rem }
+tbody th { padding-left: 0; vertical-align: top }
+footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; border-top: 1px solid var(--line);
+  padding-top: .8rem }
+@media print {
+  body { font-size: 10.5pt; margin: 0; max-width: none; padding: 0 }
+  figure, tr, .verdict { break-inside: avoid }
+  h2 { break-after: avoid }
+  .scroll { overflow: visible }
+  table { font-size: 8pt }
+}
 '''
 
 # %% ../../nbs/plots/page.ipynb #489301c4
-_cards = """.cards-N, .cards-N tbody { display: block } .cards-N thead { display: none }
-.cards-N tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .1rem .9rem; padding: .5rem .4rem; border-bottom: 1px solid var(--line) } .cards-N tr.best { background: #f4f8f4 }
-.cards-N td { text-align: left; border: 0; padding: .1rem 0; white-space: normal; overflow-wrap: anywhere } .cards-N td:empty { display: none } .cards-N td.l { grid-column: 1 / -1 } .cards-N td.name { order: -1; font-weight: 600 }
-.cards-N td:not(.name)[data-label]::before { content: attr(data-label); display: block; color: var(--soft); font-weight: 400 }"""
+_cards = """.cards-N, .cards-N tbody { display: block }
+.cards-N thead { display: none }
+.cards-N tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .1rem .9rem;
+  padding: .5rem .4rem; border-bottom: 1px solid var(--line) }
+.cards-N tr.best { background: #f4f8f4 }
+.cards-N td { text-align: left; border: 0; padding: .1rem 0; white-space: normal; overflow-wrap: anywhere }
+.cards-N td:empty { display: none }
+.cards-N td.l { grid-column: 1 / -1 }
+.cards-N td.name { order: -1; font-weight: 600 }
+.cards-N td:not(.name)[data-label]::before { content: attr(data-label); display: block; color: var(--soft);
+  font-weight: 400 }"""
 
+# %% ../../nbs/plots/page.ipynb #b0fafac3
 def _sheet(body):
     "All styles: a table of class cards-N has cards where less than N pixels are left, on paper in smaller letters"
+    sizes = sorted({int(n) for n in re.findall(r'cards-(\d{3,4})\b', body)})
     rule = lambda medium, n, at: (f'@media {medium} {{ @container (max-width: {at - 1}px) {{ '
-                                  f'{_cards.replace("N", str(n))} }} }}')
-    return _css + '\n'.join(rule(m, n, round(n * f))
-                            for n in sorted({int(n) for n in re.findall(r'cards-(\d{3,4})\b', body)})
-                            for m, f in (('screen', 1), ('print', .76)))
+                                  f'{_cards.replace("cards-N", f"cards-{n}")} }} }}')
+    return _css + '\n'.join(rule(medium, n, round(n * smaller)) for n in sizes
+                            for medium, smaller in (('screen', 1), ('print', .76)))
 
 # %% ../../nbs/plots/page.ipynb #86b0e030
 def report_figure(
@@ -50,7 +85,7 @@ def report_figure(
     caption:str=None,
 ):                     # element
     "A figure inside the page."
-    from libmoe_nb.plots.figures import figure_uri
+    from libmoe_nb.plots.style import figure_uri
     return ft.Figure(ft.Img(src=figure_uri(getattr(fig, 'figure', fig)), alt=alt),
                      *([ft.Figcaption(caption)] if caption else []))
 
@@ -58,9 +93,9 @@ def report_figure(
 def _text(o): return ''.join(map(_text, o.children)) if hasattr(o, 'children') else '' if o is None else str(o)
 
 def _pixels(cell):
-    "About how wide a cell must be; words of a heading may stand below each other, and what may break anywhere needs 14rem"
-    words = (_text(cell).split() if cell.tag == 'th' else ['x' * 25] if 'w' in cell.attrs.get('class', '').split()
-             else [_text(cell)])
+    "About how wide a cell must be: words of a heading may stand below each other, what may break anywhere needs 14rem"
+    words = _text(cell).split() if cell.tag == 'th' else [_text(cell)]
+    if cell.tag != 'th' and 'w' in cell.attrs.get('class', '').split(): words = ['x' * 25]
     return 9. * max(map(len, words), default=0) + 18
 
 def _room(head, rows):
@@ -78,6 +113,7 @@ def report_cells(
     return [v if getattr(v, 'tag', '') in ('td', 'th') else tag(v, cls='l') if i < left else tag(v)
             for i, v in enumerate(values)]
 
+# %% ../../nbs/plots/page.ipynb #d1a8a98c
 def report_table(
     head,       # values
     rows,       # `ft.Tr` elements, or lists of values
@@ -107,8 +143,7 @@ def report_page(
     footer:str='',
 )->str:           # HTML
     "The whole page."
-    body = ft.Body(ft.Header(ft.H1(title), ft.P(lead, cls='lead')), *sections, ft.Footer(footer))
-    body = ft.to_xml(body)
+    body = ft.to_xml(ft.Body(ft.Header(ft.H1(title), ft.P(lead, cls='lead')), *sections, ft.Footer(footer)))
     head = ft.Head(ft.Meta(charset='utf-8'), ft.Meta(name='viewport', content='width=device-width, initial-scale=1'),
                    ft.Title(title), ft.Style(ft.Safe(_sheet(body))))
     return '<!doctype html>\n' + ft.to_xml(ft.Html(head, ft.Safe(body), lang='en'))

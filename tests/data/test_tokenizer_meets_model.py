@@ -9,7 +9,8 @@ from libmoe_nb.data.text import check_ids, largest_id, text_data
 from libmoe_nb.models.causal import from_scratch
 from libmoe_nb.evaluation.suites import Suite, make_suite
 from libmoe_nb.training.learner import moe_learner
-from libmoe_nb.experiments.upcycle import text_perplexities, upcycle_and_train
+from libmoe_nb.evaluation.heldout import text_perplexities
+from libmoe_nb.experiments.upcycle import upcycle_and_train
 
 def tokenizer(at=None, special=()):
     "257 pieces: bytes, the letter e at id `at` where that is given, and the end of text"
@@ -170,13 +171,13 @@ def test_a_suite_that_is_no_suite(tmp_path):
 
 # --- held out is what a run held out
 def test_text_that_changed_is_not_held_out(words):
-    from libmoe_nb.experiments.inspect import _as_trained
+    from libmoe_nb.experiments.probe import same_documents
     data = text_data(str(words), vocab_size=300, sequence_length=32)
     parts = json.loads(json.dumps(data.info))
-    assert _as_trained(data, parts) and _as_trained(text_data(str(words), tokenizer=data.tokenizer, sequence_length=16),
-                                                    parts) and _as_trained(data, None)
+    assert same_documents(data, parts) and same_documents(text_data(str(words), tokenizer=data.tokenizer, sequence_length=16),
+                                                    parts) and same_documents(data, None)
     for p in (words/'notes').glob('3*.txt'): p.unlink()
-    assert not _as_trained(text_data(str(words), tokenizer=data.tokenizer, sequence_length=32), parts)
+    assert not same_documents(text_data(str(words), tokenizer=data.tokenizer, sequence_length=32), parts)
 
 def test_an_analysis_of_a_run_whose_text_changed(words, tmp_path):
     args = ['--preset', 'tiny', '--steps', 2, '--batch-size', 2, '--sequence-length', 32, '--vocab-size', 300,

@@ -95,7 +95,7 @@ def test_any_causal_model(kind, tok, task):
         m = LlamaForCausalLM(LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                          num_attention_heads=2, max_position_embeddings=64))
     elif kind == 'mixtral':
-        from libmoe_nb.analysis.adapters import tiny_moe
+        from libmoe_nb.analysis.tiny_models import tiny_moe
         m = tiny_moe('mixtral')
         m.resize_token_embeddings(257)
     else: m = from_scratch(kind, 'tiny', vocab_size=257, sequence_length=96, seed=0)

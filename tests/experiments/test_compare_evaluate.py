@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
 from libmoe_nb.experiments.compare import compare, train
-from libmoe_nb.experiments.comparison import read_comparison
+from libmoe_nb.experiments.reports import read_comparison
 from libmoe_nb.experiments.run import SuiteCallback
 from libmoe_nb.models.causal import from_scratch
 from libmoe_nb.evaluation.suites import make_suite
-from libmoe_nb.training.learner import MetricsWriter, moe_learner, read_metrics
+from libmoe_nb.training.learner import moe_learner
+from libmoe_nb.training.log import RunLog, read_log
 
 SMALL = dict(steps=10, hidden_size=32, batch_size=4, warmup_steps=1, progress=None)
 
@@ -33,7 +34,7 @@ def runs(data, suite, tmp_path_factory):
     return compare('dense,smoe', data, 'tiny', seeds=2, out=out, evaluate=suite, **SMALL)
 
 def diary(folder, *drop):
-    return read_metrics(folder/'metrics.jsonl').drop(columns=['seconds', 'tokens_per_second', *drop])
+    return read_log(folder/'metrics.jsonl').drop(columns=['seconds', 'tokens_per_second', *drop])
 
 def test_tables_and_report(runs, suite):
     assert set(runs.scores.model) == {'dense', 'smoe'} and {'cloze', 'minimal_pairs', 'mean', 'mean_stderr', 'rank',
@@ -112,7 +113,7 @@ def test_killed_run_goes_on_with_the_same_diary(data, suite, runs, tmp_path):
 def test_callback_leaves_random_state_and_mode(data, suite, tmp_path):
     model = from_scratch('smoe', 'tiny', vocab_size=data.vocab_size, hidden_size=32, seed=0)
     learn = moe_learner(model, data, preset='tiny', batch_size=4, steps=2,
-                        cbs=[MetricsWriter(tmp_path/'m.jsonl'), SuiteCallback(suite, data.tokenizer, {0, 2}, 3)])
+                        cbs=[RunLog(tmp_path/'m.jsonl'), SuiteCallback(suite, data.tokenizer, {0, 2}, 3)])
     point, seen = SuiteCallback.point, []
     def watched(self):
         state = lambda: (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate(),
@@ -124,7 +125,7 @@ def test_callback_leaves_random_state_and_mode(data, suite, tmp_path):
         m.setattr(SuiteCallback, 'point', watched)
         learn.fit_cosine()
     assert seen == [True, True]
-    rows = read_metrics(tmp_path/'m.jsonl')
+    rows = read_log(tmp_path/'m.jsonl')
     assert sorted(rows[rows.split == 'eval'].step.unique()) == [0, 2]
 
 def test_train_and_refusals(data, suite, tmp_path):

@@ -16,7 +16,8 @@ from libmoe_nb.experiments.comparison import verdict
 from libmoe_nb.experiments.inspect import analyze
 from libmoe_nb.experiments.reports import read_comparison
 from libmoe_nb.moe.config import recipe, recipes
-from libmoe_nb.plots.figures import plot_curves, plot_perplexity, recipe_title
+from libmoe_nb.plots.style import recipe_title
+from libmoe_nb.plots.training import plot_curves, plot_perplexity
 from libmoe_nb.terminal import comparison_tables
 
 @pytest.fixture

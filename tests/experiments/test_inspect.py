@@ -10,7 +10,8 @@ from libmoe_nb.experiments.analysis import measure_trace, random_like
 from libmoe_nb.experiments.inspect import analyze, load_subject
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
-from libmoe_nb.experiments.compare import compare, read_comparison, train
+from libmoe_nb.experiments.compare import compare, train
+from libmoe_nb.experiments.reports import read_comparison
 from libmoe_nb.analysis.metrics import expert_allocation_entropy
 from libmoe_nb.models.causal import from_scratch
 from libmoe_nb.analysis.traces import make_trace, read_trace

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from libmoe_nb.cli import app
 from libmoe_nb.data.text import text_data
 from libmoe_nb.analysis.tracing import moe_layers
-from libmoe_nb.experiments.upcycle import find_model, packaged_models, upcycle_and_train
+from libmoe_nb.experiments.upcycle import upcycle_and_train
+from libmoe_nb.models.loading import find_model, packaged_models
 
 SMALL = '--batch-size 4 --sequence-length 32 --learning-rate 3e-3 --threads 1 --valid-tokens 2000'.split()
 SIZES = dict(llama=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2),
@@ -73,7 +74,7 @@ def test_upcycle_a_folder(family, box, tmp_path):
     ids = tok('the tales of', return_tensors='pt').input_ids
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
     data = text_data(box/'texts', tokenizer=tok, sequence_length=32)
-    from libmoe_nb.training.learner import evaluate_perplexity
+    from libmoe_nb.evaluation.heldout import evaluate_perplexity
     assert evaluate_perplexity(model, data, 8,
                                steps=2000 // (8 * 32))['perplexity'] == pytest.approx(moe['after'], rel=1e-4)
     assert sorted(p.name for p in out.iterdir() if p.name[0] != '.') == ['config.json', 'dense', 'model',

@@ -4,12 +4,13 @@ import pytest, torch, transformers
 from native_models import CASES, SIZES, body, case, close, ids, make, own_layers, padded
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from libmoe_nb.analysis.adapters import tiny_moe
+from libmoe_nb.analysis.tiny_models import tiny_moe
 from libmoe_nb.models.export import from_native, logit_error, save_native, to_native
 from libmoe_nb.models.merging import to_dense
 from libmoe_nb.models.native import natives
 from libmoe_nb.moe.layers import MoELayer
-from libmoe_nb.models.causal import MoEForCausalLM, count_parameters
+from libmoe_nb.models.causal import MoEForCausalLM
+from libmoe_nb.models.counting import count_parameters
 from libmoe_nb.models.upcycling import upcycle
 
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()

@@ -2,7 +2,7 @@
 import inspect
 import pytest, torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from libmoe_nb.analysis.adapters import tiny_moe
+from libmoe_nb.analysis.tiny_models import tiny_moe
 from libmoe_nb.models import faster
 
 # those of the language models that transformers 5.24 lets choose

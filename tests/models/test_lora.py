@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 peft = pytest.importorskip('peft', reason='pip install peft')
 from libmoe_nb.models.lora import add_lora, lora_targets  # noqa: E402
-from libmoe_nb.analysis.metrics import expert_parameter_similarity  # noqa: E402
+from libmoe_nb.analysis.model_metrics import expert_parameter_similarity  # noqa: E402
 from libmoe_nb.models.causal import from_scratch  # noqa: E402
 from libmoe_nb.analysis.tracing import moe_layers, record_routing  # noqa: E402
 from libmoe_nb.models.upcycling import upcycle  # noqa: E402
@@ -172,7 +172,7 @@ def test_similarity_of_experts_is_that_of_the_merged_model(recipe):
     assert abs(on - off).max() > 1e-2
 
 def test_similarity_of_experts_of_another_library():
-    from libmoe_nb.analysis.adapters import tiny_moe
+    from libmoe_nb.analysis.tiny_models import tiny_moe
     for kind, targets in dict(olmoe=dict(target_parameters=['experts.gate_up_proj', 'experts.down_proj']),
                               switch_transformers=dict(target_modules=['wi', 'wo'])).items():
         model = peft.get_peft_model(tiny_moe(kind), peft.LoraConfig(r=2, init_lora_weights=False, **targets))

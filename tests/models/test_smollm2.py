@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not all(importlib.util.find_spec(p) for p in ('l
 
 from libmoe_nb.models.causal import MoEForCausalLM; from libmoe_nb.models.counting import count_parameters  # noqa: E402
 from libmoe_nb.analysis.tracing import moe_layers, record_routing  # noqa: E402
-from libmoe_nb.experiments.upcycle import packaged_model, text_perplexities  # noqa: E402
+from libmoe_nb.evaluation.heldout import text_perplexities; from libmoe_nb.models.loading import packaged_model  # noqa: E402
 from libmoe_nb.models.upcycling import upcycle  # noqa: E402
 
 TEXT = ('It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, '

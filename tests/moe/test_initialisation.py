@@ -5,9 +5,10 @@ import pytest, torch
 
 from libmoe_nb.moe.config import get_preset, recipes
 from libmoe_nb.moe.recipes import build_layer
-from libmoe_nb.models.causal import MoEConfig, MoEForCausalLM, from_scratch, _llama
+from libmoe_nb.models.causal import MoEForCausalLM, from_scratch, _llama
+from libmoe_nb.models.configuration import MoEConfig
 from libmoe_nb.analysis.tracing import moe_layers
-from libmoe_nb.models.upcycling import find_ffns
+from libmoe_nb.models.ffns import find_ffns
 
 L = 3   # layers of the models that are drawn here
 

@@ -7,11 +7,13 @@ import pytest, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from libmoe_nb.moe.config import MoESpec, get_preset, recipes
-from libmoe_nb.experiments.compare import run_config
+from libmoe_nb.experiments.run import run_config
 from libmoe_nb.moe.recipes import build_layer, settled
-from libmoe_nb.models.causal import MoEConfig, MoEForCausalLM, from_scratch
+from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
+from libmoe_nb.models.configuration import MoEConfig
 from libmoe_nb.analysis.tracing import moe_layers
-from libmoe_nb.models.upcycling import load_upcycled, upcycle
+from libmoe_nb.models.upcycling import upcycle
+from libmoe_nb.models.wrapping import load_upcycled
 
 SPARSE = [r for r in recipes if r != 'dense']
 IDS = torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -84,7 +86,7 @@ def test_what_was_left_open_is_saved_outright(recipe, top_k, norm, tmp_path):
                                                  num_hidden_layers=2, num_attention_heads=2),
                                      MoESpec(recipe, hidden_size=32, top_k=top_k, num_shared_experts=int(top_k > 1))))]
     for m in made:
-        assert m.config.moe['norm_topk_prob'] is norm
+        assert m.config.spec.norm_topk_prob is norm
         m.eval().save_pretrained(tmp_path)
         back = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert back.config.spec == m.config.spec

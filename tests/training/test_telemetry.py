@@ -3,7 +3,7 @@ import math
 
 import pytest, torch
 from fastai.basics import Callback
-from libmoe_nb.moe.routers import Routing
+from libmoe_nb.moe.routing import Routing
 from libmoe_nb.models.causal import from_scratch
 from libmoe_nb.analysis.tracing import record_routing
 from libmoe_nb.training.telemetry import RoutingTelemetry, routing_stats
