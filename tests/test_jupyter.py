@@ -17,7 +17,8 @@ def run(nb, cwd, settings):
 def figures(cell): return sum('image/png' in o.get('data', {}) for o in cell.get('outputs', []))
 
 def test_every_figure_of_a_session_is_shown(tmp_path):
-    cells = ["import pandas as pd\nfrom libmoe_nb.plots.training import plot_curves, plot_perplexity\nfrom libmoe_nb.plots.style import panels\n"
+    cells = ["import pandas as pd\nfrom libmoe_nb.plots.training import plot_curves, plot_perplexity\n"
+             "from libmoe_nb.plots.style import panels\n"
              "df = pd.DataFrame(dict(recipe='smoe', seed=0, tokens=[1, 2], valid_perplexity=[3., 2.]))",
              "plot_curves(df);", "ax = plot_curves(df)", "plot_curves(df, ax=panels(1));",
              "import matplotlib.pyplot as plt\nplt.plot([1, 2]);"]

@@ -10,7 +10,6 @@ from libmoe_nb.analysis.traces import make_trace
 from libmoe_nb.plots.experts import *
 from libmoe_nb.plots.routing import *
 from libmoe_nb.plots.training import *
-from libmoe_nb.plots.style import recipe_title
 
 def test_tokens_of_no_domain_beside_a_domain_called_unknown():
     t = make_trace([[[0, 1], [1, 0], [2, 0]]], 3, 1, domain=[0, -1, 5], domains=['unknown'])

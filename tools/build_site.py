@@ -66,7 +66,7 @@ def check_site(site, url='', source_url='', repo=ROOT):
     return len(pages), broken
 
 def unlink_undocumented(site, url):
-    "nbdev links every name in backticks that the library defines, also those that have no documentation: keep the name only"
+    "nbdev links every name in backticks that the library defines, documented or not: keep the name only"
     site = Path(site).resolve()
     anchors = {p: Page(p).anchors for p in site.rglob('*.html')}
     link = re.compile(rf'<a href="{re.escape(url)}/([^"#]+)#([^"]+)"[^>]*>(<code[^>]*>[^<]*</code>)</a>')

@@ -1,7 +1,10 @@
-"""Renders every formula of the notebooks with KaTeX, as the site does: `python tools/check_formulas.py [--katex FOLDER]`.
+"""Renders every formula of the notebooks with KaTeX, as the site does.
 
-FOLDER holds `node_modules/katex`, as `npm install katex` makes it. A formula that KaTeX refuses is an error, and so is a doubled
-backslash before a letter outside an environment of lines: KaTeX takes it for the end of a line and prints the command's name.
+    python tools/check_formulas.py [--katex FOLDER]
+
+FOLDER holds `node_modules/katex`, as `npm install katex` makes it. A formula that KaTeX refuses is an error, and so is
+a doubled backslash before a letter outside an environment of lines: KaTeX takes it for the end of a line and prints the
+command's name.
 """
 import argparse, json, re, subprocess, sys
 from pathlib import Path
@@ -14,7 +17,8 @@ RENDER = """
 const katex = require(process.argv[1]);
 const rows = JSON.parse(require('fs').readFileSync(0, 'utf8'));
 console.log(JSON.stringify(rows.map(([tex, display]) => {
-  try { katex.renderToString(tex, {displayMode: display, throwOnError: true, strict: 'error'}); return ''; } catch (e) { return e.message; }
+  try { katex.renderToString(tex, {displayMode: display, throwOnError: true, strict: 'error'}); return ''; }
+  catch (e) { return e.message; }
 })));
 """
 

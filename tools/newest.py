@@ -1,4 +1,7 @@
-"The requirements of settings.ini without their upper bounds: what `pip install --upgrade -r` takes for the newest versions. Names of extras may be given; by default dev and demo."
+"""The requirements of settings.ini without their upper bounds: what `pip install --upgrade -r` takes for the newest versions.
+
+Names of extras may be given; by default dev and demo.
+"""
 import re, sys
 from configparser import ConfigParser
 from pathlib import Path

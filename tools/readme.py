@@ -1,7 +1,7 @@
 """README.md from nbs/index.ipynb, without Quarto: `python tools/readme.py`, or `--check` to only compare.
 
-Cells keep their order; `#| hide` and `#| echo: false` mean what they mean on the site. Links to notebooks become links to
-the published pages, images keep pointing at nbs/images.
+Cells keep their order; `#| hide` and `#| echo: false` mean what they mean on the site. Links to notebooks become links
+to the published pages, images keep pointing at nbs/images.
 """
 import argparse, re, sys
 from pathlib import Path

@@ -31,7 +31,7 @@ def _common():
     class Common(ModelTesterMixin, GenerationTesterMixin):
         all_model_classes = (MoEForCausalLM,)
         def test_training_gradient_checkpointing_use_reentrant_true(self):
-            "Differs by design: reentrant checkpointing would leave routers without a gradient from their auxiliary losses"
+            "Differs by design: reentrant checkpointing leaves routers without a gradient of their auxiliary losses"
             model = MoEForCausalLM(self.model_tester.get_config())
             with self.assertRaisesRegex(ValueError, 'use_reentrant must be False'):
                 model.activation_checkpointing_enable(dict(use_reentrant=True))

@@ -83,8 +83,9 @@ def main(args):
                                 HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', TRANSFORMERS_VERBOSITY='error')
         run = [sys.executable, '-m', 'pytest', '-q', '-p', 'transformers_tests', '-p', 'no:cacheprovider', '-W',
                'ignore', '--tb=short', '--color=no', '-rfE', 'test_models.py']
-        jobs = [subprocess.Popen([*run, '-k', half, *args], cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for half in halves] if not args else \
-               [subprocess.Popen([*run, *args], cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)]
+        chosen = [args] if args else [['-k', half] for half in halves]
+        jobs = [subprocess.Popen([*run, *some], cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 text=True) for some in chosen]
         outs = [j.communicate()[0] for j in jobs]
         for j, out in zip(jobs, outs):
             print('\n'.join(out.splitlines()[-1:] if j.returncode == 0

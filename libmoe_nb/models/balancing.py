@@ -44,7 +44,7 @@ def label_shares(
 def model_aux_loss(
     notes,                # pairs of a `MoELayer` and its `Routing`, of `noted`
     shape:tuple=None,     # (B, S) of the input, for models that lay their sequences end to end
-    masks:dict={},        # kind of a layer -> bool [B, S]; False: padding
+    masks:dict=None,      # kind of a layer -> bool [B, S]; False: padding
     kind=lambda layer: None, # of a layer: whose mask it has
     reduction:str='mean', # over layers: 'mean' or 'sum'
     shares:Tensor=None,   # [2, B] of each sequence in the step, as a sequence and by its tokens; None: all of it
@@ -53,7 +53,7 @@ def model_aux_loss(
     groups, total = {}, 0.
     for l, r in notes:
         if shape and len(r.shape) == 1 and r.num_tokens == math.prod(shape): r = r.replace(shape=shape)
-        mask = masks.get(kind(l))
+        mask = (masks or {}).get(kind(l))
         masked = mask is not None and tuple(mask.shape) == tuple(r.shape)
         key = masked, kind(l) if masked else None, shares is not None and shares.shape[1] == r.shape[0]
         groups.setdefault(key, []).append((l, r))

@@ -201,7 +201,7 @@ def _hidden(p, act, gated, inplace=False):
 def _hidden_back(grad, p, act, gated):
     "Gradient of hidden values [n, h] to that of pre-activations; overwrites `grad`, wants the buffers of `_hidden`"
     out = _workspace('dp', p, *p.shape)
-    if not gated: return _act_back(act, grad, p, out)
+    if not gated or callable(gated): return _act_back(gated or act, grad, p, out)
     n, h = grad.shape
     torch.mul(grad, _workspace('a', p, n, h), out=out[:, h:])
     _act_back(act, grad.mul_(p[:, h:]), p[:, :h], out[:, :h])
@@ -284,7 +284,7 @@ def slots_per_block(
 )->tuple:    # (slots that fit the cache, slots of padding that cost as much as a product's set-up)
     "How large the blocks of the sorted kernel are, and how much padding they may have."
     d, o, h, half = experts.hidden_size, experts.output_size, experts.intermediate_size, dtype.itemsize < 4
-    h_up = h * (1 + experts.gated)
+    h_up = h * (1 + bool(experts.gated))
     return (int((40e6 if half else 20e6) / ((d + o + h_up + h) * dtype.itemsize)),
             8 + int((1e7 if half else 2e6) / (d * h_up)))
 

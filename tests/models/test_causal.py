@@ -79,7 +79,8 @@ for r in recipes:
     want = load_file(d/f'{r}.safetensors')
     assert torch.equal(AutoModelForCausalLM.from_pretrained(d/r)(x).logits, want['logits']), r
     w = from_scratch(r, 'tiny', seed=3, **small).state_dict()
-    assert torch.equal(w['base.model.layers.1.mlp.' + ('down_proj.weight' if r == 'dense' else 'experts.down_proj')], want['scratch']), r
+    name = 'down_proj.weight' if r == 'dense' else 'experts.down_proj'
+    assert torch.equal(w[f'base.model.layers.1.mlp.{name}'], want['scratch']), r
 print('same')
 '''
     p = subprocess.run([sys.executable, '-c', code, str(tmp_path), ' '.join(RECIPES), repr(SMALL)], capture_output=True,

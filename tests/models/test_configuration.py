@@ -55,7 +55,8 @@ def test_an_older_configuration_opens(tmp_path):
 
 def test_the_one_spec():
     model = mixed()
-    with pytest.raises(ValueError, match='spec must be one for all layers, got 2 specs that differ'): getattr(model.config, 'spec')
+    with pytest.raises(ValueError, match='spec must be one for all layers, got 2 specs that differ'):
+        getattr(model.config, 'spec')
     text = model.config.get_text_config()
     assert not hasattr(text, 'num_experts') and not hasattr(text, 'num_experts_per_tok')
     like = MoEConfig(base(), {'layers.0': SPEC, 'layers.1': replace(SPEC, recipe='dense', num_experts=6)})

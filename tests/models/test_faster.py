@@ -1,7 +1,6 @@
 "transformers' mixtures run by our kernel, against their own loop."
 import inspect
 import pytest, torch
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from libmoe_nb.analysis.tiny_models import tiny_moe
 from libmoe_nb.models import faster
 
