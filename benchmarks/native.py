@@ -3,7 +3,8 @@
     python benchmarks/native.py --json benchmarks/native.json      # about eight minutes on two cores
     python benchmarks/native.py --tiny                             # the same path in seconds
 
-All implementations of one model run in one process, in turn, and their medians are compared: ratios, not seconds, are the result.
+All implementations of one model run in one process, in turn, and their medians are compared: ratios, not seconds, are
+the result.
 """
 import argparse, json, platform, statistics, sys, time
 from pathlib import Path

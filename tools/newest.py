@@ -1,4 +1,4 @@
-"""The requirements of settings.ini without their upper bounds: what `pip install --upgrade -r` takes for the newest versions.
+"""The requirements of settings.ini without upper bounds: what `pip install --upgrade -r` takes for the newest versions.
 
 Names of extras may be given; by default dev and demo.
 """
