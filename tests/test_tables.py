@@ -10,6 +10,7 @@ from libmoe_nb.analysis.traces import make_trace
 from libmoe_nb.plots.experts import *
 from libmoe_nb.plots.routing import *
 from libmoe_nb.plots.training import *
+from libmoe_nb.plots.style import figure_uri
 
 def test_tokens_of_no_domain_beside_a_domain_called_unknown():
     t = make_trace([[[0, 1], [1, 0], [2, 0]]], 3, 1, domain=[0, -1, 5], domains=['unknown'])

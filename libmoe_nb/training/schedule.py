@@ -60,7 +60,12 @@ def _config_settings(model):
     "The configuration of a model, without what says nothing about its training"
     config = unwrap(model).config.to_dict() if hasattr(unwrap(model), 'config') else {}
     drop = lambda d: {k: drop(v) if isinstance(v, dict) else v for k, v in d.items() if k not in _of_no_run}
-    return drop(config)
+    return drop(config | (dict(moe=_one_spec(config['moe'])) if 'moe' in config else {}))
+
+def _one_spec(specs):
+    "The spec that all layers share, once; else the specs by layer"
+    first = next(iter(specs.values()), None)
+    return first if isinstance(first, dict) and 'recipe' in first and all(s == first for s in specs.values()) else specs
 
 # %% ../../nbs/training/schedule.ipynb #cc27c710
 def fit_settings(

@@ -130,7 +130,7 @@ def test_a_million_tokens_need_the_memory_of_a_batch(tmp_path):
         import resource, sys, torch
         from torch import nn
         from libmoe_nb.moe.config import MoESpec
-        from libmoe_nb.moe.layers import build_layer
+        from libmoe_nb.moe.recipes import build_layer
         from libmoe_nb.analysis.traces import write_trace
         class M(nn.Module):
             def __init__(self):

@@ -34,7 +34,7 @@ def runs(data, suite, tmp_path_factory):
     return compare('dense,smoe', data, 'tiny', seeds=2, out=out, evaluate=suite, **SMALL)
 
 def diary(folder, *drop):
-    return read_log(folder/'metrics.jsonl').drop(columns=['seconds', 'tokens_per_second', *drop])
+    return read_log(folder/'log.jsonl').drop(columns=['seconds', 'tokens_per_second', *drop])
 
 def test_tables_and_report(runs, suite):
     assert set(runs.scores.model) == {'dense', 'smoe'} and {'cloze', 'minimal_pairs', 'mean', 'mean_stderr', 'rank',

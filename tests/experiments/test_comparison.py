@@ -94,8 +94,8 @@ def test_one_diverged_recipe_among_others(named, tmp_path):
         if r['recipe'] == 'smoe' or r['recipe'] == 'xmoe' and r['seed'] == 1:
             (f/'result.json').write_text(json.dumps(r | dict(perplexity=None, loss=None,
                                                              domains=dict.fromkeys(r['domains']))))
-            lines = [json.loads(l) for l in (f/'metrics.jsonl').read_text().splitlines()]
-            (f/'metrics.jsonl').write_text(''.join(json.dumps(l | ({k: None for k in ('loss', 'perplexity', 'margin')
+            lines = [json.loads(l) for l in (f/'log.jsonl').read_text().splitlines()]
+            (f/'log.jsonl').write_text(''.join(json.dumps(l | ({k: None for k in ('loss', 'perplexity', 'margin')
                                                                     if k in l} if l['step'] else {})) + '\n'
                                                    for l in lines))
     res = read_comparison(tmp_path)

@@ -206,7 +206,7 @@ def process(*args):
 def test_control_c_and_the_same_command_again(box, tmp_path):
     args = ['upcycle', box/'llama', '--data', box/'texts', '--steps', 50, *SMALL, '--batch-size', 1, '--json', '--out']
     p = process(*args, tmp_path/'stopped')
-    metrics, end = tmp_path/'stopped'/'smoe'/'metrics.jsonl', time.monotonic() + 120
+    metrics, end = tmp_path/'stopped'/'smoe'/'log.jsonl', time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size):
         assert p.poll() is None, p.communicate()
         assert time.monotonic() < end, 'nothing happened'

@@ -116,7 +116,8 @@ def test_upcycled_twice(tmp_path):
     both.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad(): assert torch.equal(back(IDS).logits, both(IDS).logits)
-    with pytest.raises(ValueError, match='h.1.mlp.c_fc is a mixture of experts already: smoe'): upcycle(both)
+    with pytest.raises(ValueError, match='h.0.mlp.c_fc is a mixture of experts already: sharede_v2'):
+        upcycle(both)
 
 @pytest.mark.parametrize('order', [(0, 2, 1), (2, 1, 0)])
 def test_linked_layers_in_any_order(order, tmp_path):
