@@ -229,7 +229,9 @@ def _register(auto, config, cls):
     classes = tuple(map(upcycled_class, cls)) if isinstance(cls, (list, tuple)) else upcycled_class(cls)
     auto._model_mapping.register(config, classes, exist_ok=True)
 
-CONFIG_MAPPING._extra_content = _Made(CONFIG_MAPPING._extra_content)
+# without it, Auto classes know an upcycled type once one of its models was made or loaded
+if isinstance(getattr(CONFIG_MAPPING, '_extra_content', None), dict):
+    CONFIG_MAPPING._extra_content = _Made(CONFIG_MAPPING._extra_content)
 
 # %% ../../nbs/models/wrapping.ipynb #4e576cc3
 def as_upcycled(
