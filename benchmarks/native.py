@@ -10,7 +10,7 @@ import argparse, json, platform, statistics, sys, time
 from pathlib import Path
 import torch, transformers
 from transformers import AutoModelForCausalLM, CONFIG_MAPPING
-import libmoe_nb.models.faster  # noqa: F401  adds 'libmoe'
+import libmoe_nb.models.dispatch  # noqa: F401  adds 'libmoe'
 
 HOWS = 'libmoe', 'grouped_mm', 'eager'
 # name -> model type, fields of the configuration: layers of the shape of published models, two of them, a small

@@ -2,7 +2,7 @@
 import inspect
 import pytest, torch
 from libmoe_nb.analysis.tiny_models import tiny_moe
-from libmoe_nb.models import faster
+from libmoe_nb.models import dispatch
 
 # those of the language models that transformers 5.24 lets choose
 KINDS = ("afmoe aria_text axk1 axk2 beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1 "
@@ -38,8 +38,8 @@ def test_equal_to_eager(kind, monkeypatch):
     model, ids = (text_model(kind).to(dtype).train(),
                   torch.randint(1, 60, (2, 16), generator=torch.Generator().manual_seed(0)))
     weights, calls = torch.linspace(-1, 1, 4096), []
-    kernel = faster.sorted_kernel
-    monkeypatch.setattr(faster, 'sorted_kernel', lambda *a: calls.append(a) or kernel(*a))
+    kernel = dispatch.sorted_kernel
+    monkeypatch.setattr(dispatch, 'sorted_kernel', lambda *a: calls.append(a) or kernel(*a))
     try: want, grads = run(model, 'eager', ids, weights)
     except Exception as e: pytest.skip(f'eager {kind} does not run here: {type(e).__name__}')
     got, ours = run(model, 'libmoe', ids, weights)
