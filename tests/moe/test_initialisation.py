@@ -2,10 +2,10 @@
 import math
 
 import pytest, torch
-
+from transformers import LlamaConfig
 from libmoe_nb.moe.config import get_preset, recipes
 from libmoe_nb.moe.recipes import build_layer
-from libmoe_nb.models.causal import MoEForCausalLM, from_scratch, _llama
+from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
 from libmoe_nb.models.configuration import MoEConfig
 from libmoe_nb.analysis.tracing import moe_layers
 from libmoe_nb.models.ffns import find_ffns
@@ -84,7 +84,7 @@ def test_only_presets_that_ask_for_it():
         assert not p.depth_scaled_init and s.init_stds(7) == (.02, .02)
         assert from_scratch('smoe', p, seed=0).config.depth_scaled_init is False
     # as configurations say that were saved before there was a choice
-    assert MoEConfig(_llama(get_preset('tiny'))).depth_scaled_init is False
+    assert MoEConfig(LlamaConfig()).depth_scaled_init is False
 
 def test_ones_own_deviations_win():
     assert get_preset('paper-0.15b').spec('dense', expert_init_std=(.1, .2)).init_stds(9) == (.1, .2)
