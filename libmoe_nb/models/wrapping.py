@@ -41,14 +41,23 @@ def upcycled_config(
     cls:type, # a configuration class of transformers
 )->type:
     "The configuration class of its upcycled models."
+    kind = f'{_prefix}{cls.model_type}'
+    _same_renaming(cls.model_type, kind)
     return type(f'MoE{cls.__name__}', (UpcycledConfig, cls), dict(
-        model_type=f'{_prefix}{cls.model_type}', dense_class=cls, __module__=cls.__module__,
+        model_type=kind, dense_class=cls, __module__=cls.__module__,
         __doc__=f'A `{cls.__name__}` that says which layers are mixtures of experts.'))
 
 def _empty(make, cls):
     "An instance without content, which pickle fills"
     cls = make(cls)
     return cls.__new__(cls)
+
+def _same_renaming(old, new):
+    "Some classes and model types have other names for weights in files than in memory: so has the new one"
+    try: from transformers.conversion_mapping import (get_checkpoint_conversion_mapping as get,
+                                                      register_checkpoint_conversion_mapping as register)
+    except ImportError: return
+    if (mapping := get(old)) is not None: register(new, mapping, overwrite=True)
 
 # %% ../../nbs/models/wrapping.ipynb #6e04de4e
 class UpcycledMixin:
@@ -198,13 +207,6 @@ def upcycled_class(
     _same_renaming(cls.__name__, new.__name__)
     return new
 
-def _same_renaming(old, new):
-    "Some classes and model types have other names for weights in files than in memory: so has the new one"
-    try: from transformers.conversion_mapping import (get_checkpoint_conversion_mapping as get,
-                                                      register_checkpoint_conversion_mapping as register)
-    except ImportError: return
-    if (mapping := get(old)) is not None: register(new, mapping, overwrite=True)
-
 # %% ../../nbs/models/wrapping.ipynb #b6d0574e
 class _Made(dict):
     "Configuration classes by model type; ours are made when somebody looks them up"
@@ -213,7 +215,6 @@ class _Made(dict):
         config = upcycled_config(CONFIG_MAPPING[self.dense(kind)])
         for auto in _auto_classes():
             if (cls := auto._model_mapping.get(config.dense_class, None)) is not None: _register(auto, config, cls)
-        _same_renaming(self.dense(kind), kind)
         self[kind] = config
         return config
     @staticmethod

@@ -293,3 +293,21 @@ def test_generation():
 def test_causal_language_models_are_what_they_were():
     dense = built(AutoModelForCausalLM, 'llama', **SMALL)
     assert type(upcycle(dense, 'smoe', 4, 2)) is MoEForCausalLM
+
+SAVER = '''import sys
+from transformers import AutoConfig
+import libmoe_nb.models.upcycling
+if sys.argv[2] == 'looked up': AutoConfig.for_model('libmoe_llava')
+from test_wrapping import Case
+Case('llava').upcycled().save_pretrained(sys.argv[1])
+'''
+
+def test_names_in_a_file_do_not_depend_on_who_asked_before(tmp_path):
+    "transformers renames some weights of LLaVA by its model type, once it knows the type"
+    names, path = [], [str(p) for p in (Path(__file__).parent, Path(__file__).parents[1])]
+    code = f'import sys; sys.path[:0] = {path!r}\n{SAVER}'
+    for how in ('looked up', 'not'):
+        subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path/how), how], check=True)
+        names.append({k for p in (tmp_path/how).glob('*.safetensors') for k in load_file(p)})
+        assert isinstance(load_upcycled(tmp_path/how), LlavaForConditionalGeneration)
+    assert names[0] == names[1]
