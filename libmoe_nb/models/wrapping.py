@@ -52,6 +52,7 @@ def _empty(make, cls):
     cls = make(cls)
     return cls.__new__(cls)
 
+# %% ../../nbs/models/wrapping.ipynb #5a3e9c1f
 def _same_renaming(old, new):
     "Some classes and model types have other names for weights in files than in memory: so has the new one"
     try: from transformers.conversion_mapping import (get_checkpoint_conversion_mapping as get,
