@@ -8,6 +8,7 @@ from libmoe_nb.moe.experts import Experts, FeedForward, ZeroComputationExperts, 
 from random_layers import build, choices, tolerances
 
 def test_compile_goes_around():
+    torch.compiler.reset()               # whatever other tests of this process compiled
     e, (index, w) = build(), choices(10, 4, 2)
     lin = torch.nn.Linear(16, 16)
     f = lambda x: e(lin(x).relu(), index, w) * 2
