@@ -11,6 +11,7 @@ __all__ = ['image_mark', 'plain_template', 'Sample', 'as_sample', 'LeftOut', 're
 # %% ../../nbs/data/conversations.ipynb #26bdb352
 import json, re, torch
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from ..core.errors import check, first_line, shown
 from ..core.words import join_some, plural
@@ -225,9 +226,9 @@ class ConversationData:
         max_length:int=2048,
         left_out:LeftOut=None, # gets what cannot be used
     ):
-        self.tokenizer, self.image_tensor, self.left_out, self.cut = (tokenizer, image_tensor, left_out
-                                                                      if left_out is not None else LeftOut(), [])
-        self.samples, self.encoded = [], []
+        self.tokenizer, self.image_tensor = tokenizer, image_tensor
+        self.left_out = LeftOut() if left_out is None else left_out
+        self.samples, self.encoded, self.cut = [], [], []
         for s in samples:
             try: e = encode(s, tokenizer, image_tokens, max_length)
             except ValueError as why: self.left_out.add(s.id, why); continue
@@ -245,6 +246,12 @@ def _item(self, i):
     try: return self.encoded[i] | dict(images=[self.image_tensor(read_image(f)) for f in self.samples[i].images])
     except BadImage: self.left_out.add(self.samples[i].id, 'an image cannot be read')
 
+def _readable(self, indices, most=None):
+    "Those of some samples whose images can be read; with `most` the first so many, and an error if there is none"
+    found = list(islice((x for i in indices if (x := _item(self, i)) is not None), most))
+    if most: check(found, 'samples', self.left_out, 'of at least one whose images can be read')
+    return found
+
 def batches(
     self:ConversationData,
     batch_size:int,
@@ -258,8 +265,7 @@ def batches(
         for b in grouped_batches(lengths, pictured, batch_size, seed, epoch):
             n += 1
             if n <= start: continue
-            items = [x for i in b if (x := _item(self, i)) is not None]
-            if items: yield collate(items, self.tokenizer.pad_token_id)
+            yield collate(_readable(self, b) or _readable(self, range(len(self)), 1), self.tokenizer.pad_token_id)
         epoch += 1
 
 ConversationData.batches = batches

@@ -36,7 +36,8 @@ def _stacked(m):
     return tuple(w.mT if m.is_transposed else w for w in matrices) + tuple(biases)
 
 # %% ../../nbs/models/dispatch.ipynb #aa7f3fac
-_functions = dict(SiLU=F.silu, SiLUActivation=F.silu, ReLU=F.relu, GELU=F.gelu, GELUActivation=F.gelu)
+# no GELU of torch: its tanh approximation has the same name
+_functions = dict(SiLU=F.silu, SiLUActivation=F.silu, ReLU=F.relu, GELUActivation=F.gelu)
 
 def _act(m):
     f = getattr(m, 'act_fn', None)
