@@ -112,7 +112,8 @@ settings = dict( # name -> `Kind`
                        'quick_gelu mish hardswish softplus sigmoid tanh linear'.split()),
     router_init_std=_weight, expert_init_std=_pair(_weight), second_init_scale=_maybe(_weight),
     router_aux_loss_coef=_weight, router_z_loss_coef=_weight,
-    aux_loss_group=_one_of('sequence', 'micro_batch', 'global_batch'), options=_options)
+    aux_loss_group=_one_of('sequence', 'micro_batch', 'global_batch'),
+    released_losses=_maybe(_one_of('vision', 'language')), options=_options)
 
 # %% ../../nbs/core/settings.ipynb #a16c6413
 settings |= dict(

@@ -54,13 +54,14 @@ class MoESpec(_Checked):
     options: dict = field(default_factory=dict) # what only some recipes understand, by keyword
     output_size: int = None            # size of the result; None: hidden_size, as everywhere inside a transformer
     second_init_scale: float = None    # s: second matrices start from s / √(hidden units that they sum over)
+    released_losses: str = None        # losses as the paper's code has them: of its 'vision' or 'language' runs
 
 # %% ../../nbs/moe/config.ipynb #c8096c95
 @patch
 def to_dict(self:MoESpec)->dict:
     "As JSON can hold it, without fields added later that say nothing"
     d = dataclasses.asdict(self)
-    return {k: v for k, v in d.items() if v is not None or k not in ('output_size', 'second_init_scale')}
+    return {k: v for k, v in d.items() if v is not None or k not in ('output_size', 'second_init_scale', 'released_losses')}
 
 # %% ../../nbs/moe/config.ipynb #5e4b6a7f
 def _from_dict(cls, d, kind):

@@ -49,6 +49,19 @@ def _units(routing:Routing, over_experts:bool):
     N, of = routing.num_experts, routing.expert_of
     return s.new_zeros(s.shape[0], N + 1).index_add(1, of, s)[:, :N], of[i], N
 
+# %% ../../nbs/moe/losses.ipynb #c41024bd
+def _scored(routing, share_of):
+    "The record with the scores that P is the mean of"
+    check(share_of in ('scores', 'softmax', 'raw'), 'share_of', share_of, "'scores', 'softmax' or 'raw'")
+    return routing.replace(scores=routing.router_logits.softmax(-1)) if share_of == 'softmax' else routing
+
+def _of_their_sum(scores): return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+def _counted(index, m, G, U):
+    "How often each of U units was chosen [G, U] by the tokens that `m` keeps"
+    counts = m.new_zeros(G, U + 1)
+    return counts.scatter_add_(1, index.reshape(G, -1), m[:, None].expand_as(index).reshape(G, -1))[:, :U]
+
 # %% ../../nbs/moe/losses.ipynb #ccec63a7
 def _over_ranks(counts, n):
     "Counts summed over all ranks, real tokens averaged"
@@ -60,6 +73,14 @@ def _share(shares, group='micro_batch'):
     share = shares[1].sum()
     return mean_over_ranks(share) if group == 'global_batch' else share
 
+# %% ../../nbs/moe/losses.ipynb #a763673f
+def _over_groups(values, n, group, shares):
+    "The mean of values [G] over groups that hold a token, or what this part adds to that of the step"
+    if shares is not None and group == 'sequence' and len(values) == shares.shape[1]:
+        return (values * shares[0]).sum()
+    mean = values.sum() / (n > 0).sum().clamp_min(1)
+    return mean if shares is None else mean * _share(shares, group)
+
 # %% ../../nbs/moe/losses.ipynb #c25af223
 def load_balancing_loss(
     routing:Routing,
@@ -68,32 +89,34 @@ def load_balancing_loss(
     choice_weights:Tensor=None, # [M] η of each choice; None: all 1
     over_experts:bool=False,    # balance the N experts behind the M choices
     shares:Tensor=None,         # [2, B] of each sequence in the step: as a sequence, by its tokens; None: all of it
+    first_only:bool=False,      # count the first choice of a token alone, not all K?
+    share_of:str='scores',      # P is the mean of 'scores' (of each token: of their sum), 'softmax' of logits, or 'raw'
 )->Tensor:                      # scalar; 1 at uniform routing
     "Load-balancing loss of one layer, averaged over groups that hold a real token."
-    scores, index, U = _units(routing, over_experts)
+    scores, index, U = _units(_scored(routing, share_of), over_experts)
+    index = index[:, :1] if first_only else index
     G, m = _groups(routing, group), _token_mask(routing, mask, scores.dtype)
-    p = scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    p = scores if share_of == 'raw' else _of_their_sum(scores)
     p = p.masked_fill(m[:, None] == 0, 0).reshape(G, -1, U).sum(1)                                   # [G, U]
     n = m.view(G, -1).sum(-1, keepdim=True)                                                          # [G, 1]
-    counts = m.new_zeros(G, U + 1).scatter_add_(1, index.reshape(G, -1),
-                                                m[:, None].expand_as(index).reshape(G, -1))[:, :U]
+    counts = _counted(index, m, G, U)
     if group == 'global_batch': counts, n = _over_ranks(counts, n)
     f, P = counts / counts.sum(-1, keepdim=True).clamp_min(1), p / torch.where(n > 0, n, 1)
     if choice_weights is not None: f = f * choice_weights.to(f)
-    if shares is not None and group == 'sequence' and G == shares.shape[1]:
-        return U * ((f * P).sum(-1) * shares[0]).sum()
-    mean = U * (f * P).sum() / (n > 0).sum().clamp_min(1)
-    return mean if shares is None else mean * _share(shares, group)
+    return _over_groups(U * (f * P).sum(-1), n, group, shares)
 
 # %% ../../nbs/moe/losses.ipynb #39a2c830
 def router_z_loss(
     routing:Routing,
     mask:Tensor=None,   # bool, (B, S) or [T]; False: padding, not counted
     shares:Tensor=None, # [2, B], as for `load_balancing_loss`
+    plain:bool=False,   # of the logits before offsets (TC-MoE) and temperature (XMoE)?
 )->Tensor:              # scalar
     "Mean over tokens of the squared log-sum-exp of the logits."
-    m = _token_mask(routing, mask, routing.router_logits.dtype)
-    return _token_mean(routing.router_logits.logsumexp(-1).square(), m, routing, shares)
+    logits = routing.router_logits
+    if plain and routing.router is not None: logits = routing.router.plain_logits(logits)
+    m = _token_mask(routing, mask, logits.dtype)
+    return _token_mean(logits.logsumexp(-1).square(), m, routing, shares)
 
 # %% ../../nbs/moe/losses.ipynb #5d9148c2
 def null_reward(

@@ -71,6 +71,12 @@ def score(self:Router, logits):
     "Logits [T, M] to scores [T, M]"
     raise NotImplementedError(f'{type(self).__name__} must define score(logits)')
 
+# %% ../../nbs/moe/routers.ipynb #53e9709f
+@patch
+def plain_logits(self:Router, logits):
+    "Logits [T, M] before offsets and temperature"
+    return logits
+
 # %% ../../nbs/moe/routers.ipynb #fd69a5eb
 @patch
 def choose(self:Router, scores):
@@ -162,6 +168,11 @@ def logits(self:CosineRouter, x, previous_logits=None):
     tau = self.log_temperature.to(x.dtype).exp() if self.learnable_temperature else self.temperature
     return F.linear(F.normalize(z, dim=-1), F.normalize(e, dim=-1)) * self.gain / tau
 
+# %% ../../nbs/moe/routers.ipynb #8e2b001f
+@patch
+def plain_logits(self:CosineRouter, logits):
+    return logits * (self.log_temperature.exp() if self.learnable_temperature else self.temperature)
+
 # %% ../../nbs/moe/routers.ipynb #74a60f54
 @patch
 def score(self:CosineRouter, logits):
@@ -191,10 +202,17 @@ class TernaryRouter(SoftmaxRouter):
 
 # %% ../../nbs/moe/routers.ipynb #f60c55ff
 @patch
-def logits(self:TernaryRouter, x, previous_logits=None):
+def offset(self:TernaryRouter, x):
+    "What is added to the logits [M], of the dtype of x"
     N, (neg, null) = self.num_experts, self.offsets
-    offset = torch.cat([x.new_zeros(N), x.new_full((N,), neg), x.new_full((self.top_k,), null)])
-    return F.linear(x, self.weight.to(x.dtype)) + offset
+    return torch.cat([x.new_zeros(N), x.new_full((N,), neg), x.new_full((self.top_k,), null)])
+
+@patch
+def logits(self:TernaryRouter, x, previous_logits=None):
+    return F.linear(x, self.weight.to(x.dtype)) + self.offset(x)
+
+@patch
+def plain_logits(self:TernaryRouter, logits): return logits - self.offset(logits)
 
 @patch
 def weigh(self:TernaryRouter, scores, top_k_index):

@@ -323,3 +323,63 @@ def test_global_batch_over_two_processes(tmp_path):
         close((ranks[0][name][1] + ranks[1][name][1]) / 2, torch.autograd.grad(want, w, retain_graph=True)[0])
     assert (ranks[0]['own'][0] == pytest.approx(load_balancing_loss(a, ma, 'micro_batch').item())
             != pytest.approx(ranks[0]['padded'][0]))
+
+
+# -- what the paper's code computes -----------------------------------------------------------------------------
+
+def test_first_choices_alone_by_hand():
+    "Three tokens that choose {0, 2}, {0, 1}, {1, 2} of three: f is (2/3, 1/3, 0), with P uniform 1"
+    r = replace(record(1, 3, 3, 2), router_logits=torch.zeros(3, 3, dtype=f64), scores=torch.full((3, 3), 1/3, dtype=f64),
+                top_k_index=torch.tensor([[0, 2], [0, 1], [1, 2]]))
+    close(load_balancing_loss(r, first_only=True), torch.tensor(1., dtype=f64))
+    r = r.replace(scores=torch.tensor([[.5, .3, .2]], dtype=f64).expand(3, 3))
+    close(load_balancing_loss(r, first_only=True), torch.tensor(3 * (2/3 * .5 + 1/3 * .3), dtype=f64))
+    close(load_balancing_loss(r), torch.tensor(1., dtype=f64))
+
+
+def test_raw_sigmoid_scores_of_a_half_give_half_of_it_for_each_expert():
+    r = record(2, 4, 6, 2, sigmoid=True)
+    r = r.replace(router_logits=torch.zeros_like(r.scores), scores=torch.full_like(r.scores, .5))
+    close(load_balancing_loss(r), torch.tensor(1., dtype=f64))
+    close(load_balancing_loss(r, share_of='raw'), torch.tensor(3., dtype=f64))
+    close(load_balancing_loss(r, share_of='softmax'), torch.tensor(1., dtype=f64))
+
+
+def test_unknown_share_is_named():
+    with pytest.raises(ValueError, match="share_of must be 'scores', 'softmax' or 'raw', got 'logits'"):
+        load_balancing_loss(record(), share_of='logits')
+
+
+@pytest.mark.parametrize('name, logit', [('smoe', 1.), ('xmoe', 1.), ('tcmoe', 1.)])
+def test_z_loss_of_plain_logits(name, logit):
+    "Whatever offset or temperature: the z-loss of the released vision code sees what came before"
+    spec = MoESpec(name, hidden_size=8, num_experts=4, top_k=2, moe_intermediate_size=4, router_init_std=.5,
+                   router_z_loss_coef=.1, released_losses='vision')
+    layer, x = build_layer(spec), rand(2, 3, 8).float()
+    r, router = layer.router(x), layer.router
+    flat = x.view(-1, 8)
+    if name == 'xmoe':
+        z = torch.nn.functional.normalize(flat @ router.proj.T, dim=-1)
+        want = 1.5 * z @ torch.nn.functional.normalize(router.embeddings, dim=-1).T
+    else: want = flat @ router.weight.T
+    close(layer.aux_losses(r)['router_z_loss'], want.logsumexp(-1).square().mean())
+    if name != 'smoe': assert (layer.aux_losses(r)['router_z_loss'] - router_z_loss(r)).abs() > .01
+
+
+@pytest.mark.parametrize('form, names', [('vision', SPARSE), ('language', ['sharede_v3'])])
+def test_released_losses_differ_where_they_should(form, names):
+    for n in SPARSE:
+        kw = dict(hidden_size=8, num_experts=6, top_k=3, num_shared_experts=1, moe_intermediate_size=4, router_init_std=.5)
+        layers = []
+        for released in (None, form):
+            torch.manual_seed(0)
+            layers.append(build_layer(MoESpec(n, released_losses=released, **kw)))
+        x = rand(3, 5, 8).float()
+        a, b = (l.aux_losses(l.router(x))['load_balancing_loss'] for l in layers)
+        assert (abs(a - b) > 1e-4) == (n in names), n
+
+
+def test_a_spec_without_released_losses_is_saved_as_before():
+    assert 'released_losses' not in MoESpec('smoe').to_dict()
+    assert MoESpec.from_dict(MoESpec('smoe', released_losses='vision').to_dict()).released_losses == 'vision'
+    with pytest.raises(ValueError, match='released_losses must be one of vision, language'): MoESpec('smoe', released_losses='text')
