@@ -335,7 +335,7 @@ _flags = ('steps batch_size learning_rate sequence_length vocab_size num_experts
 def _changed(self):
     "What is not as the preset and `text_data` have it"
     p, reading = self.config['preset'], self.info['data']['reading']
-    base = json.loads(json.dumps(dataclasses.asdict(presets[p['name']]))) if p['name'] in presets else {}
+    base = json.loads(json.dumps(presets[p['name']].to_dict())) if p['name'] in presets else {}
     usual = dict(base, max_bytes=4_000_000, text_field='text', valid_tokens=65_536)
     return {k: v for k, v in {**p, **self.config['layer'], **reading,
                               'valid_tokens': self.config['valid_tokens']}.items() if usual.get(k) != v and k != 'name'}

@@ -54,7 +54,7 @@ def run_config(
     "Everything that determines the result of a run."
     layer, options = layer or {}, options or {}
     moe = settled(preset.spec(recipe, options=options, **layer)).to_dict()
-    config = dict(format=1, recipe=recipe, seed=seed, preset=dataclasses.asdict(preset), layer=layer, options=options,
+    config = dict(format=1, recipe=recipe, seed=seed, preset=preset.to_dict(), layer=layer, options=options,
                   moe=moe, bf16=bf16, device=device, valid_tokens=valid_tokens,
                   data=dict(fingerprint=data.fingerprint, domains=data.domains, vocab_size=data.vocab_size,
                             sequence_length=data.sequence_length))

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
-from transformers import AutoModelForCausalLM, GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, LlamaConfig, NemotronConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -42,6 +42,7 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.base = AutoModelForCausalLM.from_config(config.base_config)
         config.base_config = self.base.config
+        if config.released_layout: _as_released(self.base)
         if config.depth_scaled_init: _draw_by_depth(self.base, self.base.parameters())
         _unpack_lone_experts(self.base)
         built = dict(self.base.named_modules())
@@ -54,6 +55,21 @@ class MoEForCausalLM(PreTrainedModel, GenerationMixin):
         self.generation_config = copy.deepcopy(self.base.generation_config)
 
 # %% ../../nbs/models/causal.ipynb #2ec711f7
+def _as_released(base):
+    "Give the head a bias, and let norms start from scale 1"
+    old = base.get_output_embeddings()
+    new = nn.Linear(old.in_features, old.out_features, device=old.weight.device, dtype=old.weight.dtype)
+    new.weight = old.weight
+    nn.init.zeros_(new.bias)
+    if not new.weight.is_meta: mark_initialized(new)
+    base.set_output_embeddings(new)
+    _scale_one(base.modules())
+
+def _scale_one(modules):
+    "Nemotron's norms multiply by 1 + their weight"
+    for m in modules:
+        if 'LayerNorm1P' in type(m).__name__: nn.init.zeros_(m.weight)
+
 def _unpack_lone_experts(base):
     "Put a `FeedForward` in the place of each mixture of one expert"
     for name, ffn in find_ffns(base).items():
@@ -196,9 +212,11 @@ def initialize_weights(self:MoEForCausalLM):
     self._mark_initialized()
     by_depth = ([p for m in self.base.modules() if is_new(m) for p in m.parameters(recurse=False) if is_new(p)]
                 if self.config.depth_scaled_init else [])
+    norms = [m for m in self.base.modules() if is_new(m) and is_new(getattr(m, 'weight', None))]
     with as_built(self.base, self._built): self.base.initialize_weights()
     self._built, self._is_hf_initialized = {}, True
     if by_depth: _draw_by_depth(self.base, by_depth)
+    if self.config.released_layout: _scale_one(norms)
     for l, s in fresh: draw_missing(l, s)
 
 # %% ../../nbs/models/causal.ipynb #e9e7c642
@@ -277,23 +295,30 @@ def _set_gradient_checkpointing(self:MoEForCausalLM, enable=True, gradient_check
     PreTrainedModel._set_gradient_checkpointing(self, enable, run, **kwargs)
 
 # %% ../../nbs/models/causal.ipynb #3da88fa0
-def _rope(p:ModelSize, theta=10_000.):
-    "Rotary positions on a share of each head"
+def _rotated(p:ModelSize):
+    "Dimensions of a head that carry rotary positions"
     rotated = 2 * int(p.partial_rotary_factor * p.head_dim / 2)
     if rotated < 1:
         raise ValueError(f'partial_rotary_factor must leave at least one pair of the {p.head_dim} dimensions, got '
                          f'{p.partial_rotary_factor}')
+    return rotated
+
+def _rope(p:ModelSize, theta=10_000.):
+    "Rotary positions on a share of each head, for a Llama"
+    rotated = _rotated(p)
     if rotated == p.head_dim: return dict(rope_type='default', rope_theta=theta)
     return dict(rope_type='proportional', partial_rotary_factor=p.partial_rotary_factor,
                 rope_theta=theta ** (p.head_dim / rotated))
 
-def _llama(p:ModelSize):
-    "The base model of a preset"
+def _base(p:ModelSize):
+    "The configuration of a preset's base model"
     sizes = {k: getattr(p, k)
              for k in 'vocab_size hidden_size num_hidden_layers num_attention_heads head_dim hidden_act'.split()}
-    return LlamaConfig(**sizes, intermediate_size=p.top_k * p.moe_intermediate_size,
-                       max_position_embeddings=p.sequence_length,
-                       rope_parameters=_rope(p), tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
+    sizes |= dict(intermediate_size=p.top_k * p.moe_intermediate_size, max_position_embeddings=p.sequence_length,
+                  tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
+    if not p.released_layout: return LlamaConfig(**sizes, rope_parameters=_rope(p))
+    rope = dict(rope_type='default', rope_theta=10_000., partial_rotary_factor=(_rotated(p) + .5) / p.head_dim)
+    return NemotronConfig(**sizes, num_key_value_heads=p.num_attention_heads, norm_eps=1e-5, rope_parameters=rope)
 
 # %% ../../nbs/models/causal.ipynb #9ba8250f
 def from_scratch(
@@ -308,10 +333,10 @@ def from_scratch(
 )->MoEForCausalLM:
     "A language model of a recipe with random weights."
     p, spec = _budget(recipe, get_preset(preset, ModelSize), base, overrides)
-    base = _llama(p) if base is None else copy.deepcopy(base)
+    base = _base(p) if base is None else copy.deepcopy(base)
     if vocab_size is not None: base.get_text_config().vocab_size = vocab_size
     config = MoEConfig(base, spec, layers=layers, aux_loss_reduction=p.aux_loss_reduction,
-                       depth_scaled_init=p.depth_scaled_init)
+                       depth_scaled_init=p.depth_scaled_init, released_layout=p.released_layout)
     with seeded(seed): return MoEForCausalLM(config)
 
 # %% ../../nbs/models/causal.ipynb #e5188c09

@@ -35,6 +35,7 @@ class MoEConfig(PreTrainedConfig):
         training:dict=None,         # facts about the training, for the model card: name -> value
         evaluation:dict=None,       # results, for the model card: name -> value
         depth_scaled_init:bool=False, # draw embedding, attention and head as the paper does, by depth and width?
+        released_layout:bool=False, # a bias on the output head, and norms of a Nemotron that start from scale 1?
         **kwargs,                   # for `PreTrainedConfig`
     ):
         check(aux_loss_reduction in ('mean', 'sum'), 'aux_loss_reduction', aux_loss_reduction, "'mean' or 'sum'")
@@ -44,7 +45,7 @@ class MoEConfig(PreTrainedConfig):
         self.moe = {k: plain_spec(s) for k, s in moe.items()} if _is_map(moe) else plain_spec(moe)
         self.layers, self.training, self.evaluation = layers, dict(training or {}), dict(evaluation or {})
         self.aux_loss_reduction, self.output_router_logits = aux_loss_reduction, output_router_logits
-        self.depth_scaled_init = depth_scaled_init
+        self.depth_scaled_init, self.released_layout = depth_scaled_init, released_layout
         # it is handed down to the base's
         super().__init__(**dict(attn_implementation=self.base_config._attn_implementation) | kwargs)
 

@@ -160,6 +160,7 @@ class ModelSize(_Checked):
     aux_loss_reduction: str = 'mean' # over layers: 'mean' or 'sum'
     partial_rotary_factor: float = 1.  # share of each head that carries rotary positions
     depth_scaled_init: bool = False  # the paper's initialisation, see below
+    released_layout: bool = False    # norms, biases and constants as the paper's code has them, see below
 
 # %% ../../nbs/moe/config.ipynb #3c5c9af9
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +182,23 @@ class Preset(ModelSize, TrainingBudget):
     "A model size and the budget of its training, under a name."
     name: str
 
+# %% ../../nbs/moe/config.ipynb #0a5adbdf
+@patch
+def to_dict(self:ModelSize)->dict:
+    "As JSON can hold it, without fields added later that say nothing"
+    return {k: v for k, v in dataclasses.asdict(self).items() if v or k != 'released_layout'}
+
 # %% ../../nbs/moe/config.ipynb #b94980d4
 def _init_stds(p:ModelSize):
     "Standard deviation of the router and of first matrices, and the factor of second ones"
     depth = (2 / p.num_hidden_layers) ** 0.5
     return p.hidden_size**-0.5 * depth, depth
+
+# %% ../../nbs/moe/config.ipynb #da546975
+def _released_options(p, name):
+    "What the paper's code sets for a recipe, as its options"
+    std = _init_stds(p)[0] if p.depth_scaled_init else 0.02
+    return dict(xmoe=dict(embedding_norm=1.5), moe_plus_plus=dict(constant_std=1., constant_gate_std=std)).get(name, {})
 
 # %% ../../nbs/moe/config.ipynb #2c4325b8
 @patch
@@ -208,6 +221,9 @@ def spec(self:ModelSize, name:str, **overrides)->MoESpec:
         scale = {} if 'expert_init_std' in overrides else dict(second_init_scale=depth)
         common |= dict(router_init_std=std,
                        expert_init_std=(std, depth * (self.num_experts * self.moe_intermediate_size)**-0.5)) | scale
+    if self.released_layout:
+        common |= dict(bias=True) if name == 'dense' else {}
+        overrides = overrides | dict(options=_released_options(self, name) | overrides.get('options', {}))
     return MoESpec.from_dict(dict(common, recipe=name) | overrides).validate()
 
 # %% ../../nbs/moe/config.ipynb #70577b0e
@@ -218,13 +234,17 @@ presets = {p.name: p for p in [
     Preset('mini', hidden_size=128, num_hidden_layers=4, num_attention_heads=4, head_dim=32,
            num_experts=16, top_k=4, num_shared_experts=1, moe_intermediate_size=64, vocab_size=4096,
            sequence_length=256, batch_size=2, steps=400, learning_rate=3e-3, warmup_steps=20),
+    Preset('paper-faithful', hidden_size=128, num_hidden_layers=4, num_attention_heads=4, head_dim=32,
+           num_experts=16, top_k=4, num_shared_experts=1, moe_intermediate_size=64, vocab_size=4096,
+           aux_loss_reduction='sum', partial_rotary_factor=0.5, depth_scaled_init=True, released_layout=True,
+           sequence_length=256, batch_size=2, steps=400, learning_rate=3e-3, warmup_steps=20, grad_clip=0.1),
     Preset('paper-0.15b', hidden_size=512, num_hidden_layers=16, num_attention_heads=4, head_dim=82,
            num_experts=66, top_k=8, num_shared_experts=2, moe_intermediate_size=128, vocab_size=8000,
-           aux_loss_reduction='sum', partial_rotary_factor=0.5, depth_scaled_init=True,
+           aux_loss_reduction='sum', partial_rotary_factor=0.5, depth_scaled_init=True, released_layout=True,
            sequence_length=1024, batch_size=64, steps=100_000, learning_rate=2.5e-4, grad_clip=0.1),
     Preset('paper-0.68b', hidden_size=1024, num_hidden_layers=18, num_attention_heads=4, head_dim=128,
            num_experts=66, top_k=8, num_shared_experts=2, moe_intermediate_size=256, vocab_size=8000,
-           aux_loss_reduction='sum', partial_rotary_factor=0.5, depth_scaled_init=True,
+           aux_loss_reduction='sum', partial_rotary_factor=0.5, depth_scaled_init=True, released_layout=True,
            sequence_length=1024, batch_size=64, steps=400_000, learning_rate=2.5e-4, warmup_steps=4000,
            grad_clip=0.25)]}
 

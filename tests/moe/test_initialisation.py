@@ -107,3 +107,26 @@ def test_random_experts_of_an_upcycled_model_too():
         h = l.experts.intermediate_size
         assert (ratio(l.experts.down_proj, 2 * (6 * h)**-.5) == pytest.approx(1, abs=.05)
                 and ratio(l.shared_experts.down_proj.weight, 2 * (2 * h)**-.5) == pytest.approx(1, abs=.05))
+
+
+@pytest.mark.parametrize('preset, count', [('paper-0.15b', 157_934_400), ('paper-0.68b', 678_287_168)])
+def test_as_many_parameters_as_the_authors_class(preset, count):
+    with torch.device('meta'): m = from_scratch('smoe', preset)
+    assert sum(p.numel() for p in m.parameters()) == count
+
+def test_released_layout_starts_from_the_identity_and_is_loaded_as_saved(tmp_path):
+    m = from_scratch('xmoe', 'paper-faithful', seed=0)
+    norm, head = m.base.model.norm, m.base.lm_head
+    assert norm(torch.randn(50, 128)).std().item() == pytest.approx(1, abs=.02) and not head.bias.any()
+    with torch.device('meta'): again = MoEForCausalLM(m.config)
+    again.to_empty(device='cpu').init_weights()
+    assert not again.base.model.norm.weight.any() and not again.base.lm_head.bias.any()
+    for p in norm.weight, norm.bias, head.bias: torch.nn.init.normal_(p)
+    m.save_pretrained(tmp_path)
+    x = torch.arange(9)[None]
+    assert torch.equal(MoEForCausalLM.from_pretrained(tmp_path).eval()(x).logits, m.eval()(x).logits)
+
+def test_presets_are_saved_as_before_and_read_again():
+    assert 'released_layout' not in get_preset('mini').to_dict()
+    from libmoe_nb.moe.config import Preset, from_saved
+    for name in 'mini', 'paper-faithful': assert from_saved(Preset, get_preset(name).to_dict(), 'Preset') == get_preset(name)
