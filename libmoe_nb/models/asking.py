@@ -6,15 +6,16 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models/asking.html.md"""
 
 # %% auto #0
 __all__ = ['image_template', 'small_processor', 'image_tensor', 'write_turns', 'prompt_ids', 'end_tokens', 'with_images',
-           'places_of', 'ask_all', 'ask', 'check_processor', 'load_vision_language']
+           'ask_all', 'ask', 'check_processor', 'load_vision_language']
 
-# %% ../../nbs/models/asking.ipynb #0d5fb046
+# %% ../../nbs/models/asking.ipynb #9aeaabfb
 import torch, transformers
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaProcessor,
+                          PreTrainedTokenizerFast)
 from ..core.errors import check, first_line
 from ..core.modes import evaluating
 from ..core.words import join_some, plural
@@ -22,6 +23,9 @@ from ..data.conversations import as_sample, collate, image_mark, image_token, pl
 from ..data.images import BadImage, pad_to_square, read_image
 from ..data.text import check_ids
 from .loading import load_model, load_pretrained, model_folder
+from .scales import pixel_side
+from .towers import image_places
+from .wrapping import UpcycledConfig, load_upcycled
 
 # %% ../../nbs/models/asking.ipynb #2c074ae3
 image_template = (
@@ -185,20 +189,11 @@ def _batch(model, processor, ids, images):
     if 'pixel_values' in b: b['pixel_values'] = b['pixel_values'].to(model.dtype)
     return {k: v.to(model.device) for k, v in b.items()} | dict(pad_token_id=pad or 0)
 
-# %% ../../nbs/models/asking.ipynb #a843ce4f
+# %% ../../nbs/models/asking.ipynb #d21c1e53
 @contextmanager
 def _naming(names):
     try: yield
     except Exception as e: raise RuntimeError(f'no answer to {join_some(names, 3)}: {first_line(e, 200)}') from e
-
-def places_of(
-    model,
-    processor,
-)->int:
-    "Tokens that an image takes."
-    x = image_tensor(processor)(_grey())
-    return (x.shape[-2] // processor.patch_size) * (x.shape[-1] // processor.patch_size) + (
-        processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == 'default'))
 
 # %% ../../nbs/models/asking.ipynb #36311ed1
 def _answers(model, processor, batch, ends, **kwargs):
@@ -210,7 +205,7 @@ def _answers(model, processor, batch, ends, **kwargs):
     cut = [next((n for n, i in enumerate(ids) if i in ends), len(ids)) for ids in said]
     return [processor.tokenizer.decode(ids[:n], skip_special_tokens=True).strip() for ids, n in zip(said, cut)]
 
-# %% ../../nbs/models/asking.ipynb #9e483ccb
+# %% ../../nbs/models/asking.ipynb #36fe6a81
 def ask_all(
     model,
     processor,
@@ -224,7 +219,7 @@ def ask_all(
     **kwargs,             # for `generate`; greedy by default
 )->list:                  # of text, in the order of the samples
     "The answer to each question, the same in any batch."
-    samples, seen, places = with_images(samples, images, seed), image_tensor(processor, pad), places_of(model, processor)
+    samples, seen, places = with_images(samples, images, seed), image_tensor(processor, pad), image_places(model)
     asked, ends = [_asked(model, processor, s, places, max_new_tokens) for s in samples], end_tokens(model, processor)
     order, res = sorted(range(len(samples)), key=lambda i: len(asked[i])), [None] * len(samples)
     with evaluating(model):
@@ -255,10 +250,10 @@ def ask(
     sample = as_sample(dict(id='question', images=images, messages=[*said, dict(role='assistant', content='?')]))
     return ask_all(model, processor, [sample], 1, max_new_tokens, **kwargs)[0]
 
-# %% ../../nbs/models/asking.ipynb #58e48193
+# %% ../../nbs/models/asking.ipynb #1178d074
 def _check_llava(folder, name):
     config = load_pretrained(AutoConfig, folder, name, 'model')
-    if isinstance(config, LlavaConfig): return
+    if isinstance(config, LlavaConfig): return config
     raise ValueError(f'model={name!r} must be a LLaVA (a vision tower, a projector and a language model), got a model of '
                      f'type {config.model_type!r}')
 
@@ -270,14 +265,14 @@ def _load_processor(folder, name):
     raise ValueError(f'model={name!r} must come with a LlavaProcessor: save one beside it (processor.save_pretrained); '
                      f'{why}')
 
-# %% ../../nbs/models/asking.ipynb #d3e67127
+# %% ../../nbs/models/asking.ipynb #ebe28ec4
 def check_processor(
-    model,     # or its configuration
+    model,        # a LLaVA
     processor,
     name='model', # of the model, in the error
 ):
     "Raise a `ValueError` if a processor is that of another model."
-    config, mine = getattr(model, 'config', model), image_token(processor.tokenizer)
+    config, mine = model.config, image_token(processor.tokenizer)
     check_ids(processor.tokenizer, model, f'tokenizer of {name!r}')
     if config.image_token_id != mine:
         raise ValueError(f'image_token_id of {name!r} must be {mine}, that of {image_mark} in its processor, got '
@@ -286,8 +281,11 @@ def check_processor(
     if processor.patch_size != tower.patch_size:
         raise ValueError(f'patch_size of the processor must be {tower.patch_size}, that of {name!r}, got '
                          f'{processor.patch_size}')
+    side, seen = pixel_side(model), tuple(image_tensor(processor)(_grey()).shape[-2:])
+    if seen != (side, side):
+        raise ValueError(f'the processor must make images of {side} x {side} pixels for {name!r}, got {seen[0]} x {seen[1]}')
 
-# %% ../../nbs/models/asking.ipynb #000b62b0
+# %% ../../nbs/models/asking.ipynb #a93281aa
 def load_vision_language(
     name,         # folder of a model or of a run, or a name on the Hugging Face hub
     device=None,  # None: a GPU if there is one
@@ -295,8 +293,9 @@ def load_vision_language(
 )->tuple:         # model in evaluation mode, processor
     "A vision-language model and its processor."
     (folder, _), name = model_folder(name), str(name)
-    _check_llava(folder, name)
+    upcycled = isinstance(_check_llava(folder, name), UpcycledConfig)
     processor = _load_processor(folder, name)
-    model, _, _ = load_model(name, tokenizer=False, device=device, dtype=dtype)
+    model, _, _ = load_model(name, tokenizer=False, device=device, dtype=dtype,
+                             cls=load_upcycled if upcycled else AutoModelForImageTextToText)
     check_processor(model, processor, name)
     return model, processor
