@@ -285,11 +285,11 @@ def _fill(model, files, plan):
     there = dict(chain(model.named_parameters(), model.named_buffers()))
     for n, (target, e) in plan.items(): (there[target] if e is None else there[target][e]).copy_(files[n])
 
-# %% ../../nbs/models/released.ipynb #9209b25a
+# %% ../../nbs/models/released.ipynb #6eca5d53
 def load_released(
     folder,          # as published
     tower=None,      # folder of its SigLIP; None: `vision_tower` in `folder`, or SigLIP-SO400M/14
-    tokenizer=None,  # folder of its tokenizer; None: in `folder`
+    tokenizer=None,  # folder of its tokenizer; None: `tokenizer` in `folder`, or `folder`
     recipe:str=None, # None: by the folder's name and its tensors
     top_k:int=3,     # K, shared experts included; the files do not say
 )->tuple:            # model, processor, names of tensors that nothing reads
@@ -299,7 +299,8 @@ def load_released(
     files = TensorFiles(folder)
     recipe, N, K = recipe_of(files.shapes, recipe or published_recipe(folder.name))
     vision, text = _tower_config(files.shapes, tower), _text_config(folder)
-    its_processor = _processor(tokenizer or folder, tower, vision)
+    beside = folder/'tokenizer' if (folder/'tokenizer').is_dir() else folder
+    its_processor = _processor(tokenizer or beside, tower, vision)
     scales = _scales(files.shapes, vision.hidden_size)
     config = joined_config(vision, text, image_token(its_processor.tokenizer), -2, scales)
     model = _empty_model(config, _specs(files.shapes, recipe, N, K or top_k, vision, text, scales))
