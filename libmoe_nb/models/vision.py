@@ -51,7 +51,7 @@ class VisionLanguageSize:
 vision_sizes = {s.name: s for s in [
     VisionLanguageSize(
         name='tiny-vlm', image_size=32, patch_size=8,
-        tower=dict(model_type='siglip_vision_model', hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        tower=dict(model_type='siglip_vision_model', hidden_size=24, intermediate_size=48, num_hidden_layers=2,
                    num_attention_heads=2),
         text=dict(model_type='llama', hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                   num_attention_heads=2)),
