@@ -338,3 +338,112 @@ def test_a_fresh_process_gives_the_same_answers(scaled, tmp_path):
     torch.save(dict(inputs=b, logits=logits(moe, b)), tmp_path/'want.pt')
     p = subprocess.run([sys.executable, '-W', 'ignore', '-c', FRESH, str(tmp_path)], text=True, capture_output=True, timeout=300)
     assert p.stdout.split() == ['MoEScaledLlavaForConditionalGeneration', 'True'], p.stderr[-1500:]
+
+# transformers' own tools
+
+def rows_of(model, n=6):
+    b = batch(model, (1,) * n, seed=7)
+    return [{k: v[i] for k, v in b.items()} for i in range(n)]
+
+def trained(model, folder, steps, resume=None, **kw):
+    args = TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=2, report_to=[], use_cpu=True, seed=0,
+                             save_steps=2, learning_rate=1e-2, lr_scheduler_type='constant', disable_tqdm=True, **kw)
+    Trainer(model, args, train_dataset=rows_of(model)).train(resume_from_checkpoint=resume)
+    return model
+
+@pytest.mark.parametrize('kind', ['one scale', 'two scales', 'tower alone'])
+def test_a_trainer_resumes_an_upcycled_model(dense, kind, tmp_path):
+    "Weights come back by the names that they have in memory; without them a run would go on from the start, silently"
+    model = rough(llava_from_scratch(TWO, TOK, seed=0)) if kind == 'two scales' else dense
+    where = 'tower' if kind == 'tower alone' else PARTS
+    make = lambda: upcycle_parts(model, 'smoe', where, seed=0, noise=.1)
+    straight = trained(make(), tmp_path/'a', 4).state_dict()
+    trained(make(), tmp_path/'b', 2)
+    checkpoint = tmp_path/'b'/'checkpoint-2'
+    resumed = trained(make(), tmp_path/'b', 4, str(checkpoint)).state_dict()
+    assert all(torch.equal(t, resumed[n]) for n, t in straight.items())
+    assert (checkpoint/'model.safetensors').samefile(checkpoint/'model.libmoe.safetensors')
+    assert not torch.equal(load_upcycled(checkpoint).state_dict()[next(reversed(straight))], straight[next(reversed(straight))])
+    layer = next(n for n in straight if n.endswith('router.weight'))
+    assert not torch.equal(straight[layer], make().state_dict()[layer])
+
+@pytest.mark.parametrize('recipe', ['dense', 'smoe', 'tcmoe', 'moe_plus_plus'])
+def test_generate_with_cache_equals_no_cache(dense, recipe):
+    moe = upcycle_parts(dense, recipe, PARTS, seed=0, noise=.1, router_init_std=.5)
+    b = {k: v[:, :image_places(moe) + 2] if v.dim() == 2 else v for k, v in batch(moe).items() if k != 'labels'}
+    out = [moe.generate(**b, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=c) for c in (True, False)]
+    assert torch.equal(*out) and out[0].shape[1] == b['input_ids'].shape[1] + 6
+
+@pytest.mark.parametrize('recipe', ['smoe', 'moe_plus_plus'])
+@pytest.mark.parametrize('trains', ['projector', 'all'])
+def test_trap_gradient_checkpointing_with_frozen_parts(dense, recipe, trains):
+    "The same gradients with and without, and the same routing when a layer is run again"
+    moe = upcycle_parts(dense, recipe, PARTS, seed=0, noise=.1, router_init_std=.5).train()
+    for part, m in model_parts(moe).items(): m.requires_grad_(trains in (part, 'all'))
+    b, seen = batch(moe, (1, 2)), []
+    for again in (False, True):
+        if again: moe.activation_checkpointing_enable(dict(use_reentrant=False))
+        moe.zero_grad()
+        records, hooks = {}, []
+        for n, l in own_layers(moe).items():
+            hooks.append(l.router.register_forward_hook(lambda m, args, r, n=n: records.setdefault(n, []).append(r)))
+        moe(**b).loss.backward()
+        for h in hooks: h.remove()
+        seen.append(({n: p.grad for n, p in moe.named_parameters() if p.grad is not None}, records))
+    (plain, before), (checked, after) = seen
+    assert plain.keys() == checked.keys() and all(('projector' in n) or trains == 'all' for n in plain)
+    for n in plain: torch.testing.assert_close(checked[n], plain[n], atol=1e-6, rtol=1e-4)
+    twice = [n for n in after if len(after[n]) == 2]
+    assert any('language' in n for n in twice) and (trains == 'projector' or any('tower' in n for n in twice))
+    for n in before:
+        for r in after[n]:
+            assert torch.equal(r.top_k_index, before[n][0].top_k_index) and torch.equal(r.router_logits, before[n][0].router_logits)
+
+@pytest.mark.parametrize('recipe', ['smoe', 'sharede_v2'])
+def test_adapters(scaled, recipe, tmp_path):
+    peft = pytest.importorskip('peft', reason='pip install peft')
+    if scaled.config.scale_source == 'original' and recipe == 'smoe': pytest.skip('once for each recipe and form')
+    base = upcycle_parts(scaled, recipe, PARTS, seed=0)
+    b, model = batch(base), add_lora(copy.deepcopy(base), ('attention', 'experts', 'routers'), r=2)
+    assert torch.equal(logits(model, b), logits(base, b))
+    assert {'tower', 'projector', 'language_model'} == set(model_parts(model))
+    for n in own_layers(base): assert any(n in p and 'lora' in p for p, t in model.named_parameters() if t.requires_grad), n
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=.03)
+    for _ in range(2): model.train()(**b).loss.backward(); opt.step(); opt.zero_grad()
+    after = logits(model, b)
+    model.save_pretrained(tmp_path)
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(back, b), after) and not torch.allclose(after, logits(base, b), atol=1e-3)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(base)
+    torch.testing.assert_close(logits(merged, b), after, atol=1e-3, rtol=1e-3)
+
+def test_pushed_as_it_is_saved(scaled, monkeypatch, tmp_path):
+    from types import SimpleNamespace
+    sent, moe = {}, upcycle_parts(scaled, seed=0)
+    monkeypatch.setattr(type(moe), '_upload_modified_files', lambda self, folder, repo_id, *a, **kw: sent.update(
+        repo=repo_id, files=set(__import__('os').listdir(folder))))
+    monkeypatch.setattr('huggingface_hub.HfApi.create_repo', lambda self, repo_id, **kw: SimpleNamespace(repo_id=repo_id))
+    for place in 'modeling_utils', 'utils.hub':
+        monkeypatch.setattr(f'transformers.{place}.create_and_tag_model_card', lambda *a, **kw: SimpleNamespace(save=lambda path: None))
+    moe.push_to_hub('me/llava')
+    assert sent['repo'] == 'me/llava' and {'config.json', 'model.libmoe.safetensors'} <= sent['files']
+
+# the paper's size
+
+def test_paper_counts():
+    with torch.device('meta'): model = llava_from_scratch('paper-vlm')
+    count = lambda m: {n: sum(p.numel() for p in part.parameters()) for n, part in model_parts(m).items()}
+    assert count(model) == dict(tower=412_440_048, projector=16_521_216, language_model=3_821_079_552)
+    smoe = upcycle_parts(model, 'smoe')
+    assert count(smoe) == dict(tower=1_752_079_392, projector=99_141_120, language_model=3_821_079_552)
+    assert sum(p.numel() for p in smoe.parameters()) == 5_672_300_064
+    assert {n: c['active'] for n, c in count_parts(smoe).items()} == dict(
+        tower=948_407_760, projector=49_577_472, language_model=3_821_079_552, all=4_819_064_784)
+    # theirs holds what is never used: MoE++ a matrix of 8 x 8 in the first layer, XMoE a router of [6, d] in each layer
+    paper = dict(xmoe=(1_752_173_190 - 27 * 6 * 1152, 99_148_050 - 6 * 2304), sharede_v2=(1_752_048_288, 99_138_816),
+                 sharede_v3=(1_752_048_288, 99_138_816), tcmoe=(1_752_359_328, 99_161_856),
+                 moe_plus_plus=(1_752_236_640 - 64, 99_141_120), smoe_sigmoid=(1_752_079_392, 99_141_120))
+    for recipe, (tower, projector) in paper.items():
+        got = count(upcycle_parts(model, recipe))
+        assert (got['tower'], got['projector']) == (tower, projector), recipe
