@@ -6,7 +6,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models/vision.html.md"""
 
 # %% auto #0
 __all__ = ['vision_sizes', 'part_options', 'moe_places', 'VisionLanguageSize', 'vision_size', 'special_ids', 'llava_config',
-           'joined_config', 'llava_from_scratch', 'upcycle_parts']
+           'joined_config', 'llava_from_scratch', 'upcycle_parts', 'count_parts']
 
 # %% ../../nbs/models/vision.ipynb #77b9fb70
 import copy, torch
@@ -51,7 +51,7 @@ class VisionLanguageSize:
 vision_sizes = {s.name: s for s in [
     VisionLanguageSize(
         name='tiny-vlm', image_size=32, patch_size=8,
-        tower=dict(model_type='siglip_vision_model', hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        tower=dict(model_type='siglip_vision_model', hidden_size=24, intermediate_size=48, num_hidden_layers=2,
                    num_attention_heads=2),
         text=dict(model_type='llama', hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                   num_attention_heads=2)),
@@ -153,3 +153,16 @@ def upcycle_parts(
     check(parts, 'where', where, f'of {", ".join(part_names)}')
     return upcycle(model, recipe, num_experts, top_k, where=[part_names[p] for p in parts],
                    **part_options.get(recipe, {}) | kwargs)
+
+# %% ../../nbs/models/vision.ipynb #5a03dc27
+def count_parts(
+    model:nn.Module, # a LLaVA, on any device
+)->dict:             # part, and 'all' -> dict of total and active parameters
+    "Parameters of each part of a vision-language model, and those that one token or patch uses."
+    counts = {}
+    for part, module in model_parts(model).items():
+        total = sum(p.numel() for p in module.parameters())
+        idle = [(sum(w[0].numel() for w in l.experts.stacked if w is not None), l.router.num_experts - l.router.top_k)
+                for l in own_layers(module).values()]
+        counts[part] = dict(total=total, active=total - sum(w * max(n, 0) for w, n in idle))
+    return counts | dict(all={k: sum(c[k] for c in counts.values()) for k in ('total', 'active')})
