@@ -285,7 +285,7 @@ def _fill(model, files, plan):
     there = dict(chain(model.named_parameters(), model.named_buffers()))
     for n, (target, e) in plan.items(): (there[target] if e is None else there[target][e]).copy_(files[n])
 
-# %% ../../nbs/models/released.ipynb #6eca5d53
+# %% ../../nbs/models/released.ipynb #ea97d363
 def load_released(
     folder,          # as published
     tower=None,      # folder of its SigLIP; None: `vision_tower` in `folder`, or SigLIP-SO400M/14
@@ -297,11 +297,11 @@ def load_released(
     folder = Path(folder)
     if tower is None and (folder/'vision_tower').is_dir(): tower = folder/'vision_tower'
     files = TensorFiles(folder)
-    recipe, N, K = recipe_of(files.shapes, recipe or published_recipe(folder.name))
     vision, text = _tower_config(files.shapes, tower), _text_config(folder)
+    scales = _scales(files.shapes, vision.hidden_size)
+    recipe, N, K = recipe_of(files.shapes, recipe or published_recipe(folder.name))
     beside = folder/'tokenizer' if (folder/'tokenizer').is_dir() else folder
     its_processor = _processor(tokenizer or beside, tower, vision)
-    scales = _scales(files.shapes, vision.hidden_size)
     config = joined_config(vision, text, image_token(its_processor.tokenizer), -2, scales)
     model = _empty_model(config, _specs(files.shapes, recipe, N, K or top_k, vision, text, scales))
     plan, unread = fit_files(files.shapes, _slots(model), recipe, N)

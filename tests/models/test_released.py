@@ -141,7 +141,7 @@ def test_a_poisoned_pickle_is_refused_and_does_nothing(tmp_path, monkeypatch, as
     folder = release(tmp_path, 'smoe', kind='bin')
     held = made_by_hand('smoe') | dict(more=Poison())
     if as_zip: torch.save(held, folder/'pytorch_model.bin')
-    else: (folder/'pytorch_model.bin').write_bytes(pickle.dumps(held))
+    else: (folder/'pytorch_model.bin').write_bytes(pickle.dumps(held, protocol=2))
     with pytest.raises(ValueError, match='pytorch_model.bin must hold tensors alone'): load_released(folder)
     assert not (tmp_path/'poisoned').exists()
 
