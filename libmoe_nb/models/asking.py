@@ -78,23 +78,24 @@ def _is_kept(text, turns):
     said = [t.replace(image_mark, '').strip() for _, t in turns]
     return text.count(image_mark) == sum(t.count(image_mark) for _, t in turns) and all(s in text for s in said)
 
-# %% ../../nbs/models/asking.ipynb #64bcd6d4
+# %% ../../nbs/models/asking.ipynb #dc5c63a2
 def write_turns(
     processor,
     turns,          # pairs of role and text, as in `Sample`
     **kwargs,       # for `apply_chat_template`
 )->str:
     "A conversation as the chat template writes it, be its messages text or parts."
-    t, why = processor.tokenizer, 'it drops some of what is said, or an image'
+    t, why = processor.tokenizer, []
     template = t.chat_template or processor.chat_template or plain_template
     for parts in False, True:
         try: text = t.apply_chat_template(_messages(turns, parts), tokenize=False, chat_template=template, **kwargs)
-        except Exception as e: why = first_line(e)
+        except Exception as e: why.append(first_line(e))
         else:
             if _is_kept(text, turns): return text
-    raise ValueError(f'the chat template cannot write these turns: {why}')
+            why.insert(0, 'it drops some of what is said, or an image')
+    raise ValueError(f'the chat template cannot write these turns: {why[0]}')
 
-# %% ../../nbs/models/asking.ipynb #27e4b142
+# %% ../../nbs/models/asking.ipynb #ee873ef1
 def prompt_ids(
     processor,
     turns,            # of a `Sample`; an answer at the end is left out
@@ -103,8 +104,9 @@ def prompt_ids(
     "Token ids of everything in front of an answer, as they stood there in training."
     turns = turns[:-1] if turns[-1][0] == 'assistant' else turns
     text, mark = write_turns(processor, turns, add_generation_prompt=True), image_token(processor.tokenizer)
-    t = processor.tokenizer(f'{text}A', return_offsets_mapping=True, add_special_tokens=False)
-    ids = [i for i, (_, end) in zip(t.input_ids, t.offset_mapping) if end <= len(text)]
+    said = [processor.tokenizer(f'{text}{a}', return_offsets_mapping=True, add_special_tokens=False)
+            for a in ('yes', 'red', 'A', '2')]
+    ids = min(([i for i, (_, end) in zip(t.input_ids, t.offset_mapping) if end <= len(text)] for t in said), key=len)
     return [i for i in ids for _ in range(image_tokens if i == mark else 1)]
 
 # %% ../../nbs/models/asking.ipynb #c3537fa1
