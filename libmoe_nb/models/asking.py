@@ -163,17 +163,19 @@ def with_images(
     if images == 'none': return [_without_marks(s) for s in samples]
     return [replace(s, images=(_grey(),) * len(s.images)) for s in samples] if images == 'blank' else list(samples)
 
-# %% ../../nbs/models/asking.ipynb #e9e239b1
+# %% ../../nbs/models/asking.ipynb #afaae7b8
 def _asked(model, processor, s, places, new):
     "Ids of the question, or a `ValueError` that names the sample"
     try:
         marks, room = sum(t.count(image_mark) for _, t in s.turns), _room(model)
-        if marks != len(s.images): raise ValueError(f'has {plural(marks, "image mark")} for {plural(len(s.images), "image")}')
+        if marks != len(s.images):
+            raise ValueError(f'has {plural(marks, "image mark")} for {plural(len(s.images), "image")}')
         ids = prompt_ids(processor, s.turns, places)
         if room and len(ids) + new > room:
             raise ValueError(f'must fit into {room} tokens, got {len(ids)} of the question and max_new_tokens={new}')
         return ids
-    except (ValueError, IndexError) as e: raise ValueError(f'sample {s.id!r} cannot be asked: {first_line(e)}') from None
+    except (ValueError, IndexError) as e:
+        raise ValueError(f'sample {s.id!r} cannot be asked: {first_line(e)}') from None
 
 def _room(model): return getattr(model.config.get_text_config(), 'max_position_embeddings', None)
 
@@ -252,12 +254,12 @@ def ask(
     sample = as_sample(dict(id='question', images=images, messages=[*said, dict(role='assistant', content='?')]))
     return ask_all(model, processor, [sample], 1, max_new_tokens, **kwargs)[0]
 
-# %% ../../nbs/models/asking.ipynb #1178d074
+# %% ../../nbs/models/asking.ipynb #2bc0c82b
 def _check_llava(folder, name):
     config = load_pretrained(AutoConfig, folder, name, 'model')
     if isinstance(config, LlavaConfig): return config
-    raise ValueError(f'model={name!r} must be a LLaVA (a vision tower, a projector and a language model), got a model of '
-                     f'type {config.model_type!r}')
+    raise ValueError(f'model={name!r} must be a LLaVA (a vision tower, a projector and a language model), got a model '
+                     f'of type {config.model_type!r}')
 
 def _load_processor(folder, name):
     try: p = load_pretrained(AutoProcessor, folder, name, 'processor', backend='pil')
@@ -267,7 +269,7 @@ def _load_processor(folder, name):
     raise ValueError(f'model={name!r} must come with a LlavaProcessor: save one beside it (processor.save_pretrained); '
                      f'{why}')
 
-# %% ../../nbs/models/asking.ipynb #ebe28ec4
+# %% ../../nbs/models/asking.ipynb #aa6d4b97
 def check_processor(
     model,        # a LLaVA
     processor,
@@ -285,7 +287,8 @@ def check_processor(
                          f'{processor.patch_size}')
     side, seen = pixel_side(model), tuple(image_tensor(processor)(_grey()).shape[-2:])
     if seen != (side, side):
-        raise ValueError(f'the processor must make images of {side} x {side} pixels for {name!r}, got {seen[0]} x {seen[1]}')
+        raise ValueError(f'the processor must make images of {side} x {side} pixels for {name!r}, got {seen[0]} x '
+                         f'{seen[1]}')
 
 # %% ../../nbs/models/asking.ipynb #a93281aa
 def load_vision_language(

@@ -1,4 +1,4 @@
-"""Read the vision-language models that the paper's authors published into the classes of this library, tensor by tensor, or say by name what does not fit.
+"""What the paper's authors published, as a model of this library, or the name of what does not fit.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/models/released.html.md"""
 
@@ -9,7 +9,7 @@ __all__ = ['published', 'phi_template', 'published_recipe', 'released_spec', 'Te
            'load_released', 'import_released', 'load_projector']
 
 # %% ../../nbs/models/released.ipynb #1f5833f7
-import json, pickle, re, torch, transformers
+import pickle, re, torch, transformers
 from accelerate import init_empty_weights
 from itertools import chain
 from pathlib import Path
@@ -17,22 +17,22 @@ from safetensors import safe_open
 from torch import nn
 from transformers import (AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor,
                           Phi3Config, SiglipVisionConfig)
-from ..core.errors import check, did_you_mean, first_line
+from ..core.errors import check, first_line
 from ..core.files import check_writable, read_json
 from ..core.words import join_some, plural
 from ..data.conversations import image_mark, image_token
-from .loading import load_pretrained
 from .asking import check_processor
+from .loading import load_pretrained
 from .scales import ScaledLlavaConfig, ScaledLlavaForConditionalGeneration
 from .swapping import moeify
 from .vision import joined_config
 from .wrapping import as_upcycled
 from ..moe.config import MoESpec
 
-# %% ../../nbs/models/released.ipynb #4162ff2c
+# %% ../../nbs/models/released.ipynb #0c1dad99
 published = dict( # name of a recipe there -> here
-    smoe='smoe', smoe_sigmoid='smoe_sigmoid', smoe_sigmoidgating='smoe_sigmoid', xmoe='xmoe', smoe_share='sharede_v2', smoe_sharev3='sharede_v3',
-    smoe_tcmoe='tcmoe', smoe_plus_plus='moe_plus_plus')
+    smoe='smoe', smoe_sigmoid='smoe_sigmoid', smoe_sigmoidgating='smoe_sigmoid', xmoe='xmoe',
+    smoe_share='sharede_v2', smoe_sharev3='sharede_v3', smoe_tcmoe='tcmoe', smoe_plus_plus='moe_plus_plus')
 
 def published_recipe(
     name:str, # of a folder, e.g. 'Phi3.5-Siglip-smoe_share-665K'
@@ -42,8 +42,9 @@ def published_recipe(
     said = found[1].lower() if found else ''
     return 'dense' if said in ('pt', 'pft', 'pretrain', 'pre_finetune') else published.get(said)
 
-# %% ../../nbs/models/released.ipynb #2f3e8d26
-_options = dict(xmoe=dict(double_softmax='chosen'), sharede_v2=dict(shared_weight=.5), sharede_v3=dict(shared_weight=.5),
+# %% ../../nbs/models/released.ipynb #0f6471de
+_options = dict(xmoe=dict(double_softmax='chosen'), sharede_v2=dict(shared_weight=.5),
+                sharede_v3=dict(shared_weight=.5),
                 moe_plus_plus=dict(num_zero=1, num_copy=0, num_constant=1, gating_residual=False))
 _shared = 'sharede_v2', 'sharede_v3'
 
@@ -80,7 +81,7 @@ class TensorFiles:
 
 def _shape(held, n): return held[n].shape if isinstance(held, dict) else held.get_slice(n).get_shape()
 
-# %% ../../nbs/models/released.ipynb #b5da1c42
+# %% ../../nbs/models/released.ipynb #63c28871
 def _opened(f):
     "A safetensors file, or the dictionary in a `.bin` file"
     try:
@@ -88,8 +89,8 @@ def _opened(f):
         try: held = torch.load(f, map_location='cpu', weights_only=True, mmap=True)
         except RuntimeError: held = torch.load(f, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        raise ValueError(f'{f} must hold tensors alone, and asks to run more than that when it is opened: it is refused '
-                         f'({first_line(e)})') from None
+        raise ValueError(f'{f} must hold tensors alone, and asks to run more than that when it is opened: it is '
+                         f'refused ({first_line(e)})') from None
     except Exception as e: raise ValueError(f'{f} cannot be read: {first_line(e, 200)}') from None
     tensors = isinstance(held, dict) and all(torch.is_tensor(t) for t in held.values())
     check(tensors, str(f), type(held).__name__, 'a dictionary of tensors')
@@ -111,18 +112,20 @@ def _tensor_files(where):
         if found: return found
     raise ValueError(f'folder {str(where)!r} must hold safetensors or .bin files, and has none')
 
-# %% ../../nbs/models/released.ipynb #765d5a68
+# %% ../../nbs/models/released.ipynb #59825fe4
 _parts = [(r'model\.vision_tower\.(?:vision_tower\.)?vision_model\.(.*)', 'model.vision_tower.'),
           (r'model\.mm_projector\.moelayer\.(.*)', 'model.multi_modal_projector.moelayer.'),
           (r'model\.mm_projector\.0\.(.*)', 'model.multi_modal_projector.linear_1.'),
           (r'model\.mm_projector\.2\.(.*)', 'model.multi_modal_projector.linear_2.'),
           (r'model\.((?:embed_tokens|layers|norm)\..*)', 'model.language_model.'), (r'(lm_head\..*)', '')]
-_in_layer = {'gate.weight': 'router.weight', 'expert_embeddings': 'router.embeddings', 'inp_reduction.weight': 'router.proj'}
-_in_expert = {f'{there}.{what}': here + ('' if what == 'weight' else '_bias') for there, here in
-              {'fc1': 'up_proj', '0': 'up_proj', 'fc2': 'down_proj', '2': 'down_proj'}.items() for what in ('weight', 'bias')}
+_in_layer = {'gate.weight': 'router.weight', 'expert_embeddings': 'router.embeddings',
+             'inp_reduction.weight': 'router.proj'}
+_matrices = {'fc1': 'up_proj', '0': 'up_proj', 'fc2': 'down_proj', '2': 'down_proj'}
+_in_expert = {f'{there}.{what}': here + ('' if what == 'weight' else '_bias') for there, here in _matrices.items()
+              for what in ('weight', 'bias')}
 _in_expert |= {'constant': 'constant', 'wg.weight': 'constant_gate'}
 
-# %% ../../nbs/models/released.ipynb #5102dc00
+# %% ../../nbs/models/released.ipynb #657134c0
 def _in_moelayer(home, rest, recipe, N):
     "Place of a tensor in a layer that is called `home` here; None: nothing reads it"
     if rest in _in_layer:
@@ -134,7 +137,8 @@ def _in_moelayer(home, rest, recipe, N):
     e, what = int(found[1]), _in_expert[found[2]]
     if 'constant' in what: return f'{home}.zero_experts.{what}', e - N - 1
     if recipe in _shared and e == N - 1:
-        return f'{home}.shared_experts.{what.removesuffix("_bias")}.{"bias" if what.endswith("_bias") else "weight"}', None
+        part = 'bias' if what.endswith('_bias') else 'weight'
+        return f'{home}.shared_experts.{what.removesuffix("_bias")}.{part}', None
     return f'{home}.experts.{what}', e
 
 def place_of(
@@ -173,7 +177,7 @@ def recipe_of(
     check(said or len(kinds) == 1, 'recipe', said, f"given, since the tensors of {' and '.join(kinds)} are the same")
     return said or kinds[0], N, K
 
-# %% ../../nbs/models/released.ipynb #5a903636
+# %% ../../nbs/models/released.ipynb #68e1388c
 def _tower_config(shapes, tower):
     "The vision tower's configuration, from its folder and from the shapes"
     v = {n.split('vision_model.')[1]: s for n, s in shapes.items() if 'vision_model.' in n}
@@ -188,7 +192,8 @@ def _tower_config(shapes, tower):
     config = load_pretrained(AutoConfig, tower, str(tower), 'configuration')
     config = getattr(config, 'vision_config', config)
     for k, n in seen.items():
-        check(getattr(config, k, None) == n, f'{k} of the tower', getattr(config, k, None), f'{n}, as in the checkpoint')
+        has = getattr(config, k, None)
+        check(has == n, f'{k} of the tower', has, f'{n}, as in the checkpoint')
     config.vision_use_head = False
     return config
 
@@ -224,7 +229,7 @@ def _processor(tokenizer, tower, vision):
     return LlavaProcessor(images, t, patch_size=vision.patch_size, vision_feature_select_strategy='full',
                           chat_template=t.chat_template)
 
-# %% ../../nbs/models/released.ipynb #4380c1d6
+# %% ../../nbs/models/released.ipynb #22e73f66
 def _specs(shapes, recipe, N, K, tower, text, scales):
     "Name of an FFN -> its spec"
     if recipe == 'dense': return {}
@@ -235,13 +240,14 @@ def _specs(shapes, recipe, N, K, tower, text, scales):
 
 def _empty_model(config, specs):
     "The model without memory for its weights"
-    cls = ScaledLlavaForConditionalGeneration if isinstance(config, ScaledLlavaConfig) else LlavaForConditionalGeneration
+    scaled = isinstance(config, ScaledLlavaConfig)
+    cls = ScaledLlavaForConditionalGeneration if scaled else LlavaForConditionalGeneration
     with init_empty_weights(include_buffers=False):
         model = cls(config)
         if specs: moeify(model, specs)
     return as_upcycled(model, specs) if specs else model
 
-# %% ../../nbs/models/released.ipynb #a6dd1671
+# %% ../../nbs/models/released.ipynb #bbd63feb
 _stacked = re.compile(r'(\.experts\.(up|down)_proj(_bias)?|\.zero_experts\.constant(_gate)?)$')
 
 def _slots(model):
@@ -255,27 +261,31 @@ def fit_files(
     slots:dict,   # place -> shape, in the model
     recipe:str,
     N:int,
-)->tuple:         # name of a tensor -> place, and names of those that nothing reads
+)->tuple:         # name of a tensor -> place, and what was found: names that nothing reads, and that are absent
     "Which tensor goes where, or a `ValueError` that names what does not fit."
     places = {n: place_of(n, recipe, N) for n in shapes}
     unknown = [n for n, p in places.items() if p is False or p and p not in slots]
-    if unknown: raise ValueError(f'{plural(len(unknown), "tensor")} of the checkpoint have no place in a {recipe} model: '
-                                 f'{join_some(unknown)}')
+    if unknown:
+        raise ValueError(f'{plural(len(unknown), "tensor")} of the checkpoint have no place in a {recipe} model: '
+                         f'{join_some(unknown)}')
     plan = {n: p for n, p in places.items() if p}
     if wrong := [n for n, p in plan.items() if shapes[n] != slots[p]]:
         raise ValueError(f'{wrong[0]} must have shape {slots[plan[wrong[0]]]}, got {shapes[wrong[0]]}'
                          + (f', and {len(wrong) - 1} more do not fit' if wrong[1:] else ''))
-    if lost := sorted({f'{n}' + ('' if e is None else f' of expert {e}') for n, e in {*slots} - {*plan.values()}}):
+    empty = {*slots} - {*plan.values()}
+    absent = sorted(n for n, _ in empty if '.zero_experts.' in n)
+    if lost := sorted(f'{n}' + ('' if e is None else f' of expert {e}') for n, e in empty if n not in absent):
         raise ValueError(f'the checkpoint lacks {plural(len(lost), "tensor")} of a {recipe} model: {join_some(lost)}')
-    return plan, [n for n, p in places.items() if p is None]
+    return plan, dict(unread=[n for n, p in places.items() if p is None], absent=absent)
 
-# %% ../../nbs/models/released.ipynb #25fb65f0
+# %% ../../nbs/models/released.ipynb #324f1149
 def _give_memory(model, dtype):
-    "Memory for what has none; a post-norm, which nothing reads, does nothing"
+    "Memory for what has none; what files may lack does nothing: a post-norm, and MoE++'s constants"
     for n, t in [*model.named_parameters(), *model.named_buffers()]:
         if not t.is_meta: continue
         home, _, last = n.rpartition('.')
-        new = torch.full(t.shape, float(last == 'weight'), dtype=dtype) if 'post_layernorm' in n else torch.empty(t.shape, dtype=dtype)
+        new = torch.empty(t.shape, dtype=dtype)
+        if 'post_layernorm' in n or '.zero_experts.' in n: new.fill_(last == 'weight')
         kind = nn.Parameter if isinstance(t, nn.Parameter) else lambda x: x
         setattr(model.get_submodule(home), last, kind(new))
 
@@ -285,14 +295,14 @@ def _fill(model, files, plan):
     there = dict(chain(model.named_parameters(), model.named_buffers()))
     for n, (target, e) in plan.items(): (there[target] if e is None else there[target][e]).copy_(files[n])
 
-# %% ../../nbs/models/released.ipynb #ea97d363
+# %% ../../nbs/models/released.ipynb #fbae6346
 def load_released(
     folder,          # as published
     tower=None,      # folder of its SigLIP; None: `vision_tower` in `folder`, or SigLIP-SO400M/14
     tokenizer=None,  # folder of its tokenizer; None: `tokenizer` in `folder`, or `folder`
     recipe:str=None, # None: by the folder's name and its tensors
     top_k:int=3,     # K, shared experts included; the files do not say
-)->tuple:            # model, processor, names of tensors that nothing reads
+)->tuple:            # model, processor, and names of tensors: `unread` by anything, and `absent` from the files
     "A released vision-language model as one of ours."
     folder = Path(folder)
     if tower is None and (folder/'vision_tower').is_dir(): tower = folder/'vision_tower'
@@ -304,21 +314,22 @@ def load_released(
     its_processor = _processor(tokenizer or beside, tower, vision)
     config = joined_config(vision, text, image_token(its_processor.tokenizer), -2, scales)
     model = _empty_model(config, _specs(files.shapes, recipe, N, K or top_k, vision, text, scales))
-    plan, unread = fit_files(files.shapes, _slots(model), recipe, N)
+    plan, found = fit_files(files.shapes, _slots(model), recipe, N)
     _give_memory(model, files[next(iter(plan))].dtype)
     _fill(model, files, plan)
     if len(its_processor.tokenizer) > text.vocab_size: model.resize_token_embeddings(len(its_processor.tokenizer))
     check_processor(model, its_processor, str(folder))
-    return model.eval(), its_processor, unread
+    return model.eval(), its_processor, found
 
-# %% ../../nbs/models/released.ipynb #f0c0f72c
+# %% ../../nbs/models/released.ipynb #8c6f0d6a
 def _scales(shapes, d):
-    first = next((s for n, s in shapes.items() if re.search(r'mm_projector\.(moelayer\.experts\.0\.)?0\.weight$', n)), None)
+    is_first = re.compile(r'mm_projector\.(moelayer\.experts\.0\.)?0\.weight$')
+    first = next((s for n, s in shapes.items() if is_first.search(n)), None)
     check(first, 'folder', 'none', 'of a model with a projector (model.mm_projector)')
     check(first[1] in (d, 2*d), 'width of the projector', first[1], f'{d} for one scale or {2*d} for two')
     return (1, 3) if first[1] == 2*d else (1,)
 
-# %% ../../nbs/models/released.ipynb #03c3fb45
+# %% ../../nbs/models/released.ipynb #82e85069
 def import_released(
     folder,          # as published
     out,             # folder to be written
@@ -326,15 +337,15 @@ def import_released(
     tokenizer=None,
     recipe:str=None,
     top_k:int=3,
-)->dict:             # what it was: recipe, experts, scales, parameters, unread tensors
+)->dict:             # what it was: recipe, experts, scales, parameters, tensors unread and absent
     "Write a released vision-language model as a folder that `load_vision_language` opens."
     check_writable(out := Path(out))
-    model, its_processor, unread = load_released(folder, tower, tokenizer, recipe, top_k)
+    model, its_processor, found = load_released(folder, tower, tokenizer, recipe, top_k)
     model.save_pretrained(out)
     its_processor.save_pretrained(out)
     specs = getattr(model.config, 'specs', {})
     first = next(iter(specs.values()), None)
-    return dict(recipe=first.recipe if first else 'dense', layers=len(specs), out=str(out), unread=unread,
+    return dict(recipe=first.recipe if first else 'dense', layers=len(specs), out=str(out), **found,
                 num_experts=first.num_experts if first else 0, top_k=first.top_k if first else 0,
                 image_scales=tuple(getattr(model.config, 'image_scales', (1,))),
                 parameters=sum(p.numel() for p in model.parameters()))

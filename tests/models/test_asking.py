@@ -3,15 +3,14 @@ import json, subprocess, sys, torch
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM,
+from transformers import (AutoProcessor, LlamaConfig, LlamaForCausalLM,
                           LlavaProcessor, PreTrainedTokenizerFast)
-from libmoe_nb.data.conversations import ConversationData, Sample, encode, image_token
-from libmoe_nb.data.images import BadImage
-from libmoe_nb.data.scenes import Scene, scene_words, write_scenes, colours
+from libmoe_nb.data.conversations import Sample, encode, image_token
+from libmoe_nb.data.scenes import Scene, scene_words
 from libmoe_nb.models import asking
 from libmoe_nb.models.asking import (ask, ask_all, end_tokens, image_tensor, load_vision_language, prompt_ids,
                                      small_processor, with_images)
-from libmoe_nb.models.vision import VisionLanguageSize, llava_from_scratch, upcycle_parts, vision_sizes
+from libmoe_nb.models.vision import llava_from_scratch, upcycle_parts, vision_sizes
 
 def picture(i): return Image.fromarray(Scene.draw(i).pixels(48))
 
@@ -154,7 +153,8 @@ def test_pictures_of_one_path_are_one_picture(tmp_path):
     assert [str(s.images[0]) for s in got] == [str(g), str(g), str(f)]
 
 def test_conditions_change_what_is_seen(model, processor, alone):
-    for how in 'shuffled', 'blank', 'none': assert ask_all(model, processor, SAMPLES, images=how, max_new_tokens=8) != alone
+    for how in 'shuffled', 'blank', 'none':
+        assert ask_all(model, processor, SAMPLES, images=how, max_new_tokens=8) != alone
 
 # errors
 
@@ -165,7 +165,7 @@ def test_an_exception_is_never_an_empty_answer(model, processor, monkeypatch):
         ask_all(model, processor, [SAMPLES[2], SAMPLES[4]])
 
 @pytest.mark.parametrize('sample, error', [
-    (question('x', b'none'), "sample 'qx' cannot be asked: image of 4 bytes cannot be read|sample 'qx' cannot be asked: image"),
+    (question('x', b'none'), "sample 'qx' cannot be asked: image"),
     (question('x', 'nowhere.png'), "sample 'qx' cannot be asked: image 'nowhere.png' must be a file"),
     (Sample('x', (('user', 'what ?'),), (picture(0),)), "sample 'x' cannot be asked: has 0 image marks for 1 image"),
     (Sample('x', (('user', '<image><image>what ?'),), (picture(0),)), 'has 2 image marks for 1 image'),
@@ -192,7 +192,7 @@ def folder(model, processor, tmp_path_factory):
     return out
 
 def test_a_saved_model_gives_the_same_answers_in_a_fresh_process_and_under_plain_transformers(folder, alone, tmp_path):
-    for i, s in enumerate(SAMPLES[:1]): s.images[0].save(tmp_path/'a.png')
+    SAMPLES[0].images[0].save(tmp_path/'a.png')
     code = f'''if True:
         import json, sys
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -204,7 +204,8 @@ def test_a_saved_model_gives_the_same_answers_in_a_fresh_process_and_under_plain
         out = m.generate(**b, max_new_tokens=8, do_sample=False)[0, b['input_ids'].shape[1]:]
         assert not any(n.startswith('libmoe') for n in sys.modules)
         from libmoe_nb.models.asking import ask, load_vision_language
-        ours = ask(*load_vision_language({str(folder)!r}), {str(tmp_path/"a.png")!r}, 'what color is it ?', max_new_tokens=8)
+        model, processor = load_vision_language({str(folder)!r})
+        ours = ask(model, processor, {str(tmp_path/"a.png")!r}, 'what color is it ?', max_new_tokens=8)
         print(json.dumps([p.tokenizer.decode(out, skip_special_tokens=True).strip(), ours]))'''
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
@@ -220,7 +221,8 @@ def test_folders_of_one_scale_and_two_dense_and_upcycled(processor, tmp_path, sc
     m.save_pretrained(tmp_path); processor.save_pretrained(tmp_path)
     back, its = load_vision_language(tmp_path)
     assert type(back) is type(m) and not back.training
-    assert ask(back, its, picture(0), 'what ?', max_new_tokens=4) == ask(m, processor, picture(0), 'what ?', max_new_tokens=4)
+    asked = picture(0), 'what ?'
+    assert ask(back, its, *asked, max_new_tokens=4) == ask(m, processor, *asked, max_new_tokens=4)
 
 def test_a_processor_saves_and_loads(folder, processor):
     p = AutoProcessor.from_pretrained(folder)
@@ -232,10 +234,11 @@ def test_a_processor_saves_and_loads(folder, processor):
 
 def test_a_square_picture_is_bit_by_bit_what_the_processor_makes(processor):
     for im in picture(0), picture(1).resize((77, 77)), Image.new('RGB', (32, 32), 'red'):
-        assert image_tensor(processor)(im).equal(processor(images=[im], text='<image>', return_tensors='pt')['pixel_values'][0])
+        made = processor(images=[im], text='<image>', return_tensors='pt')['pixel_values'][0]
+        assert image_tensor(processor)(im).equal(made)
 
-@pytest.mark.parametrize('words', ['the default id of the mark is a word', 'another patch', 'another size', 'no processor',
-                                   'a tokenizer alone', 'a text model', 'another tokenizer'])
+@pytest.mark.parametrize('words', ['the default id of the mark is a word', 'another patch', 'another size',
+                                   'no processor', 'a tokenizer alone', 'a text model', 'another tokenizer'])
 def test_a_folder_that_does_not_fit_is_refused_with_a_sentence(model, processor, tmp_path, words):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

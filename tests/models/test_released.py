@@ -18,7 +18,8 @@ def loaded(tmp_path_factory):
     def get(r):
         if r not in made:
             t = made_by_hand(r)
-            made[r] = t, *load_released(release(tmp_path_factory.mktemp(r), r, t), recipe='dense' if r == 'dense' else None)
+            said = 'dense' if r == 'dense' else None
+            made[r] = t, *load_released(release(tmp_path_factory.mktemp(r), r, t), recipe=said)
         return made[r]
     return get
 
@@ -57,7 +58,7 @@ def by_formula(recipe, t, home, x, first, second, act):
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_layers_compute_what_the_released_code_does(loaded, recipe):
-    t, model, _, unread = loaded(recipe)
+    t, model, _, names = loaded(recipe)
     x = torch.randn(50, D_V, generator=torch.Generator().manual_seed(1))
     tanh = lambda h: F.gelu(h, approximate='tanh')
     with torch.no_grad():
@@ -70,7 +71,7 @@ def test_layers_compute_what_the_released_code_does(loaded, recipe):
         theirs = by_formula(recipe, t, 'model.mm_projector.moelayer', x, '0', '2', F.gelu)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     kept = {n for n in t if 'gate_transform' in n or recipe == 'xmoe' and n.endswith('gate.weight')}
-    assert set(unread) == kept
+    assert set(names['unread']) == kept and not names['absent']
 
 def set_by_hand(model, t):
     "The same weights, each written where a person would write it"
@@ -90,11 +91,11 @@ def set_by_hand(model, t):
         for n, p in pairs.items(): p.copy_(t[n])
 
 def test_a_dense_stage_equals_weights_set_by_hand(loaded):
-    t, model, _, unread = loaded('dense')
+    t, model, _, names = loaded('dense')
     other = type(model)(model.config).eval()
     assert not logits(other).allclose(logits(model))
     set_by_hand(other, t)
-    assert logits(other).equal(logits(model)) and not unread
+    assert logits(other).equal(logits(model)) and not names['unread']
     assert model.config.vision_feature_layer == -2 and model.config.image_scales == [1, 3]
 
 @pytest.mark.parametrize('recipe', ['smoe_share', 'smoe_plus_plus'])
@@ -150,7 +151,7 @@ def without(t, *parts): return {n: v for n, v in t.items() if not any(p in n for
 def cases():
     t = made_by_hand('smoe')
     fc1 = 'model.vision_tower.vision_model.encoder.layers.1.moelayer.experts.3.fc1.weight'
-    yield t | {fc1: torch.zeros(13, D_V)}, {}, 'layers.1.moelayer.experts.3.fc1.weight must have shape .12, 8., got .13, 8.'
+    yield t | {fc1: torch.zeros(13, D_V)}, {}, 'layers.1.moelayer.experts.3.fc1.weight must have shape .12, 8.'
     yield without(t, fc1), {}, 'lacks 1 tensor of a smoe model: .*layers.1.mlp.experts.up_proj of expert 3'
     yield t | {'model.resampler.weight': torch.zeros(1)}, {}, 'have no place in a smoe model: model.resampler.weight'
     yield t, dict(recipe='xmoe'), "recipe must be smoe or smoe_sigmoid, by the shapes of the experts' gate, got 'xmoe'"
@@ -169,10 +170,10 @@ def test_what_does_not_fit_is_refused_by_name_before_anything_is_read(tmp_path, 
 def test_folders_that_are_not_whole(tmp_path):
     folder = release(tmp_path, 'smoe', files=2)
     (folder/'model-00002-of-00002.safetensors').unlink()
-    with pytest.raises(ValueError, match='lacks model-00002-of-00002.safetensors, which its model.safetensors.index.json'):
+    with pytest.raises(ValueError, match='lacks model-00002-of-00002.safetensors, which its model.safetensors.index'):
         load_released(folder)
-    index = read_json(folder/'model.safetensors.index.json')
-    write_json(folder/'model.safetensors.index.json', dict(weight_map=dict.fromkeys(index['weight_map'], '../away.safetensors')))
+    index = read_json(folder/'model.safetensors.index.json')['weight_map']
+    write_json(folder/'model.safetensors.index.json', dict(weight_map=dict.fromkeys(index, '../away.safetensors')))
     with pytest.raises(ValueError, match='lacks ../away.safetensors'): load_released(folder)
     folder = release(tmp_path/'2', 'smoe')
     (folder/'config.json').unlink()
@@ -184,7 +185,7 @@ def test_folders_that_are_not_whole(tmp_path):
     shutil.rmtree(folder/'tokenizer')
     with pytest.raises(ValueError, match='has no tokenizer that can be loaded'): load_released(folder)
     moved = folder.rename(tmp_path/'a name that says nothing')
-    with pytest.raises(ValueError, match='recipe must be given, since the tensors of smoe and smoe_sigmoid are the same'):
+    with pytest.raises(ValueError, match='recipe must be given, since the tensors of smoe and smoe_sigmoid are'):
         load_released(moved)
     with pytest.raises(ValueError, match='folder must be a folder or a file that is here'): load_released(tmp_path/'no')
     with pytest.raises(ValueError, match='cannot be written'):
@@ -208,3 +209,10 @@ def test_a_projector_alone(loaded, tmp_path, name):
     torch.save(narrow, tmp_path/'narrow.bin')
     with pytest.raises(ValueError, match=r'model.mm_projector.0.weight must have shape \(24, 16\), got \(24, 8\)'):
         load_projector(other, tmp_path/'narrow.bin')
+
+def test_constants_that_a_file_lacks_are_zero_and_listed(tmp_path):
+    t = {n: v for n, v in made_by_hand('smoe_plus_plus').items() if f'experts.{N + 1}.' not in n}
+    model, _, names = load_released(release(tmp_path, 'smoe_plus_plus', t))
+    layers = [l.mlp.zero_experts for l in model.model.vision_tower.encoder.layers]
+    assert len(names['absent']) == 2 * LAYERS and not any(p.any() for l in layers for p in l.parameters())
+    assert logits(model).isfinite().all()
