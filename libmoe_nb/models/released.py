@@ -8,7 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models/released.html.md"""
 __all__ = ['published', 'phi_template', 'published_recipe', 'released_spec', 'TensorFiles', 'place_of', 'recipe_of', 'fit_files',
            'load_released', 'import_released', 'load_projector']
 
-# %% ../../nbs/models/released.ipynb #1f5833f7
+# %% ../../nbs/models/released.ipynb #33d5a10f
 import pickle, re, torch, transformers
 from accelerate import init_empty_weights
 from itertools import chain
@@ -19,6 +19,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaFo
                           Phi3Config, SiglipVisionConfig)
 from ..core.errors import check, first_line
 from ..core.files import check_writable, read_json
+from ..core.modes import quiet_bars
 from ..core.words import join_some, plural
 from ..data.conversations import image_mark, image_token
 from .asking import check_processor
@@ -125,7 +126,7 @@ _in_expert = {f'{there}.{what}': here + ('' if what == 'weight' else '_bias') fo
               for what in ('weight', 'bias')}
 _in_expert |= {'constant': 'constant', 'wg.weight': 'constant_gate'}
 
-# %% ../../nbs/models/released.ipynb #657134c0
+# %% ../../nbs/models/released.ipynb #90d43aad
 def _in_moelayer(home, rest, recipe, N):
     "Place of a tensor in a layer that is called `home` here; None: nothing reads it"
     if rest in _in_layer:
@@ -141,6 +142,7 @@ def _in_moelayer(home, rest, recipe, N):
         return f'{home}.shared_experts.{what.removesuffix("_bias")}.{part}', None
     return f'{home}.experts.{what}', e
 
+# %% ../../nbs/models/released.ipynb #5f59df0c
 def place_of(
     name:str,   # of a tensor in a released file
     recipe:str='dense',
@@ -155,7 +157,7 @@ def place_of(
         return _in_moelayer(before + '.mlp' if '.layers.' in before else before, rest, recipe, N)
     return False
 
-# %% ../../nbs/models/released.ipynb #969d6f04
+# %% ../../nbs/models/released.ipynb #1ee82f8d
 def _counted(shapes, pattern): return len({m[1] for n in shapes if (m := re.search(pattern, n))})
 
 def recipe_of(
@@ -177,7 +179,7 @@ def recipe_of(
     check(said or len(kinds) == 1, 'recipe', said, f"given, since the tensors of {' and '.join(kinds)} are the same")
     return said or kinds[0], N, K
 
-# %% ../../nbs/models/released.ipynb #68e1388c
+# %% ../../nbs/models/released.ipynb #ba0266e7
 def _tower_config(shapes, tower):
     "The vision tower's configuration, from its folder and from the shapes"
     v = {n.split('vision_model.')[1]: s for n, s in shapes.items() if 'vision_model.' in n}
@@ -197,7 +199,7 @@ def _tower_config(shapes, tower):
     config.vision_use_head = False
     return config
 
-# %% ../../nbs/models/released.ipynb #472871f8
+# %% ../../nbs/models/released.ipynb #6d9673d2
 def _text_config(where):
     "Phi-3's configuration out of that of the whole"
     check((where/'config.json').is_file(), 'folder', str(where), 'one with a config.json')
@@ -206,7 +208,7 @@ def _text_config(where):
               'architectures', 'transformers_version', 'auto_map', 'torch_dtype', 'dtype')}
     return Phi3Config(**fields)
 
-# %% ../../nbs/models/released.ipynb #3607482a
+# %% ../../nbs/models/released.ipynb #d9d4e6fd
 phi_template = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -229,7 +231,7 @@ def _processor(tokenizer, tower, vision):
     return LlavaProcessor(images, t, patch_size=vision.patch_size, vision_feature_select_strategy='full',
                           chat_template=t.chat_template)
 
-# %% ../../nbs/models/released.ipynb #22e73f66
+# %% ../../nbs/models/released.ipynb #0ae2b2e4
 def _specs(shapes, recipe, N, K, tower, text, scales):
     "Name of an FFN -> its spec"
     if recipe == 'dense': return {}
@@ -247,7 +249,7 @@ def _empty_model(config, specs):
         if specs: moeify(model, specs)
     return as_upcycled(model, specs) if specs else model
 
-# %% ../../nbs/models/released.ipynb #bbd63feb
+# %% ../../nbs/models/released.ipynb #e0f0ac18
 _stacked = re.compile(r'(\.experts\.(up|down)_proj(_bias)?|\.zero_experts\.constant(_gate)?)$')
 
 def _slots(model):
@@ -256,6 +258,7 @@ def _slots(model):
             for n, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta and 'post_layernorm' not in n
             for e in (range(len(p)) if _stacked.search(n) else [None])}
 
+# %% ../../nbs/models/released.ipynb #c8c1fff6
 def fit_files(
     shapes:dict,  # name of a tensor -> shape, in the files
     slots:dict,   # place -> shape, in the model
@@ -278,7 +281,7 @@ def fit_files(
         raise ValueError(f'the checkpoint lacks {plural(len(lost), "tensor")} of a {recipe} model: {join_some(lost)}')
     return plan, dict(unread=[n for n, p in places.items() if p is None], absent=absent)
 
-# %% ../../nbs/models/released.ipynb #324f1149
+# %% ../../nbs/models/released.ipynb #2a4915aa
 def _give_memory(model, dtype):
     "Memory for what has none; what files may lack does nothing: a post-norm, and MoE++'s constants"
     for n, t in [*model.named_parameters(), *model.named_buffers()]:
@@ -295,7 +298,7 @@ def _fill(model, files, plan):
     there = dict(chain(model.named_parameters(), model.named_buffers()))
     for n, (target, e) in plan.items(): (there[target] if e is None else there[target][e]).copy_(files[n])
 
-# %% ../../nbs/models/released.ipynb #fbae6346
+# %% ../../nbs/models/released.ipynb #cbdd6689
 def load_released(
     folder,          # as published
     tower=None,      # folder of its SigLIP; None: `vision_tower` in `folder`, or SigLIP-SO400M/14
@@ -321,7 +324,7 @@ def load_released(
     check_processor(model, its_processor, str(folder))
     return model.eval(), its_processor, found
 
-# %% ../../nbs/models/released.ipynb #8c6f0d6a
+# %% ../../nbs/models/released.ipynb #00897529
 def _scales(shapes, d):
     is_first = re.compile(r'mm_projector\.(moelayer\.experts\.0\.)?0\.weight$')
     first = next((s for n, s in shapes.items() if is_first.search(n)), None)
@@ -329,7 +332,7 @@ def _scales(shapes, d):
     check(first[1] in (d, 2*d), 'width of the projector', first[1], f'{d} for one scale or {2*d} for two')
     return (1, 3) if first[1] == 2*d else (1,)
 
-# %% ../../nbs/models/released.ipynb #82e85069
+# %% ../../nbs/models/released.ipynb #092a2462
 def import_released(
     folder,          # as published
     out,             # folder to be written
@@ -341,16 +344,16 @@ def import_released(
     "Write a released vision-language model as a folder that `load_vision_language` opens."
     check_writable(out := Path(out))
     model, its_processor, found = load_released(folder, tower, tokenizer, recipe, top_k)
-    model.save_pretrained(out)
+    with quiet_bars(): model.save_pretrained(out)
     its_processor.save_pretrained(out)
     specs = getattr(model.config, 'specs', {})
     first = next(iter(specs.values()), None)
-    return dict(recipe=first.recipe if first else 'dense', layers=len(specs), out=str(out), **found,
+    return dict(recipe=first.recipe if first else 'dense', layers=len(specs), **found,
                 num_experts=first.num_experts if first else 0, top_k=first.top_k if first else 0,
                 image_scales=tuple(getattr(model.config, 'image_scales', (1,))),
                 parameters=sum(p.numel() for p in model.parameters()))
 
-# %% ../../nbs/models/released.ipynb #3297e26d
+# %% ../../nbs/models/released.ipynb #c3f0df50
 @torch.no_grad()
 def load_projector(
     model, # a dense LLaVA, of one scale or two; its projector is changed in place
