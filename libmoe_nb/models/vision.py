@@ -51,7 +51,7 @@ vision_sizes = {s.name: s for s in [
         tower=dict(model_type='siglip_vision_model', hidden_size=24, intermediate_size=48, num_hidden_layers=2,
                    num_attention_heads=2),
         text=dict(model_type='llama', hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                  num_attention_heads=2)),
+                  num_attention_heads=2, initializer_range=.1)),
     VisionLanguageSize(
         name='mini-vlm', image_size=48, patch_size=16,
         tower=dict(model_type='siglip_vision_model', hidden_size=96, intermediate_size=192, num_hidden_layers=3,

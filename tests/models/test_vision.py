@@ -1,24 +1,22 @@
 "Vision-language models: the traps of towers, scales and losses, every recipe in every part, and the usual tools."
-import copy, json, subprocess, sys
+import copy, subprocess, sys
 import pytest, torch, torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig,
+from transformers import (AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig,
                           LlavaConfig,
-                          LlavaForConditionalGeneration, Phi3Config, PreTrainedTokenizerFast,
+                          LlavaForConditionalGeneration, PreTrainedTokenizerFast,
                           SiglipVisionConfig, Trainer,
                           TrainingArguments)
 from libmoe_nb.analysis.tracing import record_routing
 from libmoe_nb.data.conversations import plain_template
 from libmoe_nb.models.loading import load_model
 from libmoe_nb.models.lora import add_lora
-from libmoe_nb.models.scales import (ScaledLlavaConfig, ScaledLlavaForConditionalGeneration, at_size, crops, pixel_side,
-                                     together)
+from libmoe_nb.models.scales import (ScaledLlavaConfig, ScaledLlavaForConditionalGeneration, crops, pixel_side)
 from libmoe_nb.models.swapping import own_layers
 from libmoe_nb.models.towers import image_places, model_parts, trim_tower, unread_modules
 from libmoe_nb.models.upcycling import upcycle
 from libmoe_nb.models.vision import *
 from libmoe_nb.models.wrapping import UpcycledMixin, load_upcycled
-from libmoe_nb.moe.config import recipes
 from dataclasses import replace
 
 SPARSE = [r for r in ('smoe', 'smoe_sigmoid', 'xmoe', 'sharede_v2', 'sharede_v3', 'tcmoe', 'moe_plus_plus')]
