@@ -1,22 +1,22 @@
-"Vision-language models: the traps of towers, scales and losses, every recipe in every part, and transformers' own tools."
-import copy, json, subprocess, sys
+"Vision-language models: the traps of towers, scales and losses, every recipe in every part, and the usual tools."
+import copy, subprocess, sys
 import pytest, torch, torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig,
-                          LlavaForConditionalGeneration, Phi3Config, PreTrainedTokenizerFast, SiglipVisionConfig, Trainer,
+from transformers import (AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig,
+                          LlavaConfig,
+                          LlavaForConditionalGeneration, PreTrainedTokenizerFast,
+                          SiglipVisionConfig, Trainer,
                           TrainingArguments)
 from libmoe_nb.analysis.tracing import record_routing
 from libmoe_nb.data.conversations import plain_template
 from libmoe_nb.models.loading import load_model
 from libmoe_nb.models.lora import add_lora
-from libmoe_nb.models.scales import (ScaledLlavaConfig, ScaledLlavaForConditionalGeneration, at_size, crops, pixel_side,
-                                     together)
+from libmoe_nb.models.scales import (ScaledLlavaConfig, ScaledLlavaForConditionalGeneration, crops, pixel_side)
 from libmoe_nb.models.swapping import own_layers
 from libmoe_nb.models.towers import image_places, model_parts, trim_tower, unread_modules
 from libmoe_nb.models.upcycling import upcycle
 from libmoe_nb.models.vision import *
 from libmoe_nb.models.wrapping import UpcycledMixin, load_upcycled
-from libmoe_nb.moe.config import recipes
 from dataclasses import replace
 
 SPARSE = [r for r in ('smoe', 'smoe_sigmoid', 'xmoe', 'sharede_v2', 'sharede_v3', 'tcmoe', 'moe_plus_plus')]
@@ -67,7 +67,8 @@ def idle(model, b):
 
 # towers
 
-SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4)
+SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16,
+             patch_size=4)
 def plain_llava(vision=SiglipVisionConfig, layer=-2, strategy='full'):
     text = LlamaConfig(vocab_size=20, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     return rough(LlavaForConditionalGeneration(LlavaConfig(
@@ -78,24 +79,29 @@ def plain_llava(vision=SiglipVisionConfig, layer=-2, strategy='full'):
                                               (CLIPVisionConfig, 'full')])
 @pytest.mark.parametrize('layer', [-1, -2, -3, 2])
 def test_trap_unused_last_layer(vision, strategy, layer, tmp_path):
-    "Trimmed, nothing trainable is without a gradient of the language loss, features are those of before, plain LLaVA loads it"
+    "Trimmed: all that is trainable has a gradient, features are those of before, plain LLaVA loads it"
     model = plain_llava(vision, layer, strategy)
     b = batch(model)
     before, lost = logits(model, b), idle(model, b)
-    assert {n.split('.')[2] for n in lost} <= {'encoder', 'head', 'post_layernorm'} and any('post_layernorm' in n for n in lost)
+    assert ({n.split('.')[2] for n in lost} <= {'encoder', 'head', 'post_layernorm'}
+            and any('post_layernorm' in n for n in lost))
     trim_tower(model)
-    assert torch.equal(logits(model, b), before) and image_places(model) == (16 + (vision is CLIPVisionConfig and strategy == 'full'))
+    assert (torch.equal(logits(model, b), before)
+            and image_places(model) == (16 + (vision is CLIPVisionConfig and strategy == 'full')))
     still = idle(model, b)
     # a class token that is cut off still reaches the others, but the last layer's queries of it do not matter
     assert still == [] and len(model.model.vision_tower.encoder.layers) == (layer if layer > 0 else 4 + layer)
     model.save_pretrained(tmp_path)
     back, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values()) and type(back) is LlavaForConditionalGeneration and torch.equal(logits(back, b), before)
+    assert (not any(info.values()) and type(back) is LlavaForConditionalGeneration
+            and torch.equal(logits(back, b), before))
     n = sum(p.numel() for p in model.parameters())
-    assert sum(p.numel() for p in back.parameters()) == n + 32 and sum(p.numel() for p in trim_tower(back).parameters()) == n
+    assert (sum(p.numel() for p in back.parameters()) == n + 32
+            and sum(p.numel() for p in trim_tower(back).parameters()) == n)
 
 def test_trap_siglip_has_no_class_token():
-    with pytest.raises(ValueError, match="vision_feature_select_strategy must be 'full' for a tower without a class token"):
+    with pytest.raises(ValueError,
+                       match="vision_feature_select_strategy must be 'full' for a tower without a class token"):
         image_places(plain_llava(strategy='default'))
     for name in ('tiny-vlm', 'mini-vlm'):
         model = llava_from_scratch(name, TOK, seed=0)
@@ -115,9 +121,11 @@ def test_trap_the_placeholder_is_a_token_of_its_own():
     assert model.get_input_embeddings().num_embeddings == model.config.text_config.vocab_size == len(tok) > i
     assert model.generation_config.eos_token_id == tok.eos_token_id != i
     bare = words(); bare.add_special_tokens(dict(eos_token='<image>'))
-    with pytest.raises(ValueError, match='tokenizer must have a token <image> of its own'): llava_from_scratch(SIZE, bare)
+    with pytest.raises(ValueError, match='tokenizer must have a token <image> of its own'):
+        llava_from_scratch(SIZE, bare)
     with pytest.raises(ValueError, match='tokenizer must be given for .tiny-vlm'): llava_from_scratch('tiny-vlm')
-    with pytest.raises(ValueError, match="unknown size 'tiny': did you mean 'tiny-vlm'"): llava_from_scratch('tiny', TOK)
+    with pytest.raises(ValueError, match="unknown size 'tiny': did you mean 'tiny-vlm'"):
+        llava_from_scratch('tiny', TOK)
     big = replace(SIZE, text=SIZE.text | dict(vocab_size=100))
     assert llava_from_scratch(big, TOK).config.text_config.vocab_size == 100
 
@@ -138,7 +146,8 @@ def test_trap_equal_start_in_all_parts(dense, recipe, tmp_path):
     moe, b = upcycle_parts(dense, recipe, PARTS, seed=0, router_init_std=.5, **exact), batch(dense)
     assert error(dense, moe, b) < 2e-5 and isinstance(moe, LlavaForConditionalGeneration)
     if recipe == 'dense': return
-    assert [n.split('.')[1] for n in own_layers(moe)] == ['vision_tower'] * 2 + ['multi_modal_projector'] + ['language_model'] * 2
+    assert [n.split('.')[1]
+            for n in own_layers(moe)] == ['vision_tower'] * 2 + ['multi_modal_projector'] + ['language_model'] * 2
     assert not any('post_layernorm' in n for n, _ in moe.named_parameters())
     moe.save_pretrained(tmp_path, max_shard_size='60KB')
     back = AutoModelForImageTextToText.from_pretrained(tmp_path)
@@ -164,7 +173,8 @@ def test_shared_experts_are_copies_at_half_weight(dense):
 def test_places_by_name(dense):
     parts = lambda m: sorted({n.split('.')[1] for n in own_layers(m)})
     assert parts(upcycle_parts(dense, where='tower')) == ['vision_tower']
-    assert parts(upcycle_parts(dense, where='CuMo', num_experts=4, top_k=2)) == ['multi_modal_projector', 'vision_tower']
+    assert parts(upcycle_parts(dense, where='CuMo', num_experts=4, top_k=2)) == ['multi_modal_projector',
+                                                                                 'vision_tower']
     moe_llava = upcycle_parts(dense, where='MoE-LLaVA', num_experts=4, top_k=2)
     assert list(own_layers(moe_llava)) == ['model.language_model.layers.1.mlp']
     with pytest.raises(ValueError, match="unknown part 'vision': .*tower"): upcycle_parts(dense, where='vision')
@@ -180,7 +190,8 @@ def test_recipes_mixed_by_part(dense, tmp_path):
     moe.save_pretrained(tmp_path)
     back, _, _ = load_model(tmp_path, tokenizer=False)
     assert torch.equal(logits(back, b), logits(moe, b)) and back.config.specs == moe.config.specs
-    with pytest.raises(ValueError, match='a mixture of experts already: xmoe'): upcycle_parts(back, where='language_model')
+    with pytest.raises(ValueError, match='a mixture of experts already: xmoe'):
+        upcycle_parts(back, where='language_model')
 
 # losses
 
@@ -211,16 +222,19 @@ def test_trap_balance_groups_of_crop_image_and_batch(scaled, group):
     by_scale = [sum(of['vision_tower'][s::2]) / 2 for s in (0, 1)]
     want = .01 * (sum(by_scale) / 2 + of['multi_modal_projector'][0])
     torch.testing.assert_close(out.aux_loss, want)
-    assert (want - .01 * sum(sum(v) for v in of.values()) / 5).abs() > 1e-4   # the mean over all routers is another number
+    # the mean over all routers is another number
+    assert (want - .01 * sum(sum(v) for v in of.values()) / 5).abs() > 1e-4
 
 def test_composition_of_losses(dense):
     with pytest.raises(ValueError, match="aux_loss_reduction must be 'mean', 'sum' or 'parts', got 'part'"):
         upcycle_parts(dense, aux_loss_reduction='part')
     b, got = batch(dense), {}
     for how in ('mean', 'sum', 'parts'):
-        moe = upcycle_parts(dense, 'smoe', PARTS, seed=0, router_init_std=.5, aux_loss_reduction=how, router_z_loss_coef=.001)
+        moe = upcycle_parts(dense, 'smoe', PARTS, seed=0, router_init_std=.5, aux_loss_reduction=how,
+                            router_z_loss_coef=.001)
         out, records = recorded(moe, b)
-        each = {n: sum(w * f(r, None if 'language' not in n else b['attention_mask'].bool()) for w, f in l.losses.values())
+        each = {n: sum(w * f(r, None if 'language' not in n else b['attention_mask'].bool())
+                       for w, f in l.losses.values())
                 for n, l in own_layers(moe).items() for r in records[n]}
         got[how] = out.aux_loss
         part = lambda p: [v for n, v in each.items() if p in n]
@@ -249,13 +263,16 @@ def test_trap_text_only_samples_touch_no_image_statistic(dense, recipe):
 def test_parts_of_a_step_add_up_by_images(dense, scaled):
     "Micro-batches with other numbers of images, with the shares that a learner knows"
     for model in dense, scaled:
-        moe = upcycle_parts(model, 'smoe', seed=0, router_init_std=.5, aux_loss_reduction='parts', router_z_loss_coef=.01)
-        rows, all_pixels = [(2,), (0, 1)], torch.randn(3, 3, pixel_side(moe), pixel_side(moe), generator=torch.Generator().manual_seed(0))
+        moe = upcycle_parts(model, 'smoe', seed=0, router_init_std=.5, aux_loss_reduction='parts',
+                            router_z_loss_coef=.01)
+        rows, all_pixels = [(2,), (0, 1)], torch.randn(3, 3, pixel_side(moe), pixel_side(moe),
+                                                       generator=torch.Generator().manual_seed(0))
         total, k = 0, 0
         for images in rows:
             b = batch(moe, images); b['pixel_values'] = all_pixels[k:k + sum(images)]; k += sum(images)
             shares = torch.full((2, len(images)), 1 / 3)
-            total += recorded(moe, b, aux_shares=shares, aux_image_shares=torch.full((2, sum(images)), 1 / 3))[0].aux_loss
+            total += recorded(moe, b, aux_shares=shares,
+                              aux_image_shares=torch.full((2, sum(images)), 1 / 3))[0].aux_loss
         b = batch(moe, (2, 0, 1)); b['pixel_values'] = all_pixels
         torch.testing.assert_close(total, recorded(moe, b)[0].aux_loss)
 
@@ -299,10 +316,12 @@ def test_trap_a_detail_of_one_pixel_is_seen_by_the_true_form_only(scaled):
 
 def test_scales_of_nonsense():
     for kw, why in ((dict(image_scales=(3, 1)), 'image_scales must be whole numbers that begin with 1'),
-                    (dict(image_scales=(1, 3), scale_source='big'), "scale_source must be 'enlarged' or 'original', got 'big'")):
+                    (dict(image_scales=(1, 3), scale_source='big'),
+                     "scale_source must be 'enlarged' or 'original', got 'big'")):
         with pytest.raises(ValueError, match=why): replace(SIZE, **kw)
     model = llava_from_scratch(replace(TWO, scale_source='original'), TOK, seed=0)
-    with pytest.raises(ValueError, match=r'pixel_values must be of shape \[images, channels, 48, 48\], got \(1, 3, 16, 16\)'):
+    with pytest.raises(ValueError,
+                       match=r'pixel_values must be of shape \[images, channels, 48, 48\], got \(1, 3, 16, 16\)'):
         model.get_image_features(torch.zeros(1, 3, 16, 16))
     clip = dict(SIZE.tower, model_type='clip_vision_model')
     model = llava_from_scratch(replace(TWO, tower=clip), TOK, seed=0)
@@ -314,12 +333,14 @@ def test_two_scales_are_a_class_of_its_own(scaled, recipe, tmp_path):
     b = batch(scaled, (1, 2))
     back = AutoModelForImageTextToText.from_pretrained(tmp_path/'dense')
     assert type(back) is ScaledLlavaForConditionalGeneration and back.config.model_type == 'llava_scales'
-    assert torch.equal(logits(back, b), logits(scaled, b)) and type(AutoConfig.from_pretrained(tmp_path/'dense')) is ScaledLlavaConfig
+    assert (torch.equal(logits(back, b), logits(scaled, b))
+            and type(AutoConfig.from_pretrained(tmp_path/'dense')) is ScaledLlavaConfig)
     moe = upcycle_parts(scaled, recipe, PARTS, seed=0, exact=True)
     assert isinstance(moe, UpcycledMixin) and moe.config.model_type == 'libmoe_llava_scales'
     assert error(scaled, moe, b) < 5e-5
     moe.save_pretrained(tmp_path/'moe', max_shard_size='60KB')
-    for load in (load_upcycled, AutoModelForImageTextToText.from_pretrained, lambda f: load_model(f, tokenizer=False)[0]):
+    for load in (load_upcycled, AutoModelForImageTextToText.from_pretrained,
+                 lambda f: load_model(f, tokenizer=False)[0]):
         again = load(tmp_path/'moe')
         assert type(again) is type(moe) and torch.equal(logits(again, b), logits(moe, b))
     assert again.config.scale_source == scaled.config.scale_source and list(again.config.image_scales) == [1, 3]
@@ -336,7 +357,8 @@ def test_a_fresh_process_gives_the_same_answers(scaled, tmp_path):
     moe.save_pretrained(tmp_path)
     b = {k: v for k, v in batch(moe).items() if k != 'labels'}
     torch.save(dict(inputs=b, logits=logits(moe, b)), tmp_path/'want.pt')
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', FRESH, str(tmp_path)], text=True, capture_output=True, timeout=300)
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', FRESH, str(tmp_path)], text=True, capture_output=True,
+                       timeout=300)
     assert p.stdout.split() == ['MoEScaledLlavaForConditionalGeneration', 'True'], p.stderr[-1500:]
 
 # transformers' own tools
@@ -363,7 +385,8 @@ def test_a_trainer_resumes_an_upcycled_model(dense, kind, tmp_path):
     resumed = trained(make(), tmp_path/'b', 4, str(checkpoint)).state_dict()
     assert all(torch.equal(t, resumed[n]) for n, t in straight.items())
     assert (checkpoint/'model.safetensors').samefile(checkpoint/'model.libmoe.safetensors')
-    assert not torch.equal(load_upcycled(checkpoint).state_dict()[next(reversed(straight))], straight[next(reversed(straight))])
+    assert not torch.equal(load_upcycled(checkpoint).state_dict()[next(reversed(straight))],
+                           straight[next(reversed(straight))])
     layer = next(n for n in straight if n.endswith('router.weight'))
     assert not torch.equal(straight[layer], make().state_dict()[layer])
 
@@ -397,7 +420,8 @@ def test_trap_gradient_checkpointing_with_frozen_parts(dense, recipe, trains):
     assert any('language' in n for n in twice) and (trains == 'projector' or any('tower' in n for n in twice))
     for n in before:
         for r in after[n]:
-            assert torch.equal(r.top_k_index, before[n][0].top_k_index) and torch.equal(r.router_logits, before[n][0].router_logits)
+            assert (torch.equal(r.top_k_index, before[n][0].top_k_index)
+                    and torch.equal(r.router_logits, before[n][0].router_logits))
 
 @pytest.mark.parametrize('recipe', ['smoe', 'sharede_v2'])
 def test_adapters(scaled, recipe, tmp_path):
@@ -407,7 +431,8 @@ def test_adapters(scaled, recipe, tmp_path):
     b, model = batch(base), add_lora(copy.deepcopy(base), ('attention', 'experts', 'routers'), r=2)
     assert torch.equal(logits(model, b), logits(base, b))
     assert {'tower', 'projector', 'language_model'} == set(model_parts(model))
-    for n in own_layers(base): assert any(n in p and 'lora' in p for p, t in model.named_parameters() if t.requires_grad), n
+    for n in own_layers(base):
+        assert any(n in p and 'lora' in p for p, t in model.named_parameters() if t.requires_grad), n
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=.03)
     for _ in range(2): model.train()(**b).loss.backward(); opt.step(); opt.zero_grad()
     after = logits(model, b)
@@ -423,9 +448,11 @@ def test_pushed_as_it_is_saved(scaled, monkeypatch, tmp_path):
     sent, moe = {}, upcycle_parts(scaled, seed=0)
     monkeypatch.setattr(type(moe), '_upload_modified_files', lambda self, folder, repo_id, *a, **kw: sent.update(
         repo=repo_id, files=set(__import__('os').listdir(folder))))
-    monkeypatch.setattr('huggingface_hub.HfApi.create_repo', lambda self, repo_id, **kw: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr('huggingface_hub.HfApi.create_repo',
+                        lambda self, repo_id, **kw: SimpleNamespace(repo_id=repo_id))
     for place in 'modeling_utils', 'utils.hub':
-        monkeypatch.setattr(f'transformers.{place}.create_and_tag_model_card', lambda *a, **kw: SimpleNamespace(save=lambda path: None))
+        monkeypatch.setattr(f'transformers.{place}.create_and_tag_model_card',
+                            lambda *a, **kw: SimpleNamespace(save=lambda path: None))
     moe.push_to_hub('me/llava')
     assert sent['repo'] == 'me/llava' and {'config.json', 'model.libmoe.safetensors'} <= sent['files']
 
