@@ -201,10 +201,11 @@ def _naming(names):
 
 # %% ../../nbs/models/asking.ipynb #36311ed1
 def _answers(model, processor, batch, ends, **kwargs):
-    "What a model says to a batch"
+    "What a model says to a batch; it never says the mark of an image, behind which there would be none"
     start = batch['input_ids'].shape[1]
     greedy = {} if kwargs.get('do_sample') else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-    out = model.generate(**batch, eos_token_id=ends, **greedy | kwargs)
+    never = dict(suppress_tokens=[image_token(processor.tokenizer)])
+    out = model.generate(**batch, eos_token_id=ends, **never | greedy | kwargs)
     said = [row[start:].tolist() for row in out]
     cut = [next((n for n, i in enumerate(ids) if i in ends), len(ids)) for ids in said]
     return [processor.tokenizer.decode(ids[:n], skip_special_tokens=True).strip() for ids, n in zip(said, cut)]

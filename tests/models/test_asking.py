@@ -266,3 +266,14 @@ def test_a_folder_that_does_not_fit_is_refused_with_a_sentence(model, processor,
                                      vocab_size=9)).save_pretrained(tmp_path)
         error = "must be a LLaVA .* got a model of type 'llama'"
     with pytest.raises(ValueError, match=error): load_vision_language(tmp_path)
+
+def test_the_mark_of_an_image_is_never_said(model, processor, monkeypatch):
+    "Without a cache, the next step would look for the image behind it"
+    mark, plain = image_token(processor.tokenizer), model.lm_head.forward
+    def eager(x):
+        logits = plain(x)
+        logits[..., mark] = 1e3
+        return logits
+    monkeypatch.setattr(model.lm_head, 'forward', eager)
+    for cache in True, False:
+        assert '<image>' not in ask(model, processor, picture(0), 'what ?', max_new_tokens=3, use_cache=cache)

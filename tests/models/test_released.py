@@ -216,3 +216,23 @@ def test_constants_that_a_file_lacks_are_zero_and_listed(tmp_path):
     layers = [l.mlp.zero_experts for l in model.model.vision_tower.encoder.layers]
     assert len(names['absent']) == 2 * LAYERS and not any(p.any() for l in layers for p in l.parameters())
     assert logits(model).isfinite().all()
+
+def test_the_paper_size_is_counted_without_memory():
+    from transformers import Phi3Config, SiglipVisionConfig
+    from libmoe_nb.models.released import _empty_model, _slots, _specs
+    from libmoe_nb.models.vision import joined_config
+    tower = SiglipVisionConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+                               image_size=224, patch_size=14, vision_use_head=False)
+    text = Phi3Config(vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+                      num_attention_heads=32)
+    for recipe, of_tower, of_projector in (('smoe', 1_752_079_392, 99_141_120),
+                                           ('xmoe', 1_752_173_190 - 27 * 6 * 1152, 99_148_050 - 6 * 2304),
+                                           ('sharede_v2', 1_752_048_288, 99_138_816),
+                                           ('tcmoe', 1_752_359_328, 99_161_856),
+                                           ('moe_plus_plus', 1_752_236_640 - 27 * 64, 99_141_120)): # without what nothing reads
+        specs = _specs({}, recipe, 6, 3, tower, text, (1, 3))
+        model = _empty_model(joined_config(tower, text, 32011, -2, (1, 3)), specs)
+        count = lambda part: sum(torch.Size(s).numel() for (n, _), s in _slots(model).items() if f'.{part}.' in n)
+        assert all(p.is_meta for p in model.parameters())
+        assert (count('vision_tower'), count('multi_modal_projector')) == (of_tower, of_projector), recipe
+    assert sum(torch.Size(s).numel() for s in _slots(model).values()) == of_tower + of_projector + 3_821_079_552
