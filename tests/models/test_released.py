@@ -229,7 +229,8 @@ def test_the_paper_size_is_counted_without_memory():
                                            ('xmoe', 1_752_173_190 - 27 * 6 * 1152, 99_148_050 - 6 * 2304),
                                            ('sharede_v2', 1_752_048_288, 99_138_816),
                                            ('tcmoe', 1_752_359_328, 99_161_856),
-                                           ('moe_plus_plus', 1_752_236_640 - 27 * 64, 99_141_120)): # without what nothing reads
+                                           # without what nothing reads
+                                           ('moe_plus_plus', 1_752_236_640 - 27 * 64, 99_141_120)):
         specs = _specs({}, recipe, 6, 3, tower, text, (1, 3))
         model = _empty_model(joined_config(tower, text, 32011, -2, (1, 3)), specs)
         count = lambda part: sum(torch.Size(s).numel() for (n, _), s in _slots(model).items() if f'.{part}.' in n)
