@@ -278,11 +278,12 @@ def expert_maps(
     return res
 
 # %% ../../nbs/analysis/patches.ipynb #b7305adc
-def _information(e, c, g, w=None):
-    "Mutual information of e and c given g in bits, and the entropy of e; integers [T] and weights [T]"
+def _information(e, c, g):
+    "Mutual information of e and c given g in bits, and the entropy of e; integers [T]"
     E, C, G = (v.max() + 1 for v in (e, c, g))
-    n = np.bincount((g * C + c) * E + e, w, minlength=G * C * E).reshape(G, C, E)
-    h = lambda v: -(v * np.log2(np.where(v > 0, v, 1))).sum() / n.sum() + np.log2(n.sum())
+    n, T = np.bincount((g * C + c) * E + e, minlength=G * C * E).reshape(G, C, E), len(e)
+    h = lambda v: (np.log2(T) - (v * np.log2(np.where(v > 0, v, 1))).sum() / T
+                   + ((v > 0).sum() - 1) / (2 * T * np.log(2)))
     return h(n.sum(1)) + h(n.sum(2)) - h(n) - h(n.sum((1, 2))), h(n.sum((0, 1)))
 
 def _shuffled(c, g, rng):
@@ -311,8 +312,8 @@ def patch_information(
     labels='place',   # 'place', a column, or a number for each token (-1: left out)
     given=None,       # the same: what is known already
     layers=None,      # numbers of layers; None: all
-    shuffles:int=10,  # for the control
-    resamples:int=200, # of pictures, for the interval
+    shuffles:int=5,   # for the control
+    folds:int=20,     # of pictures, each left out once for the interval
     seed:int=0,
 )->pd.DataFrame:      # one row for each layer
     "How many bits a label tells about the first expert of a patch, beside shuffled labels."
@@ -323,18 +324,25 @@ def patch_information(
     c, g, image = c[keep], g[keep], np.unique(image[keep], return_inverse=True)[1].reshape(-1)
     L = len(trace.layers)
     rows = [dict(layer=n % L, **_one_layer(patch_values(trace, n, 'expert')[keep].astype(int), c, g, image, shuffles,
-                                       resamples, np.random.default_rng(seed)), tokens=len(c), images=image.max() + 1)
+                                           folds, np.random.default_rng(seed)), tokens=len(c), images=image.max() + 1)
             for n in (range(L) if layers is None else layers)]
     return pd.DataFrame(rows)
 
-def _one_layer(e, c, g, image, shuffles, resamples, rng):
+def _excess(e, c, g, shuffles, rng):
     info, entropy = _information(e, c, g)
-    control = np.array([_information(e, _shuffled(c, g, rng), g)[0] for _ in range(shuffles)])
-    n = image.max() + 1
-    again = [_information(e, c, g, np.bincount(rng.integers(0, n, n), minlength=n)[image])[0] for _ in range(resamples)]
-    high, low = (max(2 * info - q, 0.) for q in np.quantile(again, [.025, .975])) if again else (np.nan, np.nan)
-    return dict(information=info, shuffled=control.mean(), excess=info - control.mean(), low=low, high=high,
-                entropy=entropy, share=(info - control.mean()) / entropy if entropy > 0 else np.nan)
+    control = np.mean([_information(e, _shuffled(c, g, rng), g)[0] for _ in range(shuffles)])
+    return info, control, entropy
+
+def _one_layer(e, c, g, image, shuffles, folds, rng):
+    info, control, entropy = _excess(e, c, g, shuffles, rng)
+    n = min(folds, image.max() + 1)
+    fold = rng.permutation(image.max() + 1)[image] % n
+    parts = np.array([_excess(e[k], c[k], g[k], shuffles, rng)[:2] for k in (fold != f for f in range(n))]
+                     if n > 1 else [[np.nan] * 2])
+    error = np.sqrt((n - 1) / n * ((d := parts[:, 0] - parts[:, 1]) - d.mean())**2 @ np.ones(len(d)))
+    excess = info - control
+    return dict(information=info, shuffled=control, excess=excess, low=excess - 1.96 * error, high=excess + 1.96 * error,
+                entropy=entropy, share=excess / entropy if entropy > 0 else np.nan)
 
 # %% ../../nbs/analysis/patches.ipynb #f51434bd
 @lru_cache(maxsize=4096)

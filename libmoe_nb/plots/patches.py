@@ -51,7 +51,7 @@ def _bare(ax):
 def _ghost(ax, picture, grid):
     "The picture in grey, faintly, under a map"
     if picture is None: return
-    grey = np.asarray(picture, float)[..., :3].mean(-1) / 255
+    grey = .55 + .45 * np.asarray(picture, float)[..., :3].mean(-1) / 255
     ax.imshow(grey, cmap='gray', vmin=0, vmax=1, extent=_extent(grid), interpolation='bilinear')
 
 # %% ../../nbs/plots/patches.ipynb #861df55c
@@ -212,9 +212,10 @@ def plot_information(
         d, look = (df if n is None else df[df['of'] == n]), dict(color=_colours[k % 12], marker='osD^vP'[k % 6])
         x = d.layer + (k - (len(names) - 1) / 2) * .08
         ax.vlines(x, d.low, d.high, color=look['color'], lw=1.2)
-        ax.plot(x, d.excess, **look, label=n)
+        ax.plot(x, d.excess, **look, label=n, clip_on=False)
+    ax.axhline(0, color='#777777', lw=.8)
     entropy = df.groupby('layer').entropy.first()
     ax.plot(entropy.index, entropy, color='#777777', lw=1.2, ls=':', label="the expert's entropy (most there is)")
-    ax.set(xlabel='layer', ylabel='bits about the first expert', ylim=(0, None)); ax.set_xticks(sorted(df.layer.unique()))
+    ax.set(xlabel='layer', ylabel='bits about the first expert'); ax.set_xticks(sorted(df.layer.unique()))
     plain_legend(ax.legend(loc='center left', bbox_to_anchor=(1, .5)))
     return ax
