@@ -350,7 +350,7 @@ def scene_patches(
     scene:Scene,
     rows:int, columns:int,
     what:str='colour', # or 'shape', which is 'text' and 'bar' where there are no objects
-    least:float=.1,    # of the patch that must be covered
+    least:float=.04,   # of the patch that must be covered
 )->tuple:              # rows of names; 'paper' where nothing is
     "What each patch of a scene's picture shows."
     check(what in ('colour', 'shape'), 'what', what, "'colour' or 'shape'")
