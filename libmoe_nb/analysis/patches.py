@@ -328,6 +328,7 @@ def patch_information(
             for n in (range(L) if layers is None else layers)]
     return pd.DataFrame(rows)
 
+# %% ../../nbs/analysis/patches.ipynb #9a010001
 def _excess(e, c, g, shuffles, rng):
     info, entropy = _information(e, c, g)
     control = np.mean([_information(e, _shuffled(c, g, rng), g)[0] for _ in range(shuffles)])

@@ -420,6 +420,8 @@ def _open_trace(path):
 # %% ../../nbs/analysis/traces.ipynb #6269c38c
 _kinds = dict(model=str, recipe=str, layers=list, domains=list, info=dict, extra=int, num_tokens=int,
               num_experts=list, num_choices=list, top_k=list)
+
+# %% ../../nbs/analysis/traces.ipynb #9a010002
 _reserved = {*_tokens, *_ranked, 'expert_of', 'sign_of'}
 
 def _own_columns(meta):
@@ -429,6 +431,7 @@ def _own_columns(meta):
     check(good, 'columns', names, 'names of further columns')
     return names
 
+# %% ../../nbs/analysis/traces.ipynb #9a010003
 def _check_meta(t):
     "Does the header say what it must, for each layer?"
     m, L = t.meta, t.choice.shape[0]
@@ -440,6 +443,7 @@ def _check_meta(t):
     for k in ('layers', 'num_experts', 'num_choices', 'top_k'):
         if len(m[k]) != L: raise ValueError(f'{k} must tell of {L} layers, got {len(m[k])}')
 
+# %% ../../nbs/analysis/traces.ipynb #9a010004
 def _check_shapes(t):
     "Does the header agree with the arrays?"
     m, (L, T, R) = t.meta, t.choice.shape

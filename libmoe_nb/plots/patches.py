@@ -163,8 +163,7 @@ def plot_expert_weight(
     busiest = np.argsort(-np.nan_to_num(np.nanmean(maps, axis=(1, 2))), kind='stable')
     numbers = busiest[:12] if images is None else _image_numbers(trace, images)
     per = 2 if pictures is not None else 1                                   # the picture stands above its map
-    bands = -(-len(numbers) // columns)
-    fig, axes = _cells(per * bands, min(columns, len(numbers)), size)
+    fig, axes = _cells(per * -(-len(numbers) // columns), min(columns, len(numbers)), size)
     for ax in axes.flat: _bare(ax)
     for k, i in enumerate(numbers):
         row, c = divmod(k, columns)
