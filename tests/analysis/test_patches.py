@@ -1,5 +1,5 @@
-"Traces of images: every token at its place, by a second way; text counts in no image; two scales; other models; metrics."
-import numpy as np, pandas as pd, pytest, torch
+"Traces of images: every token at its place, by a second way; text counts in no image; two scales; metrics."
+import numpy as np, pytest, torch
 from dataclasses import replace
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -11,10 +11,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from libmoe_nb.analysis import metrics, model_metrics
 from libmoe_nb.analysis.interventions import drop_top1, random_routing, temperature
-from libmoe_nb.analysis.metrics import random_trace
 from libmoe_nb.analysis.patches import *
-from libmoe_nb.analysis.traces import make_trace, read_trace, write_trace
-from libmoe_nb.analysis.tracing import intervene, layers_at, moe_layers, record_routing
+from libmoe_nb.analysis.traces import make_trace, read_trace
+from libmoe_nb.analysis.tracing import intervene, moe_layers, record_routing
 from libmoe_nb.core.modes import seeded
 from libmoe_nb.data.conversations import ConversationData, Sample, plain_template, read_conversations
 from libmoe_nb.data.scenes import Scene, scene_words, write_scenes
@@ -125,7 +124,8 @@ def test_every_metric_works_on_every_part_and_by_every_column(traces):
     t = traces['language_model']
     d = metrics.load_imbalance(t.by('modality'), by_domain=True).set_index('domain').max_over_mean
     assert np.isclose(d['image'].iloc[0], metrics.load_imbalance(t.only(modality='image')).max_over_mean[0])
-    assert set(metrics.router_margin(t.by('row'), by_domain=True).domain) == {'no row', 'row 0', 'row 1', 'row 2', 'row 3'}
+    rows = metrics.router_margin(t.by('row'), by_domain=True).domain
+    assert set(rows) == {'no row', 'row 0', 'row 1', 'row 2', 'row 3'}
 
 
 def test_metrics_that_need_the_model(model, data):
@@ -174,7 +174,8 @@ def two_scales(m):
         n, big = len(pixel_values), torch.nn.functional.interpolate(pixel_values, scale_factor=3, mode='bicubic')
         crops = torch.cat([big[..., 32*r:32*r + 32, 32*q:32*q + 32] for r in range(3) for q in range(3)])
         one, nine = (m.model.vision_tower(x).last_hidden_state for x in (pixel_values, crops))
-        return BaseModelOutputWithPooling(pooler_output=list(m.model.multi_modal_projector(one + nine.view(9, n, 16, -1).mean(0))))
+        seen = one + nine.view(9, n, 16, -1).mean(0)
+        return BaseModelOutputWithPooling(pooler_output=list(m.model.multi_modal_projector(seen)))
     m.model.get_image_features = features
     return m
 
@@ -261,7 +262,8 @@ def test_hostile_and_old_files(traces, tmp_path):
     with pytest.raises(ValueError, match="column must be one of token, position, domain, got 'image'"): back.by('image')
     for name, arr, extra in [('short', arrays | dict(row=arrays['row'][:-1]), {}), ('gone', old, {}),
                              ('floats', arrays | dict(row=arrays['row'].astype(np.float32)), {}),
-                             ('twice', arrays, dict(columns='["choice"]')), ('kind', arrays, dict(columns='{"row": 1}')),
+                             ('twice', arrays, dict(columns='["choice"]')),
+                             ('kind', arrays, dict(columns='{"row": 1}')),
                              ('names', arrays, dict(names='{"modality": [1]}')), ('none', arrays, dict(names='3'))]:
         with pytest.raises(ValueError, match=f'{name} is a damaged trace'): read_trace(changed(name, arr, **extra))
     far = read_trace(changed('far', arrays | dict(row=arrays['row'] * 2**20)))
@@ -301,7 +303,8 @@ def test_intervals_cover_and_shuffling_keeps_what_is_given():
     # content that is a function of the place tells nothing once the place is known
     t, _ = information_trace('place')
     same = t.columns['row'] // 2 * 2 + t.columns['column'] // 2
-    assert patch_information(t, same).excess[0] > 1.9 and abs(patch_information(t, same, given='place').excess[0]) < 1e-9
+    assert patch_information(t, same).excess[0] > 1.9
+    assert abs(patch_information(t, same, given='place').excess[0]) < 1e-9
 
 
 def test_scenes_are_known_to_the_patch():
@@ -338,8 +341,8 @@ def test_a_mixture_of_transformers_that_sees_images(tmp_path):
     with seeded(0):
         m = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(
             text_config=text, vision_config=vision, image_token_id=4, vision_start_token_id=60, vision_end_token_id=61))
-    made = [Sample(str(i), (('user', '<image>\nwhat is it ?'), ('assistant', 'cat')), (Image.new('RGB', (32, 32), (i, 0, 0)),))
-            for i in range(3)]
+    turns = ('user', '<image>\nwhat is it ?'), ('assistant', 'cat')
+    made = [Sample(str(i), turns, (Image.new('RGB', (32, 32), (i, 0, 0)),)) for i in range(3)]
     m.resize_token_embeddings(len(TOK))
     d = ConversationData(made, TOK, pixels, 4)                               # 4 x 4 patches, merged to 2 x 2
     def run(model, batch):

@@ -1,4 +1,4 @@
-"Maps of experts: the right colour in the right place, readable at the sizes of real models, and errors that say what is wrong."
+"Maps of experts: the right colour in the right place, readable at real sizes, and errors that say what is wrong."
 import numpy as np, pytest
 import matplotlib
 matplotlib.use('Agg')
@@ -90,7 +90,8 @@ def test_text_neither_overlaps_nor_is_cut(name):
 
 def test_pictures_come_from_a_folder_and_no_further(tmp_path):
     (tmp_path/'in').mkdir()
-    for f, colour in (('in/a.png', (255, 0, 0)), ('a.png', (0, 0, 255))): Image.new('RGB', (8, 8), colour).save(tmp_path/f)
+    for f, colour in (('in/a.png', (255, 0, 0)), ('a.png', (0, 0, 255))):
+        Image.new('RGB', (8, 8), colour).save(tmp_path/f)
     t = big(4, 2, 1, 1, 4)
     t.meta['info']['images'] = ['../a.png']                              # a hostile trace names a file outside
     assert picture_of(t, 0, tmp_path/'in')[0, 0].tolist() == [255, 0, 0]
