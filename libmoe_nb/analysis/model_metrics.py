@@ -14,7 +14,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from ..core.modes import evaluating
 from ..moe.losses import load_balancing_loss
 from .traces import forward_batch
-from .tracing import adapter_of, intervene, moe_layers, record_routing
+from .tracing import adapter_of, intervene, layers_at, part_of, record_routing
 
 # %% ../../nbs/analysis/model_metrics.ipynb #73e0b6c1
 def _pair_cosines(adapter, layer, x, routing):
@@ -35,19 +35,20 @@ def expert_output_similarity(
     batches,    # probe set: dicts with input_ids [B, S], attention_mask where there is padding (see `probe_batches`)
     clip=True,  # count negative cosines as 0?
     run=None,   # function of model and batch that runs it
+    layers=None, # names or patterns of layers, which are numbered from 0; None: all
 )->pd.DataFrame: # one row for each layer
     "Mean cosine of the outputs of a token's experts."
-    layers, sums = _layers_of(model), {}
+    layers, sums = _layers_of(model, layers), {}
     with evaluating(model):
         for batch in batches:
-            for n, (x, r, keep) in _inputs(model, layers, batch, run).items():
+            for n, x, r, keep in _inputs(model, layers, batch, run):
                 sums[n] = sums.get(n, 0) + _pair_cosines(adapter_of(layers[n]), layers[n], x[keep], _rows(r, keep))
     return pd.DataFrame([dict(layer=i, similarity=s[0 if clip else 1] / s[2] if s[2] else np.nan, clipped=clip,
-                              tokens=int(s[2])) for i, s in enumerate(sums.values())])
+                              tokens=int(s[2])) for i, n in enumerate(layers) if (s := sums.get(n)) is not None])
 
 # %% ../../nbs/analysis/model_metrics.ipynb #46005f58
-def _layers_of(model):
-    layers = moe_layers(model)
+def _layers_of(model, where=None):
+    layers = layers_at(model, where)
     if layers: return layers
     raise ValueError(f'model must have mixture-of-experts layers, got {type(model).__name__} with none')
 
@@ -57,24 +58,30 @@ def _rows(r, keep):
                      shape=())
 
 def _inputs(model, layers, batch, run):
-    "For each layer: hidden states [T, d] that its experts got, its `Routing`, and which tokens are real [T]"
+    "Each run of each layer: name, hidden states [T, d] that its experts got, `Routing`, which tokens are real [T]"
     seen = {n: [] for n in layers}
     with ExitStack() as s:
         for n, l in layers.items(): s.enter_context(adapter_of(l).expert_inputs(l, seen[n]))
         records = s.enter_context(record_routing(model))
         (run or forward_batch)(model, batch)
-    mask = batch.get('attention_mask')
-    return {n: (seen[n][0], records[n][0],
-                slice(None) if mask is None else mask.reshape(-1).bool().to(seen[n][0].device)) for n in layers}
+    for n in layers:
+        mask = _mask_of(n, batch)
+        for x, r in zip(seen[n], records[n]):
+            yield n, x, r, slice(None) if mask is None else mask.reshape(-1).bool().to(x.device)
+
+def _mask_of(name, batch):
+    "The attention mask where a layer sees the tokens of the text; patches of an image are all real"
+    return batch.get('attention_mask') if part_of(name) == 'language_model' else None
 
 # %% ../../nbs/analysis/model_metrics.ipynb #825202be
 @torch.no_grad()
 def expert_parameter_similarity(
     model,           # with mixture-of-experts layers
+    layers=None,     # names or patterns of layers, which are numbered from 0; None: all
 )->pd.DataFrame:     # one row for each layer and pair of experts
     "Cosine of the parameters of each pair of experts."
     frames = []
-    for n, l in enumerate(_layers_of(model).values()):
+    for n, l in enumerate(_layers_of(model, layers).values()):
         v = torch.cat([p.detach().float().reshape(len(p), -1) for p in adapter_of(l).expert_parameters(l).values()], 1)
         v = F.normalize(v, dim=-1)
         i, j = np.triu_indices(len(v), 1)
@@ -85,19 +92,20 @@ def expert_parameter_similarity(
 # %% ../../nbs/analysis/model_metrics.ipynb #2e08f54b
 def balance_loss(
     model, batches,   # with mixture-of-experts layers, and a probe set
-    group='sequence', # tokens balanced together: 'sequence' or 'micro_batch'
+    group='sequence', # tokens balanced together: 'sequence' (in a vision tower: a picture or crop) or 'micro_batch'
     run=None,         # function of model and batch that runs it
+    layers=None,      # names or patterns of layers, which are numbered from 0; None: all
 )->pd.DataFrame:      # one row for each layer
     "`load_balancing_loss` of each layer, mean over batches."
-    losses = {}
+    losses = {n: [] for n in _layers_of(model, layers)}
     with evaluating(model):
         for batch in batches:
             with record_routing(model) as records: (run or forward_batch)(model, batch)
-            for n, (r, *_) in records.items():
+            for n, r in ((n, r) for n in losses for r in records[n]):
                 ternary = r.expert_of is not None and r.sign_of is not None
-                loss = load_balancing_loss(r, batch.get('attention_mask'), group, over_experts=ternary)
-                losses.setdefault(n, []).append(loss.item())
-    return pd.DataFrame([dict(layer=i, balance_loss=np.mean(v)) for i, v in enumerate(losses.values())])
+                loss = load_balancing_loss(r, _mask_of(n, batch), group, over_experts=ternary)
+                losses[n].append(loss.item())
+    return pd.DataFrame([dict(layer=i, balance_loss=np.mean(v)) for i, v in enumerate(losses.values()) if v])
 
 # %% ../../nbs/analysis/model_metrics.ipynb #7047c2c5
 def _next_token(model, batch, run):
@@ -108,14 +116,21 @@ def _next_token(model, batch, run):
     mask = batch.get('attention_mask')
     real = (torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None
             else (mask[:, 1:].bool() & mask[:, :-1].bool()).to(ids.device))
+    if (answers := _answers(batch)) is not None: real = real & answers[:, 1:].to(ids.device)
     logits, y = logits[:, :-1][real].float(), ids[:, 1:][real]
     return np.array([F.cross_entropy(logits, y, reduction='sum').item(), (logits.argmax(-1) == y).sum().item(), len(y)])
+
+def _answers(batch):
+    "Where the answers of conversations stand: labels that are not shifted, as transformers has them; None: all is text"
+    labels = batch.get('labels')
+    if labels is None or not ((labels < 0) | (labels == batch['input_ids'])).all(): return
+    return labels >= 0
 
 # %% ../../nbs/analysis/model_metrics.ipynb #aae386a7
 def routing_perturbation(
     model, batches,  # causal language model with mixture-of-experts layers, and a probe set
     interventions,   # dict: name -> function of `Routing` to `Routing`
-    layers=None,     # names of the layers to change; all by default
+    layers=None,     # names or patterns of the layers to change; None: all
     run=None,        # function of model and batch that runs it and returns logits
 )->pd.DataFrame:     # one row for each intervention, 'none' first
     "Next-token loss, perplexity and accuracy under interventions, and their changes."
