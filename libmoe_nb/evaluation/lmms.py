@@ -9,13 +9,14 @@ __all__ = ['LmmsMixin', 'LmmsModel', 'generate_until', 'loglikelihood', 'generat
            'model_manifest']
 
 # %% ../../nbs/evaluation/lmms.ipynb #7a63a694
-import functools, sys, torch
+import functools
 from collections import defaultdict
 from ..core.errors import check, first_line, shown
 from ..core.modes import evaluating
 from ..data.conversations import Sample, collate, image_mark, image_token
 from ..data.images import BadImage, read_image
-from ..models.asking import ask_all, end_tokens, image_tensor, load_vision_language, places_of, write_turns
+from ..models.asking import ask_all, image_tensor, load_vision_language, write_turns
+from ..models.towers import image_places
 
 # %% ../../nbs/evaluation/lmms.ipynb #91340ae5
 def _doc(lm, doc_id, task, split): return lm.task_dict[task][split][doc_id]
@@ -135,7 +136,7 @@ def loglikelihood(
     requests,   # args (context, answer or function of the document, ... as above); or the first two alone
 )->list:        # pairs: score as `scores` says, was the answer the most probable?
     "How likely answers are."
-    seen, places, samples = image_tensor(self.processor), places_of(self.model, self.processor), []
+    seen, places, samples = image_tensor(self.processor), image_places(self.model), []
     for n, (context, answer, *where) in enumerate(r.args for r in requests):
         see, *at = where if where else (None, n, 'request', None)
         samples.append(_sample(self, context, see, *at,
