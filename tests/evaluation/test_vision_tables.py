@@ -102,3 +102,9 @@ def test_rows_fit_a_terminal_of_80_columns():
     assert len(tables) > 1 and all(fits(t, 80) for t in tables)
     assert [c.header for t in tables for c in t.columns[1:]] == [*(t.replace('_', ' ') for t in subtasks),
                                                                  'mean', 'rank']
+
+def test_two_questions_with_one_answer_are_no_pair():
+    df = made_answers(dict(m=1.), dict(existence='c'), ('existence',), n=10, conditions=('own',))
+    assert yes_no_scores(df).pairs.tolist() == [10] and yes_no_scores(df).score.tolist() == [200]
+    alike = yes_no_scores(df.assign(answer='yes', said='yes'))
+    assert alike.pairs.tolist() == [0] and alike.accuracy.tolist() == [100] and alike.score.isna().all()
