@@ -1,6 +1,5 @@
 "Tables of answers against the same by hand, and errors against simulation."
 import numpy as np, pandas as pd, pytest
-from libmoe_nb.evaluation.ranking import score_table
 from libmoe_nb.evaluation.significance import paired_test
 from libmoe_nb.evaluation.vision_tables import (accuracies, against_controls, answer_scores, count_above,
                                                 made_answers, table_rows,
