@@ -309,14 +309,13 @@ def write_scenes(
 
 # %% ../../nbs/data/scenes.ipynb #184ae2ab
 def scene_words(
-    easy_vqa:bool=False, # the words of easy-vqa too, its question marks written apart or not?
+    easy_vqa:bool=False, # the words of easy-vqa too, each also with a question mark behind it?
 )->list:
     "Every word of captions, questions and answers, sorted."
     said = [*colours, *shapes, *sizes, *vocabulary, *'abcdefghijklmnopqrstuvwxyz', *map(str, range(11)), *places,
             *('yes no bar word plus describe the image . ? is there a how many objects are where what size shape color '
               'object of another more than text written letter number larger first second third sum high tallest left '
               'right above below').split()]
-    also = ('a an brown circle color contain does gray green image in is no not present rectangle red shape teal the '
-            'there triangle what yellow yes ? shape? image? present? circle? rectangle? triangle? ' +
-            ' '.join(f'{c} {c}?' for c in 'black blue brown gray green red teal yellow'.split()))
-    return sorted({*said, *(also.split() if easy_vqa else ())})
+    also = ('a black blue brown circle color contain does gray green image in is no not of present rectangle red shape '
+            'teal the there triangle what yellow yes').split()
+    return sorted({*said, *([*also, *(f'{w}?' for w in also)] if easy_vqa else ())})
