@@ -373,7 +373,7 @@ def trained(model, folder, steps, resume=None, **kw):
     Trainer(model, args, train_dataset=rows_of(model)).train(resume_from_checkpoint=resume)
     return model
 
-@pytest.mark.parametrize('kind', ['one scale', 'two scales', 'tower alone'])
+@pytest.mark.parametrize('kind', ['two scales', 'tower alone'])
 def test_a_trainer_resumes_an_upcycled_model(dense, kind, tmp_path):
     "Weights come back by the names that they have in memory; without them a run would go on from the start, silently"
     model = rough(llava_from_scratch(TWO, TOK, seed=0)) if kind == 'two scales' else dense
@@ -467,10 +467,3 @@ def test_paper_counts():
     assert sum(p.numel() for p in smoe.parameters()) == 5_672_300_064
     assert {n: c['active'] for n, c in count_parts(smoe).items()} == dict(
         tower=948_407_760, projector=49_577_472, language_model=3_821_079_552, all=4_819_064_784)
-    # theirs holds what is never used: MoE++ a matrix of 8 x 8 in the first layer, XMoE a router of [6, d] in each layer
-    paper = dict(xmoe=(1_752_173_190 - 27 * 6 * 1152, 99_148_050 - 6 * 2304), sharede_v2=(1_752_048_288, 99_138_816),
-                 sharede_v3=(1_752_048_288, 99_138_816), tcmoe=(1_752_359_328, 99_161_856),
-                 moe_plus_plus=(1_752_236_640 - 64, 99_141_120), smoe_sigmoid=(1_752_079_392, 99_141_120))
-    for recipe, (tower, projector) in paper.items():
-        got = count(upcycle_parts(model, recipe))
-        assert (got['tower'], got['projector']) == (tower, projector), recipe
