@@ -24,7 +24,7 @@ from .comparison import Comparison, tell_outcome
 from .jobs import Task, check_sendable, share_cores, side_by_side, values_of
 from .reports import write_report
 from .run import Run, RunOptions, fit_run, run_config, run_name
-from ..moe.config import Preset, recipes, apply_overrides, named_recipes
+from ..moe.config import Preset, apply_overrides, named_recipes, own_recipes, recipes
 from ..moe.recipes import build_layer
 
 # %% ../../nbs/experiments/compare.ipynb #5aeebb81
@@ -159,19 +159,20 @@ def _run_seconds(p:Preset):
     return p.steps * (1e-10 * tokens * _parameters(p, p.top_k) + .005 * p.num_hidden_layers)
 
 # %% ../../nbs/experiments/compare.ipynb #0324fbbc
-def _modules(runs):
-    "Modules that register the recipes of the runs, but for our own"
-    homes = {r.config['recipe']: recipes[r.config['recipe']].build.__module__ for r in runs}
-    for name, home in homes.items():
-        if home == '__main__':
-            raise ValueError(f'jobs must be 1 for recipe {name!r}, since this script or notebook defines it: other '
+def _foreign(runs):
+    "Recipes of the runs that are not our own, for processes that do not know them"
+    used = {n: recipes[n] for n in {r.config['recipe']: 0 for r in runs}}
+    res = {n: r for n, r in used.items() if n not in own_recipes or not r.build.__module__.startswith('libmoe_nb.')}
+    for n, r in res.items():
+        if r.build.__module__ == '__main__':
+            raise ValueError(f'jobs must be 1 for recipe {n!r}, since this script or notebook defines it: other '
                              f'processes can import it only from a module of its own')
-    return sorted({*homes.values()} - {build_layer.__module__})
+    return res
 
 def _tasks(runs):
-    modules = _modules(runs)
+    foreign = _foreign(runs)
     return [Task(r.name, fit_run, dict(folder=r.folder, config=r.config, data=r.data, options=r.options, info=r.info,
-                                       modules=modules)) for r in runs]
+                                       foreign=foreign)) for r in runs]
 
 # %% ../../nbs/experiments/compare.ipynb #cdc986c6
 def _share(plan, runs, jobs, threads):

@@ -9,7 +9,7 @@ __all__ = ['curve_tokens', 'run_config', 'run_hash', 'run_name', 'RunOptions', '
            'training_callbacks', 'SuiteCallback']
 
 # %% ../../nbs/experiments/run.ipynb #f489feab
-import dataclasses, importlib, json, math, shutil, time, torch
+import dataclasses, json, math, shutil, time, torch
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from fastcore.all import patch
@@ -29,7 +29,7 @@ from ..data.text import TextData
 from ..evaluation.heldout import evaluate_perplexity
 from ..models.causal import from_scratch
 from ..models.counting import count_parameters
-from ..moe.config import Preset, from_saved
+from ..moe.config import Preset, from_saved, recipes
 from ..moe.recipes import settled
 from ..plots.style import recipe_title
 from ..training.batches import next_token_loss, as_batch
@@ -150,11 +150,11 @@ def complete(self:Run)->bool:
 
 def fit_run(
     folder, config:dict, data, options:RunOptions, info:dict, # see `Run`
-    modules=(),       # that register recipes
+    foreign:dict={},  # name -> `Recipe`, of those that are not our own
     progress=None,    # see `Run`
 )->dict:              # the result
     "One run, for `side_by_side`."
-    for m in modules: importlib.import_module(m)
+    recipes.update(foreign)
     return Run(folder, config, data, options, progress, info).fit()
 
 # %% ../../nbs/experiments/run.ipynb #b90b9fdc
