@@ -12,6 +12,7 @@ import argparse, json, os, statistics, subprocess, sys
 
 SETTINGS = dict(default={}, passive=dict(OMP_WAIT_POLICY='PASSIVE'),
                 **{f'spin {n:,}': dict(GOMP_SPINCOUNT=str(n)) for n in (1_000, 10_000, 30_000, 100_000)})
+# trains so many steps whenever it is told to
 CHILD = '''
 import sys, time, torch
 from libmoe_nb.models.causal import from_scratch
@@ -35,7 +36,8 @@ for _ in sys.stdin:
 
 def start(env, a):
     keep = {k: v for k, v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', CHILD, a.recipe, a.preset, str(a.threads), str(a.steps)],
+    args = a.recipe, a.preset, str(a.threads), str(a.steps)
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', CHILD, *args],
                          env=keep | dict(OMP_NUM_THREADS=str(a.threads)) | env, text=True, stdin=subprocess.PIPE,
                          stdout=subprocess.PIPE)
     assert p.stdout.readline().strip() == 'ready'

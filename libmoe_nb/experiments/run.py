@@ -150,11 +150,11 @@ def complete(self:Run)->bool:
 
 def fit_run(
     folder, config:dict, data, options:RunOptions, info:dict, # see `Run`
-    foreign:dict={},  # name -> `Recipe`, of those that are not our own
+    foreign:dict=None, # name -> `Recipe`, of those that are not our own
     progress=None,    # see `Run`
 )->dict:              # the result
     "One run, for `side_by_side`."
-    recipes.update(foreign)
+    recipes.update(foreign or {})
     return Run(folder, config, data, options, progress, info).fit()
 
 # %% ../../nbs/experiments/run.ipynb #b90b9fdc

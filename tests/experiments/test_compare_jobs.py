@@ -37,8 +37,8 @@ def test_interrupted_failed_and_the_same_to_the_bit(data, tmp_path):
     with pytest.raises(KeyboardInterrupt): compare('dense,smoe,xmoe', jobs=2, progress=stop, **kw)
     assert [*(tmp_path/'runs').glob('*/checkpoints/step-*')]
     told = []
-    with pytest.raises(TasksFailed, match=f'1 of 3 runs failed, the others are done. {alien.name}: .*neither empty nor.*'
-                                          'Do the same again') as e:
+    says = f'1 of 3 runs failed, the others are done. {alien.name}: .*neither empty nor.*Do the same again'
+    with pytest.raises(TasksFailed, match=says) as e:
         compare('dense,smoe,xmoe', jobs=2, progress=lambda event, name=None, **f: told.append((event, name, f)), **kw)
     assert [o.name for o in e.value.outcomes.values() if o.error] == [alien.name]
     assert {n for event, n, _ in told if event == 'finish'} == {*names(plain)[1:]}
