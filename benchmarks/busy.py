@@ -11,7 +11,7 @@ else: `load` in the result is what the others did when it began."""
 import argparse, json, os, statistics, subprocess, sys
 
 SETTINGS = dict(default={}, passive=dict(OMP_WAIT_POLICY='PASSIVE'),
-                **{f'spin {n:,}': dict(GOMP_SPINCOUNT=str(n)) for n in (1_000, 10_000, 30_000, 100_000)})
+                **{f'spin {n:,}': dict(GOMP_SPINCOUNT=str(n)) for n in (300, 1_000, 3_000, 10_000, 100_000)})
 # trains so many steps whenever it is told to
 CHILD = '''
 import sys, time, torch

@@ -73,6 +73,8 @@ Json = Annotated[bool, _option('Print the result as JSON.', '--json')]
 # %% ../nbs/cli.ipynb #d54619ad
 Examples = Annotated[Optional[int], _option('Examples of each task and domain for --evaluate (default 25).')]
 Log = Annotated[Optional[str], _option('Send the telemetry of training to tensorboard, trackio or wandb as well.')]
+Jobs = Annotated[Optional[int], _option('Runs at once, each in a process of its own with its share of the cores '
+                                        '(default: as many as pay off).')]
 Model = Annotated[str, _argument('MODEL', 'Folder of a model or of a run, or a name on the Hugging Face hub.')]
 
 def _reading(max_bytes: MaxBytes = 4_000_000, text_field: TextField = 'text', domain_field: DomainField = None): ...
@@ -149,10 +151,7 @@ def compare(
     evaluate: Annotated[bool,
                         _option('Score each model on tasks made from the validation text, during training and at its '
                                 'end; finished runs are scored without training again.', '--evaluate')] = False,
-    examples: Examples = None, log: Log = None,
-    jobs: Annotated[Optional[int], _option('Runs at once, each in a process of its own with its share of the cores '
-                                           '(default: as many as pay off).')] = None,
-    **options,
+    examples: Examples = None, log: Log = None, jobs: Jobs = None, **options,
 ):
     "Train recipes side by side under one budget; print a table and write report.html."
     kw = read_options(dict(options, evaluate=_examples(examples, evaluate)),
