@@ -79,7 +79,7 @@ def calm_threads(
     env=os.environ, # to be changed
 ):                  # `env`
     "Let threads that wait give up their core soon, unless `env` says how they wait. To be called before torch is loaded."
-    if not {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'} & {*env}: env['GOMP_SPINCOUNT'] = '10000'
+    if not {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'} & {*env}: env['GOMP_SPINCOUNT'] = '3000'
     return env
 
 # %% ../../nbs/core/machine.ipynb #4519ad70

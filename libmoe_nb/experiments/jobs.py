@@ -104,9 +104,10 @@ class _Ears:
         self.file, self.inbox, self.stop, self.training = file, queue.SimpleQueue(), False, False
         threading.Thread(target=self.listen, daemon=True).start()
     def listen(self):
-        with suppress(Exception):
-            while True: self.hear(*pickle.load(self.file))
-        os._exit(1)
+        try:
+            while (said := pickle.load(self.file))[0] != 'end': self.hear(*said)
+        except Exception: os._exit(1)
+        self.inbox.put(said)
     def hear(self, what, *rest):
         if what != 'stop': self.inbox.put((what, *rest))
         elif self.training: self.stop = True
@@ -174,7 +175,8 @@ class _Worker:
     def __init__(self, threads, inbox):
         self.process, self.task = _start_process(threads), None
         self.wire = _Wire(self.process.stdin)
-        threading.Thread(target=self.listen, args=(inbox,), daemon=True).start()
+        self.ear = threading.Thread(target=self.listen, args=(inbox,), daemon=True)
+        self.ear.start()
     def listen(self, inbox):
         with suppress(Exception):
             while True: inbox.put((self, pickle.load(self.process.stdout)))
@@ -184,6 +186,13 @@ class _Worker:
     def take(self, task):
         self.task = task
         self.send('do', pickle.dumps((task.function, task.kwargs)))
+    def close(self):
+        if self.task is not None: self.process.kill()
+        with suppress(OSError): self.process.stdin.close()
+        self.ear.join(10)
+        self.process.kill()
+        self.ear.join()
+        self.process.stdout.close()
 
 # %% ../../nbs/experiments/jobs.ipynb #4b4aaad7
 class _Crew:
@@ -211,9 +220,9 @@ def hear(self:_Crew, worker, what, *rest):
     if what == 'failed': self.outcomes[worker.task.name] = Outcome(worker.task.name, None, *rest)
     if what in ('done', 'failed'): self.assign(worker)
     if what == 'gone':
-        self.workers.remove(worker)
         if worker.task is None: return
         self.outcomes[worker.task.name] = Outcome(worker.task.name, error=_how_it_ended(rest[0]))
+        worker.task = None
         self.hire()
 
 def _how_it_ended(code):
@@ -234,8 +243,7 @@ def do_all(self:_Crew, jobs):
         self.stop()
         raise
     finally:
-        for w in self.workers:
-            if w.task is not None: w.process.kill()
+        for w in self.workers: w.close()
 
 @patch
 def stop(self:_Crew, patience=60):
