@@ -59,7 +59,7 @@ def available_memory()->int: # None where nobody tells
         found.append(int(re.search(r'MemAvailable:\s+(\d+) kB', Path('/proc/meminfo').read_text())[1]) * 1024)
     with suppress(OSError, ValueError, AttributeError):
         group = Path('/sys/fs/cgroup')
-        kept = re.search(r'^inactive_file (\d+)', (group/'memory.stat').read_text(), re.M)[1] # given back when asked for
+        kept = re.search(r'^inactive_file (\d+)', (group/'memory.stat').read_text(), re.M)[1]
         found.append(int((group/'memory.max').read_text()) - int((group/'memory.current').read_text()) + int(kept))
     return max(min(found), 0) if found else None
 
@@ -78,7 +78,7 @@ def use_threads(
 def calm_threads(
     env=os.environ, # to be changed
 ):                  # `env`
-    "Let threads that wait give up their core soon, unless `env` says how they wait. To be called before torch is loaded."
+    "Let threads that wait give up their core soon, unless `env` says how they wait. It counts before torch is loaded."
     if not {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'} & {*env}: env['GOMP_SPINCOUNT'] = '3000'
     return env
 
