@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from libmoe_nb.cli import app
 from libmoe_nb.training.log import run_log_path
+from processes import Forked
 
 SMALL = '--preset tiny --steps 4 --batch-size 4 --sequence-length 64 --vocab-size 300 --threads 1'.split()
 
@@ -28,10 +29,7 @@ def refused(says, *args):
     assert says in last and last.startswith('libmoe: '), res.stderr
     assert 'Traceback' not in res.stderr
 
-def process(*args, **kwargs):
-    code = 'from libmoe_nb.cli import main; main()'
-    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **kwargs)
+def process(*args): return Forked('from libmoe_nb.cli import main; main()', *args)
 
 # results
 
@@ -76,8 +74,9 @@ def test_list():
     assert 'moe_plus_plus' in text and 'paper-0.68b' in text and 'sotu' in text
 
 def test_help_and_version():
-    p = process('--help')
-    out, _ = p.communicate(timeout=60)
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from libmoe_nb.cli import main; main()', '--help'],
+                       capture_output=True, text=True, timeout=60)
+    out = p.stdout
     assert p.returncode == 0 and 'compare' in out and 'train' in out
     from libmoe_nb import __version__
     assert libmoe('--version').stdout.split() == ['libmoe-nb', __version__]

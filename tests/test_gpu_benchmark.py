@@ -6,8 +6,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_gpu_script_runs_without_one(tmp_path):
     out = tmp_path/'gpu.json'
-    run = subprocess.run(['bash', ROOT/'benchmarks/gpu.sh', '--device', 'cpu', '--tiny', '--seconds', '.5', '--recipes',
-                          'smoe', 'tcmoe', '--compile', '--cache', tmp_path, '--json', out],
+    run = subprocess.run(['bash', ROOT/'benchmarks/gpu.sh', '--device', 'cpu', '--tiny', '--seconds', '.2',
+                          '--rounds', '2', '--recipes', 'smoe', 'tcmoe', '--compile', '--cache',
+                          tmp_path, '--json', out],
                          capture_output=True, text=True, env=dict(os.environ, PYTHON=sys.executable))
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     found = json.loads(out.read_text())

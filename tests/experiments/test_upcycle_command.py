@@ -1,5 +1,5 @@
 "`libmoe upcycle` as a user types it: results, exactness before a step, bad input, interruptions, old folders."
-import json, signal, subprocess, sys, time
+import json, signal, time
 
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
@@ -11,6 +11,7 @@ from libmoe_nb.data.text import text_data
 from libmoe_nb.analysis.tracing import moe_layers
 from libmoe_nb.experiments.upcycle import upcycle_and_train
 from libmoe_nb.models.loading import find_model, packaged_models
+from processes import Forked
 
 SMALL = '--batch-size 4 --sequence-length 32 --learning-rate 3e-3 --threads 1 --valid-tokens 2000'.split()
 SIZES = dict(llama=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2),
@@ -199,9 +200,7 @@ def test_bad_text(box, tmp_path):
 
 # interruptions
 
-def process(*args):
-    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'from libmoe_nb.cli import main; main()',
-                             *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def process(*args): return Forked('from libmoe_nb.cli import main; main()', *args)
 
 def test_control_c_and_the_same_command_again(box, tmp_path):
     args = ['upcycle', box/'llama', '--data', box/'texts', '--steps', 50, *SMALL, '--batch-size', 1, '--json', '--out']

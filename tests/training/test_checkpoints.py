@@ -1,5 +1,5 @@
 "Checkpoints: killed, damaged and resumed runs, foreign ones, other settings, runs that diverge; and fresh processes."
-import json, math, os, shutil, signal, subprocess, sys
+import json, math, os, shutil, signal
 from pathlib import Path
 
 import pytest, torch
@@ -10,6 +10,7 @@ from libmoe_nb.models.causal import from_scratch
 from libmoe_nb.training.log import RunLog, read_log
 from libmoe_nb.training import checkpoints as module
 from libmoe_nb.training.checkpoints import Checkpoint, StepReporter, TimedCheckpoint, checkpoints, resume
+from processes import run_forked
 from small_runs import ROOT, SMALL, Stop, assert_same, change_json, fit, make, state
 
 pytest_plugins = ['small_data']
@@ -202,9 +203,7 @@ print(path and path.name)
 
 def process(tmp_path, **args):
     code = SCRIPT.format(tests=str(ROOT/'tests'/'training'), root=str(ROOT))
-    return subprocess.run([sys.executable, '-c', code, json.dumps(args)], capture_output=True, text=True, cwd=tmp_path,
-                          timeout=300,
-                          env=dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1'))
+    return run_forked(code, json.dumps(args), cwd=tmp_path)
 
 def state_of(folder):
     from safetensors.torch import load_file
