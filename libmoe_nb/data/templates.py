@@ -67,15 +67,18 @@ def _manner(tokenizer, template, size):
     raise ValueError('the chat template must write what user and assistant say')
 
 # %% ../../nbs/data/templates.ipynb #25d20fa2
+def _after_space(text, at): return len(text) - len(text[at:].lstrip())
+
 def _by_prompts(tokenizer, template, turns, parts, text):
     "Answers found by writing the conversation up to each of them"
     for i, (role, said) in enumerate(turns):
         if role != 'assistant': continue
         before = _written(tokenizer, template, turns[:i], parts, add_generation_prompt=True)
-        m = re.compile(r'\s*' + re.escape(said)).match(text, len(before)) if text.startswith(before) else None
-        if not m: raise ValueError('the chat template must write earlier turns the same whatever follows, so that '
-                                   'answers can be found')
-        yield m.span()
+        at = _after_space(text, len(before))
+        if not (text.startswith(before) and text.startswith(said, at)):
+            raise ValueError('the chat template must write earlier turns the same whatever follows, so that answers '
+                             'can be found')
+        yield len(before), at + len(said)
 
 # %% ../../nbs/data/templates.ipynb #b9a9f59f
 _generation = re.compile(r'\{%-?\s*generation\s*-?%\}')
@@ -101,10 +104,11 @@ def _closed(text, spans, end, eos):
     "With the token that ends an answer in each span, put into the text where the template has none"
     res, done = '', 0
     for n, (a, b) in enumerate(spans):
-        m = re.compile(r'\s*' + re.escape(end)).match(text, b) if end else None
-        if not m and eos is None: raise ValueError('tokenizer must have an `eos_token`, which ends an answer, got None')
-        stop = m.end() if m else b
-        start, res = len(res) + a - done, res + text[done:stop] + ('' if m else end or eos)
+        at = _after_space(text, b)
+        ends = bool(end) and text.startswith(end, at)
+        if not ends and eos is None: raise ValueError('tokenizer must have an `eos_token`, which ends an answer, got None')
+        stop = at + len(end) if ends else b
+        start, res = len(res) + a - done, res + text[done:stop] + ('' if ends else end or eos)
         spans[n], done = (start, len(res)), stop
     return res + text[done:], spans
 
