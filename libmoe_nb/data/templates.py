@@ -106,7 +106,8 @@ def _closed(text, spans, end, eos):
     for n, (a, b) in enumerate(spans):
         at = _after_space(text, b)
         ends = bool(end) and text.startswith(end, at)
-        if not ends and eos is None: raise ValueError('tokenizer must have an `eos_token`, which ends an answer, got None')
+        if not ends and eos is None:
+            raise ValueError('tokenizer must have an `eos_token`, which ends an answer, got None')
         stop = at + len(end) if ends else b
         start, res = len(res) + a - done, res + text[done:stop] + ('' if ends else end or eos)
         spans[n], done = (start, len(res)), stop
