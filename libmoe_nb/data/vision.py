@@ -120,7 +120,8 @@ def _cell(ds, row, column, k):
 
 def _rows(ds):
     "Rows as entries; in place of bytes, functions that read them"
-    later = hasattr(ds, '__getitem__')
+    import datasets
+    later = isinstance(ds, datasets.Dataset)
     def place(i, name, v, k=None):
         return partial(_cell, ds, i, name, k) if later and isinstance(v, dict) and v.get('bytes') else v
     for i, row in enumerate(ds):
@@ -218,12 +219,17 @@ def _image_root(folder, entries):
     return max(roots, key=lambda r: sum((r/n).is_file() for n in names)) if names else folder
 
 def _folder(path, images, split, config, streaming):
+    if (path/'state.json').is_file(): return partial(_rows, _undecoded(_saved(path))), images or path
     lists = sorted(p for s in ('*.json', '*.jsonl') for p in path.glob(s) if p.name not in _about)
     known = [p for p in lists if p.name in ('metadata.jsonl', 'conversations.json') or
              p.name in {Path(f).name for s in vision_sets.values() for f in s.files}] or lists
     if not known: return _columns(str(path), config, split, streaming), images or path
     check(len(known) == 1, 'source', str(path), f'one of its files: {join_words([p.name for p in known])}')
     return partial(read_entries, known[0]), images or _image_root(path, read_entries(known[0]))
+
+def _saved(path):
+    import datasets
+    return datasets.load_from_disk(str(path))
 
 _about = 'dataset_info.json', 'state.json', 'dataset_infos.json'
 
@@ -242,8 +248,8 @@ def _found(source, images, split, config, streaming):
             raise ValueError(f'source={str(source)!r} is no file or folder here; '
                              f'{did_you_mean("set", source, vision_sets)}')
         return _columns(str(source), config, split, streaming), images or '.'
-    if hasattr(source, 'cast_column'): return partial(_rows, _undecoded(source)), images or '.'
     if isinstance(source, dict) and split in source: return _found(source[split], images, split, config, streaming)
+    if hasattr(source, 'cast_column'): return partial(_rows, _undecoded(source)), images or '.'
     if callable(source): return source, images or '.'
     check(hasattr(source, '__iter__') and not isinstance(source, dict), 'source', source, 'a name, a path or entries')
     return (lambda: iter(source)), images or '.'
