@@ -319,6 +319,7 @@ def _readable(self, indices, most=None):
     if most: check(found, 'samples', self.left_out, 'of at least one whose images can be read')
     return found
 
+# %% ../../nbs/data/conversations.ipynb #5138fae3
 def batches(
     self:ConversationData,
     batch_size:int,
