@@ -70,13 +70,14 @@ class TrainBatches:
         # number of the next batch; how many batches of the coming epoch are done already
         self.position, self.skip = 0, 0
         self.rank, self.world = 0, 1     # which part of each batch this process takes
+        self.as_batch = getattr(dataset, 'as_batch', as_batch)
     def __len__(self): return self.steps
     def __iter__(self):
         todo, self.skip = self.steps - self.skip, 0
         for b in islice(self.dataset.batches(self.batch_size, self.seed, self.position), todo):
             self.position += 1
-            yield as_batch(_share(b, self.rank, self.world))
-    def one_batch(self): return as_batch(next(self.dataset.batches(self.batch_size, self.seed, self.position)))
+            yield self.as_batch(_share(b, self.rank, self.world))
+    def one_batch(self): return self.as_batch(next(self.dataset.batches(self.batch_size, self.seed, self.position)))
     def to(self, device): return self
     def new(self, **kwargs): return self
 
@@ -99,8 +100,9 @@ class ValidBatches:
         steps:int=None,  # at most this many batches
     ):
         store_attr()
+        self.as_batch = getattr(dataset, 'as_batch', as_batch)
     def __len__(self): return min(-(-len(self.dataset) // self.batch_size), self.steps or len(self.dataset))
-    def __iter__(self): return (as_batch(b) for b in islice(self.dataset.epoch(self.batch_size), len(self)))
+    def __iter__(self): return (self.as_batch(b) for b in islice(self.dataset.epoch(self.batch_size), len(self)))
     def one_batch(self): return next(iter(self))
     def to(self, device): return self
     def new(self, **kwargs): return self
