@@ -10,7 +10,7 @@ __all__ = ['part_names', 'data_kinds', 'paper_stages', 'vision_presets', 'Stage'
            'without_gradient', 'TrainsOnly', 'StageData', 'data_fingerprint', 'pair_loss', 'ContrastiveModel',
            'forward', 'PairData', 'vision_learner']
 
-# %% ../../nbs/training/stages.ipynb #bf6ce329
+# %% ../../nbs/training/stages.ipynb #8152c151
 import dataclasses, math, numpy as np, torch, torch.nn.functional as F, warnings
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,7 +22,7 @@ from ..core.modes import unwrap
 from ..core.ranks import sum_over_ranks
 from ..core.words import join_some
 from ..data.conversations import image_token
-from ..models.vision import model_parts
+from ..models.towers import model_parts
 from ..moe.config import TrainingBudget
 from .batches import as_batch
 from .learner import MoELearner, moe_learner
