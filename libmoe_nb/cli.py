@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Annotated, Optional
 from .core.errors import did_you_mean
 from .core.files import check_is_folder, jsonable
-from .core.machine import find_device, use_threads
+from .core.machine import calm_threads, find_device, use_threads
 from .core.settings import read_settings, seed_list, read_setting
 from .listing import listing, listing_tables
 from .core.settings import check_model_name
@@ -34,7 +34,7 @@ def friendly_errors(f):
     "Run `f`; a mistake is one sentence and exit code 2, an interruption says how to go on."
     @functools.wraps(f)
     def run(*args, **kwargs):
-        os.environ.setdefault('MPLBACKEND', 'agg')
+        calm_threads(); os.environ.setdefault('MPLBACKEND', 'agg')
         try:
             with only_our_warnings(): return f(*args, **kwargs)
         except ValueError as e:
@@ -149,17 +149,20 @@ def compare(
     evaluate: Annotated[bool,
                         _option('Score each model on tasks made from the validation text, during training and at its '
                                 'end; finished runs are scored without training again.', '--evaluate')] = False,
-    examples: Examples = None, log: Log = None, **options,
+    examples: Examples = None, log: Log = None,
+    jobs: Annotated[Optional[int], _option('Runs at once, each in a process of its own with its share of the cores '
+                                           '(default: as many as pay off).')] = None,
+    **options,
 ):
     "Train recipes side by side under one budget; print a table and write report.html."
     kw = read_options(dict(options, evaluate=_examples(examples, evaluate)),
                       ('valid_tokens', 'options', 'cache_dir', 'keep_models'))
-    seed_list(seeds)
+    seed_list(seeds); jobs = read_setting('jobs', jobs)
     check_training(recipes, options['preset'], log=log, out=out, **kw)
     from libmoe_nb.experiments import compare as experiments
     with RunProgress() as progress:
         res = experiments.compare(recipes, preset=options['preset'], seeds=seeds, out=out, progress=progress,
-                                  log=log, **kw)
+                                  log=log, jobs=jobs, **kw)
     _answer(options['as_json'], res.to_dict, lambda: _comparison(res))
 
 # %% ../nbs/cli.ipynb #dd4f7aab

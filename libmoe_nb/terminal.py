@@ -175,6 +175,7 @@ class RunProgress:
         self.bars = self.before = None             # the bars; the handler of Ctrl-C that was there before
         self.asked = self.training = False         # was Ctrl-C pressed? can it wait for the end of a step?
         self.start, self.total, self.done, self.trained = time.monotonic(), 1, 0, 0
+        self.began, self.steps, self.bar_of = {}, {}, {}  # of each run
     def __call__(self, event, name=None, **kw):
         getattr(self, f'on_{event}')(name, **kw)
         self.training = event in ('start', 'step')
@@ -193,7 +194,6 @@ def on_plan(self:RunProgress, name, names, done, steps):
     if not self.console.is_terminal: return
     self.bars = _bars(self.console)
     self.all = self.bars.add_task(f'all {len(names)} runs', total=todo * steps, more='')
-    self.one = self.bars.add_task('', total=steps, more='', visible=False)
     if sum(done) < len(names): self.bars.start()
 
 def _bars(console):
@@ -206,26 +206,29 @@ def _bars(console):
 # %% ../nbs/terminal.ipynb #3f8de238
 @patch
 def on_start(self:RunProgress, name, recipe, seed, steps):
-    self.began = time.monotonic()
-    if self.bars: self.bars.reset(self.one, total=steps, description=f'{recipe}, seed {seed}', visible=True, more='')
+    self.began[name] = time.monotonic()
+    if self.bars: self.bar_of[name] = self.bars.add_task(f'{recipe}, seed {seed}', total=steps, more='')
 
 @patch
 def on_step(self:RunProgress, name, step, loss, tokens_per_second):
     if not self.bars: return
-    self.bars.update(self.one, completed=step, more=f'loss {loss:.2f}  {tokens_per_second or 0:,.0f} tokens/s')
-    self.bars.update(self.all, completed=self.trained * self.bars.tasks[1].total + step)
+    self.steps[name] = step
+    self.bars.update(self.bar_of[name], completed=step,
+                     more=f'loss {loss:.2f}  {tokens_per_second or 0:,.0f} tokens/s')
+    self.bars.update(self.all, completed=sum(self.steps.values()))
 
 # %% ../nbs/terminal.ipynb #3ce5f9b0
 @patch
 def on_finish(self:RunProgress, name, result, reused):
     now = time.monotonic()
     self.done += 1
+    if self.bars and name in self.bar_of: self.bars.remove_task(self.bar_of.pop(name))
     if reused: return
     self.trained += 1
     from libmoe_nb.experiments.comparison import tell_outcome
     left = (self.total - self.done) * (now - self.start) / self.trained
     self.line(f"[{self.done}/{self.total}] {result['title']}, seed {result['seed']}: "
-              f"{tell_outcome(result['perplexity'])} in {now - self.began:.0f} s"
+              f"{tell_outcome(result['perplexity'])} in {now - self.began[name]:.0f} s"
               + (f', about {format_duration(left)} left' if left else ''))
 
 # %% ../nbs/terminal.ipynb #ab3baaf9

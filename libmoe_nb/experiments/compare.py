@@ -21,8 +21,9 @@ from ..data.sources import default_data, find_sources
 from ..data.text import TextData, text_data
 from ..evaluation.suites import Suite, make_suite
 from .comparison import Comparison, tell_outcome
+from .jobs import Task, check_sendable, share_cores, side_by_side, values_of
 from .reports import write_report
-from .run import Run, RunOptions, run_config, run_name
+from .run import Run, RunOptions, fit_run, run_config, run_name
 from ..moe.config import Preset, recipes, apply_overrides, named_recipes
 from ..moe.recipes import build_layer
 
@@ -139,6 +140,51 @@ def _fitting(suite, data):
              for n, t in suite.tasks.items() if len(kept[n]) > 1}
     return type(suite)(tasks, suite.options, suite.missing)
 
+# %% ../../nbs/experiments/compare.ipynb #bc2cf61a
+def _parameters(p:Preset, experts:int):
+    "About how many parameters there are with so many experts a layer"
+    attention, ffn = 4 * p.num_attention_heads * p.head_dim, 2 * experts * p.moe_intermediate_size
+    return p.hidden_size * (p.num_hidden_layers * (attention + ffn) + 2 * p.vocab_size)
+
+def _run_memory(p:Preset):
+    "Bytes that a run takes, at most"
+    tokens = max(p.batch_size, 16) * p.sequence_length # validation reads 16 sequences
+    kept = p.num_hidden_layers * (16 * p.hidden_size + 6 * p.top_k * p.moe_intermediate_size) + 4 * p.vocab_size
+    return 8e8 + 16 * _parameters(p, p.num_experts) + 4 * tokens * kept
+
+# %% ../../nbs/experiments/compare.ipynb #d9cd8b61
+def _run_seconds(p:Preset):
+    "About how long one thread trains"
+    tokens = p.batch_size * p.sequence_length
+    return p.steps * (1e-10 * tokens * _parameters(p, p.top_k) + .005 * p.num_hidden_layers)
+
+# %% ../../nbs/experiments/compare.ipynb #0324fbbc
+def _modules(runs):
+    "Modules that register the recipes of the runs, but for our own"
+    homes = {r.config['recipe']: recipes[r.config['recipe']].build.__module__ for r in runs}
+    for name, home in homes.items():
+        if home == '__main__':
+            raise ValueError(f'jobs must be 1 for recipe {name!r}, since this script or notebook defines it: other '
+                             f'processes can import it only from a module of its own')
+    return sorted({*homes.values()} - {build_layer.__module__})
+
+def _tasks(runs):
+    modules = _modules(runs)
+    return [Task(r.name, fit_run, dict(folder=r.folder, config=r.config, data=r.data, options=r.options, info=r.info,
+                                       modules=modules)) for r in runs]
+
+# %% ../../nbs/experiments/compare.ipynb #cdc986c6
+def _share(plan, runs, jobs, threads):
+    "How many of the runs at once, and the threads of each"
+    p = plan.preset
+    if jobs is None and (plan.device != 'cpu' or len(runs) * _run_seconds(p) < 60 or not _sendable(runs)): jobs = 1
+    return share_cores(len(runs), jobs, threads, _run_memory(p))
+
+def _sendable(runs):
+    "Can the runs be sent to other processes?"
+    try: return [check_sendable(t) for t in _tasks(runs)] != []
+    except ValueError: return False
+
 # %% ../../nbs/experiments/compare.ipynb #4d6974fe
 def print_progress(event, name=None, result=None, reused=False, **facts):
     "One line a run."
@@ -160,6 +206,20 @@ def _announce(progress, runs):
     "Tell `progress` of the runs to come"
     progress('plan', names=[r.name for r in runs], done=[r.finished for r in runs], steps=runs[0].preset.steps)
 
+# %% ../../nbs/experiments/compare.ipynb #96cafe05
+_go_on = 'Do the same again to go on from here: what is finished is not repeated'
+
+def _fit_all(plan, runs, jobs, threads, progress):
+    "Train, finish or read all runs; their threads depend on how many there are, and not on how many are left"
+    jobs, threads = _share(plan, runs, jobs, threads)
+    todo = [r for r in runs if not r.complete]
+    if jobs > 1:
+        for r in todo: r.info = dict(r.info, threads=use_threads(threads), jobs=jobs)
+    if (jobs := min(jobs, len(todo))) < 2: todo = []
+    for r in runs:
+        if r not in todo: r.fit()
+    if todo: values_of(side_by_side(_tasks(todo), jobs, threads, progress, memory=None), 'runs', _go_on)
+
 # %% ../../nbs/experiments/compare.ipynb #7535ac2f
 def compare(
     recipes=None,          # names, as a list or with commas; None: all
@@ -171,7 +231,8 @@ def compare(
     *, options:dict=None,  # recipe -> its own options, e.g. dict(xmoe=dict(temperature=.5))
     bf16:bool=False,       # train under autocast to bfloat16
     device=None,           # 'cpu' or 'cuda'; None: a GPU if there is one
-    threads:int=None,      # see `use_threads`
+    threads:int=None,      # of each run; None: see `use_threads`, or a share of the cores if there are several jobs
+    jobs:int=None,         # runs at once, each in a process of its own; None: as many as pay off
     valid_tokens:int=65_536, # of the validation set that results are measured on, at most; None: all
     progress=print_progress, # told what happens; None: nobody
     keep_models:bool=True, # save the trained models
@@ -183,7 +244,7 @@ def compare(
     "Train recipes under one budget, and report. Runs that are finished in `out` are not repeated."
     out, progress, seeds = Path(out), _observer(progress), seed_list(seeds)
     wishes = RunOptions(traces, log=log, keep_model=keep_models)
-    _check_evaluate(evaluate)
+    _check_evaluate(evaluate); jobs = read_setting('jobs', jobs)
     plan = _planned(recipes, data, preset, out, progress, threads, options=options, bf16=bf16, device=device,
                     valid_tokens=valid_tokens, steps=steps, **kwargs)
     with locked_folder(out):
@@ -191,7 +252,7 @@ def compare(
         wishes = dataclasses.replace(wishes, suite=_suite(evaluate, plan.data, out))
         runs = [plan.run(out, r, s, wishes, progress) for s in seeds for r in plan.recipes]
         _announce(progress, runs)
-        for r in runs: r.fit()
+        _fit_all(plan, runs, jobs, threads, progress)
         return _reported(runs, out, progress)
 
 # %% ../../nbs/experiments/compare.ipynb #8390ee9b
@@ -208,7 +269,7 @@ def _reported(runs, out, progress):
     return res
 
 # %% ../../nbs/experiments/compare.ipynb #b164b229
-@delegates(compare, but=['recipes', 'seeds', 'keep_models'])
+@delegates(compare, but=['recipes', 'seeds', 'keep_models', 'jobs'])
 def train(
     recipe:str,
     data=None,
