@@ -30,7 +30,7 @@ from ..moe.config import check_recipe, own_recipes
 from ..plots.style import recipe_title
 from ..training.stages import VisionPreset, get_vision_preset
 
-# %% ../../nbs/experiments/vision.ipynb #3bccbf73
+# %% ../../nbs/experiments/vision.ipynb #144e6898
 @dataclass(frozen=True)
 class VisionPlan:
     "Stages to be trained, and the questions that the last ones are asked."
@@ -38,16 +38,20 @@ class VisionPlan:
     preset: VisionPreset
     shared: list    # of configurations, in order
     last: list      # of configurations that start from the last shared one
-    test: dict      # of `scene_data` or `file_data`
+    test: dict      # of `scene_data` or `file_data`; None: nothing is asked
     per_subtask: int = 200  # questions of each subtask, at most
 
     stages = property(lambda self: [*self.shared, *self.last])
     names = property(lambda self: [stage_name(c) for c in self.stages])
     def finished(self, config): return (self.folder(config)/'result.json').exists() and self.is_answered(config)
     def folder(self, config): return stage_folder(self.root, stage_name(config))
-    def is_answered(self, config): return config in self.shared or (self.folder(config)/'answers'/'results.json').exists()
+    def is_answered(self, config):
+        return config in self.shared or not self.test or (self.folder(config)/'answers'/'results.json').exists()
+    def table(self, configs):
+        "What there is to say of finished stages."
+        return [dict(read_json(f/'result.json'), name=f.name, model=str(f/'model')) for f in map(self.folder, configs)]
 
-# %% ../../nbs/experiments/vision.ipynb #dbcc98e9
+# %% ../../nbs/experiments/vision.ipynb #87471602
 def vision_plan(
     recipes=None,         # names, as a list or with commas; None: all of ours
     preset='tiny-vlm',    # name of a `VisionPreset`, or one
@@ -55,7 +59,9 @@ def vision_plan(
     seeds=1,              # of the last stage: how many, or a list
     *, more_seeds:int=0,  # further ones for the recipes in `more_for`
     more_for=('dense', 'smoe', 'sharede_v3', 'moe_plus_plus'),
+    dense:bool=True,      # the dense model, too?
     controls:bool=True,   # also train on questions without pictures?
+    asked:bool=True,      # ask the test questions?
     start:dict=None,      # of `from_parts`; None: from scratch
     data:dict=None,       # name of a stage -> of `file_data`; None: the preset's scenes
     test:dict=None,       # of `file_data`: questions to be asked; None: the preset's test scenes
@@ -64,24 +70,25 @@ def vision_plan(
     bf16:bool=False, device=None,
 )->VisionPlan:
     "What has to be trained; everything that can be refused is refused here."
-    preset, recipes = get_vision_preset(preset), vision_recipes(recipes)
+    preset, recipes = get_vision_preset(preset), vision_recipes(recipes, dense)
     check_writable(Path(out))
     how = dict(bf16=read_setting('bf16', bf16), device=find_device(device).type)
     steps = None if steps is None else read_setting('steps', steps)
     shared = shared_stages(preset, start=start, data=data, steps=steps, **how)
     last = _last_stages(preset, shared[-1], recipes, _seeds(recipes, seeds, more_seeds, more_for), data, steps, how,
                         experts or _experts(preset), controls)
-    check(test or preset.test_scenes, 'test', test, f"given for preset '{preset.name}', which has no test scenes")
-    return VisionPlan(Path(out), preset, shared, last, test or _test_scenes(preset))
+    check(not asked or test or preset.test_scenes, 'test', test, f"given for preset '{preset.name}', which has no test scenes")
+    return VisionPlan(Path(out), preset, shared, last, (test or _test_scenes(preset)) if asked else None)
 
-# %% ../../nbs/experiments/vision.ipynb #a4e90b8e
+# %% ../../nbs/experiments/vision.ipynb #b550b195
 def vision_recipes(
     names, # a list, or text with commas; None: all of ours
-)->list:   # 'dense' among them
-    "Names of known recipes; the dense model is always trained on beside them."
+    dense:bool=True, # the dense model, too?
+)->list:
+    "Names of known recipes, each once."
     names = list(own_recipes) if names is None else names.split(',') if isinstance(names, str) else list(names)
     names = [check_recipe(n.strip()) for n in names if n.strip()]
-    return list(dict.fromkeys(['dense', *names]))
+    return list(dict.fromkeys(['dense'] * dense + names))
 
 # %% ../../nbs/experiments/vision.ipynb #1bda2b6c
 def _seeds(recipes, seeds, more, more_for):
@@ -130,7 +137,7 @@ def _seconds_a_step(preset):
         model(input_ids=ids, pixel_values=pixels, labels=ids, use_cache=False).loss.backward()
     return time.perf_counter() - start
 
-# %% ../../nbs/experiments/vision.ipynb #39445e86
+# %% ../../nbs/experiments/vision.ipynb #a0c0f77d
 def train_and_answer(
     root, config:dict, test:dict, per_subtask:int=200,
     *, progress=None,   # told what happens, as `progress(event, name, **facts)`
@@ -139,7 +146,7 @@ def train_and_answer(
     "Train a last stage and ask the test questions, or read what is there."
     folder, tell = stage_folder(root, stage_name(config)), progress or (lambda event, name=None, **facts: None)
     result = train_stage(root, config, progress=progress, **kwargs)
-    if (folder/'answers'/'results.json').exists(): return result
+    if test is None or (folder/'answers'/'results.json').exists(): return result
     tell('answer', folder.name)
     sees = config.get('images', True)
     model, processor = load_vision_language(folder/'model', device=config['device'])
@@ -150,7 +157,7 @@ def train_and_answer(
                   **{k: v for k, v in result.items() if k not in ('seed', 'recipe')})
     return result
 
-# %% ../../nbs/experiments/vision.ipynb #fab5cb89
+# %% ../../nbs/experiments/vision.ipynb #7e9d804c
 def test_questions(
     root,              # folder of all stages
     test:dict,         # of `scene_data` or `file_data`
@@ -167,7 +174,7 @@ def test_questions(
 
 def _write_test(plan):
     folder = plan.root/'test'
-    if 'file' in plan.test or (folder/'conversations.json').exists(): return
+    if plan.test is None or 'file' in plan.test or (folder/'conversations.json').exists(): return
     t = plan.test
     write_scenes(folder, t['scenes'], 'test', 'questions', t['seed'], t['image_size'])
 
@@ -201,9 +208,9 @@ def vision_compare(
     plan = vision_plan(recipes, preset, out, seeds, **kwargs)
     return compare_plan(plan, jobs, threads, progress, checkpoint_seconds)
 
-# %% ../../nbs/experiments/vision.ipynb #7c210de4
+# %% ../../nbs/experiments/vision.ipynb #8481f276
 def compare_plan(plan:VisionPlan, jobs:int=None, threads:int=None, progress=None, checkpoint_seconds:float=60):
-    "`vision_compare` of a plan."
+    "`vision_compare` of a plan; None where nothing is asked."
     tell = progress or print_vision
     todo = [c for c in plan.last if not plan.finished(c)]
     jobs, threads_each = share_cores(max(len(todo), 1), jobs, threads)
@@ -214,6 +221,7 @@ def compare_plan(plan:VisionPlan, jobs:int=None, threads:int=None, progress=None
         how = dict(root=str(plan.root), test=plan.test, per_subtask=plan.per_subtask, checkpoint_seconds=checkpoint_seconds)
         tasks = [Task(stage_name(c), train_and_answer, dict(how, config=c)) for c in plan.last]
         values_of(side_by_side(tasks, jobs=jobs, threads=threads_each, progress=tell), 'last stages')
+        if plan.test is None: return None
         res = VisionComparison([plan.folder(c) for c in plan.last], plan.root, read_json(plan.folder(plan.shared[-1])/'result.json'))
         res.save()
     return res
