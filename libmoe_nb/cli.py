@@ -16,7 +16,7 @@ from .commands import (Bf16, Device, Json, PlainCommand as _Command, Threads, an
                                 argument as _argument, friendly_errors, option as _option, with_options)
 from .core.errors import did_you_mean
 from .core.files import check_is_folder, jsonable
-from .core.machine import calm_threads, find_device, use_threads
+from .core.machine import find_device, use_threads
 from .core.settings import read_settings, seed_list, read_setting
 from .listing import listing, listing_tables
 from .core.settings import check_model_name

@@ -10,6 +10,7 @@ __all__ = ['Bf16', 'Device', 'Threads', 'Json', 'friendly_errors', 'PlainCommand
 # %% ../nbs/commands.ipynb #5e2173e4
 import functools, inspect, json, os, typer, typer.core
 from typing import Annotated, Optional
+from .core.machine import calm_threads
 from .terminal import only_our_warnings, print_tables, say
 
 # %% ../nbs/commands.ipynb #a2db7d53
