@@ -59,7 +59,7 @@ def _predict(self:MoELearner):
         self.output = self.model(**given, use_cache=False)
     self.pred = self.output.logits
     mask = self.xb[0].get('attention_mask')
-    for n, rs in records.items():
+    for n, rs in ((n, rs) for n, rs in records.items() if rs):   # text alone goes through no router of a tower
         self.routings.setdefault(n, []).extend((_detached(r), _mask_of(r, mask)) for r in rs)
 
 def _detached(r):
