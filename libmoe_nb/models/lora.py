@@ -49,8 +49,10 @@ def lora_targets(
         raise ValueError(f'parts must hold either experts or layers of type Conv1D, which peft cannot adapt together, '
                          f'got {parts}')
     others = {n for n, _ in model.named_modules()} - {*linears}
-    stacked = [f'experts.{n}' for n in (layers[0].experts.up_name, 'down_proj')] if 'experts' in parts else []
-    whole = [n for n in ('router', 'shared_gate') if getattr(layers[0], n) is not None] if 'routers' in parts else []
+    names = [n for n in ('up_proj', 'gate_up_proj') if any(l.experts.up_name == n for l in layers)] + ['down_proj']
+    stacked = [f'experts.{n}' for n in names] if 'experts' in parts else []
+    whole = [n for n in ('router', 'shared_gate') if any(getattr(l, n) is not None for l in layers)]
+    whole = whole if 'routers' in parts else []
     return dict(target_modules=_ends(linears, others) if linears else [], target_parameters=stacked or None,
                 modules_to_save=whole or None)
 

@@ -20,8 +20,8 @@ from ..core.errors import check
 class ScaledLlavaConfig(LlavaConfig):
     "A `LlavaConfig` with the scales at which an image is seen."
     model_type = 'llava_scales'
-    image_scales: list[int] | tuple[int, ...] = (1, 3)  # times the tower's image size
-    scale_source: str = 'enlarged'                      # of larger scales: 'enlarged' from the small image, or 'original'
+    image_scales: list[int] | tuple[int, ...] = (1, 3) # times the tower's image size
+    scale_source: str = 'enlarged' # where larger scales come from: 'enlarged' (the small image) or 'original'
 
 def check_scales(
     scales, # of a configuration

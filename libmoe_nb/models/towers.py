@@ -6,7 +6,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models/towers.html.md"""
 
 # %% auto #0
 __all__ = ['part_names', 'llava_of', 'model_parts', 'tower_body', 'patch_grid', 'image_places', 'SetAside', 'set_norm_aside',
-           'kept_layers', 'trim_tower']
+           'kept_layers', 'trim_tower', 'unread_modules']
 
 # %% ../../nbs/models/towers.ipynb #9985a45d
 import torch
@@ -107,3 +107,15 @@ def trim_tower(
         if hasattr(config, 'vision_use_head'): config.vision_use_head = False
     home.config.vision_feature_layer = -1
     return set_norm_aside(model)
+
+# %% ../../nbs/models/towers.ipynb #31371645
+def unread_modules(
+    model:nn.Module, # of any class
+)->list:             # of names; none where there is no vision tower beside a language model
+    "What a vision-language model never reads of its tower: layers behind the features, and the pooling head."
+    home = next((m for m in model.modules() if all(n in m._modules for n in part_names.values())), None)
+    if home is None or not isinstance(home.config.vision_feature_layer, int): return []
+    body = tower_body(home.vision_tower)
+    names = {id(m): n for n, m in model.named_modules()}
+    behind = [*body.encoder.layers[kept_layers(model):], *([body.head] if 'head' in body._modules else [])]
+    return [names[id(m)] for m in behind]

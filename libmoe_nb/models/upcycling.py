@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM
 from ..core.errors import check, did_you_mean, first_line
 from ..core.modes import seeded
 from ..core.settings import read_setting, read_settings
+from ..core.words import join_some
 from .causal import MoEForCausalLM
 from .configuration import MoEConfig
 from .ffns import ffn_weights, find_ffns, module_at, put_modules
 from .initialisations import initialisations, upcycled_layer, exact_options
 from .swapping import layer_indices, link_stacks, swap_plan
+from .towers import unread_modules
 from .wrapping import UpcycledConfig, UpcycledMixin, as_upcycled, load_upcycled
 from ..moe.config import MoESpec
 from ..moe.experts import FeedForward
@@ -103,7 +105,7 @@ def upcycle(
     exact:bool=False,         # keep what is no expert out at first, and give a lone routed expert the weight 1?
     seed:int=None,            # of the router and whatever else is drawn; None: torch's generator as it stands
     inplace:bool=False,       # change `model` itself?
-    aux_loss_reduction:str='mean', # of the auxiliary losses over layers: 'mean' or 'sum'
+    aux_loss_reduction:str='mean', # of the auxiliary losses over layers: 'mean', 'sum', or 'parts', see `as_upcycled`
     **overrides,              # fields of `MoESpec`, options of the recipe or of the initialisation
 )->nn.Module:                 # a `MoEForCausalLM` where `model` is a causal language model, else of its class
     "A mixture of experts made from a dense model."
@@ -160,7 +162,7 @@ def _opened(model):
 
 def _dense_ffns(model, layers, where):
     "Name -> FFN, of those that are asked for"
-    ffns = list(find_ffns(model, where).items())
+    ffns = _read_ffns(model, find_ffns(model, where), where)
     chosen = dict(ffns[i] for i in layer_indices(layers, len(ffns)))
     for name, m in chosen.items():
         if not isinstance(m, MoELayer): continue
@@ -172,6 +174,19 @@ def _together(earlier, new):
     "Specs of all layers, by the names of the FFNs as the model's class builds them"
     home = lambda n: next((e for e in earlier if n == e or n.startswith(f'{e}.')), n)
     return earlier | {home(n): spec for n, (_, spec) in new.items()}
+
+# %% ../../nbs/models/upcycling.ipynb #4998393e
+def _read_ffns(model, ffns, where):
+    "Pairs of name and FFN, without the pooling head of a vision tower whose features are taken before it"
+    inside = lambda n, m: n == m or n.startswith(f'{m}.')
+    unread = unread_modules(model)
+    read = [(n, f) for n, f in ffns.items() if not any(inside(n, m) for m in unread if m.endswith('head'))]
+    check(read, 'where', where,
+          'of parts that are read, and the pooling head of a tower beside a language model is not')
+    if idle := [n for n, _ in read if any(inside(n, m) for m in unread)]:
+        warnings.warn(f'{join_some(idle, 2)} lie behind the features that the projector takes, so their experts get no '
+                      f'gradient from the language loss: trim_tower(model) takes them off', stacklevel=4)
+    return read
 
 # %% ../../nbs/models/upcycling.ipynb #0911acef
 def model_config(

@@ -8,8 +8,10 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models/wrapping.html.md"""
 __all__ = ['UpcycledConfig', 'upcycled_config', 'UpcycledMixin', 'upcycled_class', 'as_upcycled', 'load_upcycled']
 
 # %% ../../nbs/models/wrapping.ipynb #14017ca4
-import dataclasses, inspect, torch, transformers
+import dataclasses, inspect, os, re, shutil, torch, transformers
+from collections import Counter
 from functools import cache, wraps
+from pathlib import Path
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
@@ -21,6 +23,8 @@ from .configuration import plain_spec
 from .ffns import module_at
 from .swapping import (as_built, draw_missing, fit_plans, keep_in_float32, layer_at, mark_initialized,
                                        moeify, own_layers, replaced_modules)
+from .scales import ScaledLlavaConfig
+from .towers import set_norm_aside
 from ..moe.config import MoESpec
 from ..moe.layers import noted
 
@@ -30,7 +34,7 @@ _prefix = 'libmoe_'
 class UpcycledConfig:
     "What the configuration of an upcycled model has beside that of its old class."
     libmoe = None                 # name of an FFN in the model -> dict of its spec
-    aux_loss_reduction = 'mean'   # of the auxiliary losses over layers: 'mean' or 'sum'
+    aux_loss_reduction = 'mean'   # of the auxiliary losses over layers: 'mean', 'sum' or 'parts'
     output_router_logits = False  # always return router logits and the auxiliary loss?
     specs = property(lambda self: {n: MoESpec.from_dict(s) for n, s in (self.libmoe or {}).items()},
                      doc="Name of an FFN in the model -> `MoESpec`")
@@ -63,7 +67,7 @@ def _same_renaming(old, new):
 # %% ../../nbs/models/wrapping.ipynb #6e04de4e
 class UpcycledMixin:
     "What the class of an upcycled model has beside its old class."
-    takes_aux_shares = True
+    takes_aux_shares = takes_aux_image_shares = True
     _built = {}  # what gave way, while a model is made on the meta device
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -88,6 +92,7 @@ def _settle(model):
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), 'expert_bias'}
     keep_in_float32(model)
     fit_plans(model, layers)
+    set_norm_aside(model)
 
 # %% ../../nbs/models/wrapping.ipynb #54942232
 def _named_here(model, specs):
@@ -123,35 +128,55 @@ def _add_aux_loss(out, aux, router_logits, labels):
 
 # %% ../../nbs/models/wrapping.ipynb #ad2fdcdd
 def _token_masks(model, given):
-    "Masks by kind of layer, and the kind of a layer"
+    "Masks by kind of layer, and the kind of a layer: of a decoder, of images beside it, or neither"
     decoder = model.get_decoder() if hasattr(model, 'get_decoder') else model
     inside = {id(l) for l in own_layers(decoder).values()}
     two_sided = getattr(model.config, 'is_encoder_decoder', False)
-    masks = {False: None if not two_sided and decoder is not model and 'pixel_values' in given
-             else given.get('attention_mask'),
-             True: given.get('decoder_attention_mask' if two_sided else 'attention_mask')}
+    other = 'images' if hasattr(model.config, 'vision_config') and decoder is not model else 'encoder'
+    masks = dict(encoder=given.get('attention_mask'), images=None,
+                 decoder=given.get('decoder_attention_mask' if two_sided else 'attention_mask'))
     masks = {k: m.bool() if torch.is_tensor(m) and m.dim() == 2 else None for k, m in masks.items()}
-    return masks, lambda layer: id(layer) in inside
+    return masks, lambda layer: 'decoder' if id(layer) in inside else other
 
-def _aux_loss(model, notes, given, shares):
+# %% ../../nbs/models/wrapping.ipynb #904da542
+def _stacks(model):
+    "Layer -> the name of its stack"
+    return {id(l): re.split(r'\.\d+\.', n)[0] for n, l in own_layers(model).items()}
+
+def _rows_of(r): return r.shape[0] if len(r.shape) > 1 else 1
+
+def _row_shares(rows, shares, image_shares):
+    "Shares for a layer that sees images or their crops, the first crops of all images first"
+    if image_shares is None: return None if shares is None else shares.sum(1, keepdim=True)
+    n = image_shares.shape[1]
+    return image_shares.repeat(1, rows // n) * n / rows if rows % n == 0 else image_shares.sum(1, keepdim=True)
+
+# %% ../../nbs/models/wrapping.ipynb #d635596d
+def _aux_loss(model, notes, given, shares, image_shares):
     masks, kind = _token_masks(model, given)
     first = next((v for v in given.values() if torch.is_tensor(v)), None)
     shape = tuple(first.shape[:2]) if first is not None and first.dim() > 1 else None
-    total = model_aux_loss(notes, shape, masks, kind, model.config.aux_loss_reduction, shares)
-    return total if torch.is_tensor(total) else torch.zeros((), device=model.device)
+    stacks, groups, how = _stacks(model), {}, model.config.aux_loss_reduction
+    for l, r in notes: groups.setdefault((stacks[id(l)], kind(l), _rows_of(r)), []).append((l, r))
+    sizes, total = Counter(stacks[id(l)] for l, _ in notes), torch.zeros((), device=model.device)
+    for (stack, of, rows), pairs in groups.items():
+        s = _row_shares(rows, shares, image_shares) if of == 'images' else shares
+        loss = model_aux_loss(pairs, None if of == 'images' else shape, masks, kind, 'sum', s)
+        total = total + loss / dict(sum=1, mean=len(notes), parts=sizes[stack])[how]
+    return total
 
 # %% ../../nbs/models/wrapping.ipynb #9caed8af
 def _forward_of(cls):
     "The forward of `cls`, with what routers add"
     names = list(inspect.signature(cls.forward).parameters)[1:]
     @wraps(cls.forward)
-    def forward(self, *args, output_router_logits=None, aux_shares=None, **kwargs):
+    def forward(self, *args, output_router_logits=None, aux_shares=None, aux_image_shares=None, **kwargs):
         routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
         if not (self.training or routers): return cls.forward(self, *args, **kwargs)
         with noted(own_layers(self).values()) as notes: out = cls.forward(self, *args, **kwargs)
         given = dict(zip(names, args)) | kwargs
         if aux_shares is None: aux_shares = label_shares(**given | dict(shifted=_shifts(self)))
-        return _add_aux_loss(out, _aux_loss(self, notes, given, aux_shares),
+        return _add_aux_loss(out, _aux_loss(self, notes, given, aux_shares, aux_image_shares),
                              tuple(r.router_logits for _, r in notes) if routers else None, given.get('labels'))
     return forward
 
@@ -175,7 +200,20 @@ _variant = 'libmoe'
 @patch
 def save_pretrained(self:UpcycledMixin, save_directory, *args, **kwargs):
     "As in transformers, in files of the variant 'libmoe'."
-    return super(UpcycledMixin, self).save_pretrained(save_directory, *args, **dict(variant=_variant) | kwargs)
+    checkpoint = re.fullmatch(r'checkpoint-\d+', Path(save_directory).name)
+    more = dict(save_original_format=False) if checkpoint else {}
+    out = super(UpcycledMixin, self).save_pretrained(save_directory, *args, **dict(variant=_variant) | more | kwargs)
+    if checkpoint: _link_for_trainer(Path(save_directory))
+    return out
+
+def _link_for_trainer(folder):
+    "Other names for the weights of a trainer's checkpoint, by which it finds them when it resumes"
+    for ours, theirs in ((f'model.{_variant}.safetensors', 'model.safetensors'),
+                         (f'model.safetensors.index.{_variant}.json', 'model.safetensors.index.json')):
+        if not (folder/ours).is_file(): continue
+        (folder/theirs).unlink(missing_ok=True)
+        try: os.link(folder/ours, folder/theirs)
+        except OSError: shutil.copyfile(folder/ours, folder/theirs)
 
 def _bad_keys(info): # of transformers' loading
     return [(why, k if isinstance(k, str) else k[0]) for why in ('missing_keys', 'mismatched_keys', 'unexpected_keys')
@@ -185,6 +223,7 @@ def _refuse(name, bad):
     if bad: raise ValueError(f'checkpoint {name} does not fit its configuration: '
                              f'{"; ".join(f"{why}: {k}" for why, k in bad[:4])}')
 
+# %% ../../nbs/models/wrapping.ipynb #45c55d1e
 @patch(cls_method=True)
 def from_pretrained(cls:UpcycledMixin, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
     "As in transformers; a `ValueError` names weights of our layers that are missing, misshaped or not expected."
@@ -209,6 +248,8 @@ def upcycled_class(
     return new
 
 # %% ../../nbs/models/wrapping.ipynb #b6d0574e
+_others = {ScaledLlavaConfig.model_type} # types of our own that can be upcycled
+
 class _Made(dict):
     "Configuration classes by model type; ours are made when somebody looks them up"
     def __contains__(self, kind): return super().__contains__(kind) or self.dense(kind) is not None
@@ -221,7 +262,7 @@ class _Made(dict):
     @staticmethod
     def dense(kind):
         dense = kind.removeprefix(_prefix) if isinstance(kind, str) and kind.startswith(_prefix) else None
-        return dense if dense in CONFIG_MAPPING_NAMES else None
+        return dense if dense in CONFIG_MAPPING_NAMES or dense in _others else None
 
 def _auto_classes():
     from transformers.models.auto import modeling_auto
@@ -239,9 +280,11 @@ if isinstance(getattr(CONFIG_MAPPING, '_extra_content', None), dict):
 def as_upcycled(
     model:nn.Module,    # of a class of transformers, with layers of ours in it; or upcycled already
     specs:dict,         # name of an FFN, as its class builds it -> `MoESpec` of the layer there now
-    reduction:str=None, # of the auxiliary losses over layers: 'mean' or 'sum'; None: as it is, or 'mean'
+    reduction:str=None, # of the auxiliary losses: 'mean' or 'sum' over layers, or 'parts': the sum over parts of the
+                        # mean over a part's layers; None: as it is, or 'mean'
 )->nn.Module:
     "The same model as an instance of a class that knows its layers."
+    check(reduction in (None, 'mean', 'sum', 'parts'), 'aux_loss_reduction', reduction, "'mean', 'sum' or 'parts'")
     dense = getattr(type(model), 'dense_class', type(model))
     cls, old = upcycled_class(dense), model.config
     config = cls.config_class.__new__(cls.config_class)
@@ -255,6 +298,13 @@ def as_upcycled(
     _settle(new)
     return new
 
+# %% ../../nbs/models/wrapping.ipynb #63d85348
+def _dense_class(name):
+    "The model class of that name: of transformers, or registered with one of its Auto classes; None: there is none"
+    registered = (c for auto in _auto_classes() for c in getattr(auto._model_mapping, '_extra_content', {}).values())
+    ours = (c for c in registered if isinstance(c, type) and c.__name__ == name and not issubclass(c, UpcycledMixin))
+    return getattr(transformers, name, None) or next(ours, None)
+
 # %% ../../nbs/models/wrapping.ipynb #a33d4b63
 def load_upcycled(
     name,     # folder, or name on the Hugging Face hub, of an upcycled model that is no causal language model
@@ -267,7 +317,7 @@ def load_upcycled(
         raise ValueError(f'name must be of a model that upcycle made, got {str(name)!r}, a {kind}; causal language '
                          f'models are loaded by AutoModelForCausalLM')
     made_by = (saved.get('architectures') or [''])[0]
-    cls = next((c for n in (made_by, made_by.removeprefix('MoE')) if (c := getattr(transformers, n, None))), None)
+    cls = _dense_class(made_by) or _dense_class(made_by.removeprefix('MoE'))
     check(cls, 'name', str(name), 'of a model whose configuration names a class of transformers in its architectures')
     model, info = upcycled_class(cls).from_pretrained(name, output_loading_info=True, **kwargs)
     _refuse(name, _bad_keys(info))

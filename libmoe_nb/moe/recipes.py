@@ -131,12 +131,12 @@ def tcmoe(spec, *, null_reward_coef=1e-5, **kwargs):
 def moe_plus_plus(spec, *, num_zero=1, num_copy=1, num_constant=None, zero_expert_weight=0.75, constant_std=None,
                   constant_gate_std=None, **kwargs):
     "Zero-computation experts beside the others, and a gating residual from layer to layer."
-    check(spec.output_size in (None, spec.hidden_size), 'output_size', spec.output_size,
-          f'hidden_size={spec.hidden_size} for moe_plus_plus, whose copy experts return what they are given')
     if num_constant is None: num_constant = max(round(spec.num_experts / 8) - num_zero - num_copy, 1)
+    if spec.output_size not in (None, spec.hidden_size): num_zero = num_copy = num_constant = 0
     Z = num_zero + num_copy + num_constant
     eta = torch.cat([torch.ones(spec.num_experts, device='cpu'), torch.full((Z,), zero_expert_weight, device='cpu')])
     return MoELayer(spec, build_router(ResidualRouter, spec, num_zero_computation_experts=Z, **kwargs),
                     zero_experts=ZeroComputationExperts(spec.hidden_size, num_zero, num_copy, num_constant,
-                                                        constant_std, constant_gate_std),
+                                                        constant_std,
+                                                        constant_gate_std) if Z else None,
                     losses=default_losses(spec, choice_weights=eta))
