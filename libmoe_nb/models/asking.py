@@ -6,15 +6,16 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models/asking.html.md"""
 
 # %% auto #0
 __all__ = ['image_template', 'small_processor', 'image_tensor', 'write_turns', 'prompt_ids', 'end_tokens', 'with_images',
-           'places_of', 'ask_all', 'ask', 'check_processor', 'load_vision_language']
+           'ask_all', 'ask', 'check_processor', 'load_vision_language']
 
-# %% ../../nbs/models/asking.ipynb #0d5fb046
+# %% ../../nbs/models/asking.ipynb #9aeaabfb
 import torch, transformers
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaProcessor,
+                          PreTrainedTokenizerFast)
 from ..core.errors import check, first_line
 from ..core.modes import evaluating
 from ..core.words import join_some, plural
@@ -23,6 +24,9 @@ from ..data.images import BadImage, pad_to_square, read_image
 from ..data.templates import plain_template
 from ..data.text import check_ids
 from .loading import load_model, load_pretrained, model_folder
+from .scales import pixel_side
+from .towers import image_places
+from .wrapping import UpcycledConfig, load_upcycled
 
 # %% ../../nbs/models/asking.ipynb #2c074ae3
 image_template = (
@@ -75,23 +79,24 @@ def _is_kept(text, turns):
     said = [t.replace(image_mark, '').strip() for _, t in turns]
     return text.count(image_mark) == sum(t.count(image_mark) for _, t in turns) and all(s in text for s in said)
 
-# %% ../../nbs/models/asking.ipynb #64bcd6d4
+# %% ../../nbs/models/asking.ipynb #dc5c63a2
 def write_turns(
     processor,
     turns,          # pairs of role and text, as in `Sample`
     **kwargs,       # for `apply_chat_template`
 )->str:
     "A conversation as the chat template writes it, be its messages text or parts."
-    t, why = processor.tokenizer, 'it drops some of what is said, or an image'
+    t, why = processor.tokenizer, []
     template = t.chat_template or processor.chat_template or plain_template
     for parts in False, True:
         try: text = t.apply_chat_template(_messages(turns, parts), tokenize=False, chat_template=template, **kwargs)
-        except Exception as e: why = first_line(e)
+        except Exception as e: why.append(first_line(e))
         else:
             if _is_kept(text, turns): return text
-    raise ValueError(f'the chat template cannot write these turns: {why}')
+            why.insert(0, 'it drops some of what is said, or an image')
+    raise ValueError(f'the chat template cannot write these turns: {why[0]}')
 
-# %% ../../nbs/models/asking.ipynb #27e4b142
+# %% ../../nbs/models/asking.ipynb #ee873ef1
 def prompt_ids(
     processor,
     turns,            # of a `Sample`; an answer at the end is left out
@@ -100,8 +105,9 @@ def prompt_ids(
     "Token ids of everything in front of an answer, as they stood there in training."
     turns = turns[:-1] if turns[-1][0] == 'assistant' else turns
     text, mark = write_turns(processor, turns, add_generation_prompt=True), image_token(processor.tokenizer)
-    t = processor.tokenizer(f'{text}A', return_offsets_mapping=True, add_special_tokens=False)
-    ids = [i for i, (_, end) in zip(t.input_ids, t.offset_mapping) if end <= len(text)]
+    said = [processor.tokenizer(f'{text}{a}', return_offsets_mapping=True, add_special_tokens=False)
+            for a in ('yes', 'red', 'A', '2')]
+    ids = min(([i for i, (_, end) in zip(t.input_ids, t.offset_mapping) if end <= len(text)] for t in said), key=len)
     return [i for i in ids for _ in range(image_tokens if i == mark else 1)]
 
 # %% ../../nbs/models/asking.ipynb #c3537fa1
@@ -158,17 +164,19 @@ def with_images(
     if images == 'none': return [_without_marks(s) for s in samples]
     return [replace(s, images=(_grey(),) * len(s.images)) for s in samples] if images == 'blank' else list(samples)
 
-# %% ../../nbs/models/asking.ipynb #e9e239b1
+# %% ../../nbs/models/asking.ipynb #afaae7b8
 def _asked(model, processor, s, places, new):
     "Ids of the question, or a `ValueError` that names the sample"
     try:
         marks, room = sum(t.count(image_mark) for _, t in s.turns), _room(model)
-        if marks != len(s.images): raise ValueError(f'has {plural(marks, "image mark")} for {plural(len(s.images), "image")}')
+        if marks != len(s.images):
+            raise ValueError(f'has {plural(marks, "image mark")} for {plural(len(s.images), "image")}')
         ids = prompt_ids(processor, s.turns, places)
         if room and len(ids) + new > room:
             raise ValueError(f'must fit into {room} tokens, got {len(ids)} of the question and max_new_tokens={new}')
         return ids
-    except (ValueError, IndexError) as e: raise ValueError(f'sample {s.id!r} cannot be asked: {first_line(e)}') from None
+    except (ValueError, IndexError) as e:
+        raise ValueError(f'sample {s.id!r} cannot be asked: {first_line(e)}') from None
 
 def _room(model): return getattr(model.config.get_text_config(), 'max_position_embeddings', None)
 
@@ -186,20 +194,11 @@ def _batch(model, processor, ids, images):
     if 'pixel_values' in b: b['pixel_values'] = b['pixel_values'].to(model.dtype)
     return {k: v.to(model.device) for k, v in b.items()} | dict(pad_token_id=pad or 0)
 
-# %% ../../nbs/models/asking.ipynb #a843ce4f
+# %% ../../nbs/models/asking.ipynb #d21c1e53
 @contextmanager
 def _naming(names):
     try: yield
     except Exception as e: raise RuntimeError(f'no answer to {join_some(names, 3)}: {first_line(e, 200)}') from e
-
-def places_of(
-    model,
-    processor,
-)->int:
-    "Tokens that an image takes."
-    x = image_tensor(processor)(_grey())
-    return (x.shape[-2] // processor.patch_size) * (x.shape[-1] // processor.patch_size) + (
-        processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == 'default'))
 
 # %% ../../nbs/models/asking.ipynb #36311ed1
 def _answers(model, processor, batch, ends, **kwargs):
@@ -211,7 +210,7 @@ def _answers(model, processor, batch, ends, **kwargs):
     cut = [next((n for n, i in enumerate(ids) if i in ends), len(ids)) for ids in said]
     return [processor.tokenizer.decode(ids[:n], skip_special_tokens=True).strip() for ids, n in zip(said, cut)]
 
-# %% ../../nbs/models/asking.ipynb #9e483ccb
+# %% ../../nbs/models/asking.ipynb #36fe6a81
 def ask_all(
     model,
     processor,
@@ -225,7 +224,7 @@ def ask_all(
     **kwargs,             # for `generate`; greedy by default
 )->list:                  # of text, in the order of the samples
     "The answer to each question, the same in any batch."
-    samples, seen, places = with_images(samples, images, seed), image_tensor(processor, pad), places_of(model, processor)
+    samples, seen, places = with_images(samples, images, seed), image_tensor(processor, pad), image_places(model)
     asked, ends = [_asked(model, processor, s, places, max_new_tokens) for s in samples], end_tokens(model, processor)
     order, res = sorted(range(len(samples)), key=lambda i: len(asked[i])), [None] * len(samples)
     with evaluating(model):
@@ -256,12 +255,12 @@ def ask(
     sample = as_sample(dict(id='question', images=images, messages=[*said, dict(role='assistant', content='?')]))
     return ask_all(model, processor, [sample], 1, max_new_tokens, **kwargs)[0]
 
-# %% ../../nbs/models/asking.ipynb #58e48193
+# %% ../../nbs/models/asking.ipynb #2bc0c82b
 def _check_llava(folder, name):
     config = load_pretrained(AutoConfig, folder, name, 'model')
-    if isinstance(config, LlavaConfig): return
-    raise ValueError(f'model={name!r} must be a LLaVA (a vision tower, a projector and a language model), got a model of '
-                     f'type {config.model_type!r}')
+    if isinstance(config, LlavaConfig): return config
+    raise ValueError(f'model={name!r} must be a LLaVA (a vision tower, a projector and a language model), got a model '
+                     f'of type {config.model_type!r}')
 
 def _load_processor(folder, name):
     try: p = load_pretrained(AutoProcessor, folder, name, 'processor', backend='pil')
@@ -271,14 +270,14 @@ def _load_processor(folder, name):
     raise ValueError(f'model={name!r} must come with a LlavaProcessor: save one beside it (processor.save_pretrained); '
                      f'{why}')
 
-# %% ../../nbs/models/asking.ipynb #d3e67127
+# %% ../../nbs/models/asking.ipynb #aa6d4b97
 def check_processor(
-    model,     # or its configuration
+    model,        # a LLaVA
     processor,
     name='model', # of the model, in the error
 ):
     "Raise a `ValueError` if a processor is that of another model."
-    config, mine = getattr(model, 'config', model), image_token(processor.tokenizer)
+    config, mine = model.config, image_token(processor.tokenizer)
     check_ids(processor.tokenizer, model, f'tokenizer of {name!r}')
     if config.image_token_id != mine:
         raise ValueError(f'image_token_id of {name!r} must be {mine}, that of {image_mark} in its processor, got '
@@ -287,8 +286,12 @@ def check_processor(
     if processor.patch_size != tower.patch_size:
         raise ValueError(f'patch_size of the processor must be {tower.patch_size}, that of {name!r}, got '
                          f'{processor.patch_size}')
+    side, seen = pixel_side(model), tuple(image_tensor(processor)(_grey()).shape[-2:])
+    if seen != (side, side):
+        raise ValueError(f'the processor must make images of {side} x {side} pixels for {name!r}, got {seen[0]} x '
+                         f'{seen[1]}')
 
-# %% ../../nbs/models/asking.ipynb #000b62b0
+# %% ../../nbs/models/asking.ipynb #a93281aa
 def load_vision_language(
     name,         # folder of a model or of a run, or a name on the Hugging Face hub
     device=None,  # None: a GPU if there is one
@@ -296,8 +299,9 @@ def load_vision_language(
 )->tuple:         # model in evaluation mode, processor
     "A vision-language model and its processor."
     (folder, _), name = model_folder(name), str(name)
-    _check_llava(folder, name)
+    upcycled = isinstance(_check_llava(folder, name), UpcycledConfig)
     processor = _load_processor(folder, name)
-    model, _, _ = load_model(name, tokenizer=False, device=device, dtype=dtype)
+    model, _, _ = load_model(name, tokenizer=False, device=device, dtype=dtype,
+                             cls=load_upcycled if upcycled else AutoModelForImageTextToText)
     check_processor(model, processor, name)
     return model, processor
