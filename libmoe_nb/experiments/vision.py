@@ -9,8 +9,8 @@ __all__ = ['VisionPlan', 'vision_plan', 'vision_recipes', 'estimated_seconds', '
            'pretrain_shared', 'vision_compare', 'compare_plan', 'tell_plan', 'print_vision', 'tell_captions',
            'VisionComparison']
 
-# %% ../../nbs/experiments/vision.ipynb #1b018915
-import dataclasses, pandas as pd, time, torch
+# %% ../../nbs/experiments/vision.ipynb #9cf1c7fa
+import os, pandas as pd, time, torch, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
@@ -23,6 +23,7 @@ from ..data.conversations import read_conversations
 from ..data.scenes import scene_words, write_scenes
 from ..evaluation.answers import answer_questions, read_answers, single_questions, write_answers
 from .jobs import Task, share_cores, side_by_side, values_of
+from .vision_report import VisionResults, write_vision_report
 from .vision_stages import (after, data_of, fitting_stage, scene_data, shared_stages, stage_config, stage_folder, stage_name, train_stage)
 from ..models.asking import load_vision_language, small_processor
 from ..models.vision import llava_from_scratch, vision_size
@@ -137,7 +138,7 @@ def _seconds_a_step(preset):
         model(input_ids=ids, pixel_values=pixels, labels=ids, use_cache=False).loss.backward()
     return time.perf_counter() - start
 
-# %% ../../nbs/experiments/vision.ipynb #a0c0f77d
+# %% ../../nbs/experiments/vision.ipynb #e66bde4c
 def train_and_answer(
     root, config:dict, test:dict, per_subtask:int=200,
     *, progress=None,   # told what happens, as `progress(event, name, **facts)`
@@ -153,11 +154,12 @@ def train_and_answer(
     answers = answer_questions(model, processor, test_questions(root, test, per_subtask),
                                images=('own', 'shuffled', 'blank') if sees else ('none',), batch_size=64, max_new_tokens=8)
     write_answers(folder/'answers', answers, config['recipe'] if sees else 'question_only', config['seed'],
-                  images='test/images' if 'scenes' in test else test['images'],
+                  control=not sees, active=result['active_parameters'],
+                  images=os.path.relpath(_pictures(root, test), folder/'answers'),
                   **{k: v for k, v in result.items() if k not in ('seed', 'recipe')})
     return result
 
-# %% ../../nbs/experiments/vision.ipynb #7e9d804c
+# %% ../../nbs/experiments/vision.ipynb #4fbf031a
 def test_questions(
     root,              # folder of all stages
     test:dict,         # of `scene_data` or `file_data`
@@ -171,6 +173,8 @@ def test_questions(
         seen[s] = seen.get(s, 0) + 1
         if seen[s] <= per_subtask: res.append(q)
     return res
+
+def _pictures(root, test): return Path(test['images'] if 'file' in test else Path(root)/'test'/'images')
 
 def _write_test(plan):
     folder = plan.root/'test'
@@ -285,7 +289,7 @@ def by_subtask(self:VisionComparison)->pd.DataFrame: # a row a subtask; columns:
     s = self.answers[self.answers.condition == 'shuffled'].groupby(['group', 'subtask'], sort=False).right.mean()
     return res.assign(shuffled=s)
 
-# %% ../../nbs/experiments/vision.ipynb #4166da67
+# %% ../../nbs/experiments/vision.ipynb #ac02a8c5
 @patch
 def to_dict(self:VisionComparison)->dict:
     "Ready for JSON."
@@ -295,7 +299,17 @@ def to_dict(self:VisionComparison)->dict:
 
 @patch
 def save(self:VisionComparison):
-    "Write results.json, results.csv and subtasks.csv."
+    "Write results.json, results.csv, subtasks.csv, and report.html with pictures of right and wrong answers."
     write_json(self.out/'results.json', self.to_dict())
     write_atomic(self.out/'results.csv', self.results.to_csv(index=False))
     write_atomic(self.out/'subtasks.csv', self.by_subtask().reset_index().to_csv(index=False))
+    try: write_vision_report(self.for_report(), self.out/'report')
+    except ValueError as e: warnings.warn(f'no report is written: {e}')
+
+@patch
+def for_report(self:VisionComparison)->VisionResults:
+    "As `vision_report` takes it: the recipes, and the control apart."
+    infos, a = [read_json(f/'answers'/'results.json') | dict(folder=f/'answers') for f in self.folders], self.answers
+    gate = {k: c['right'] / c['n'] for k, c in self.captions.items() if c['n']}
+    return VisionResults(self.out, *[a[(a.model == 'question_only') == c].reset_index(drop=True) for c in (False, True)],
+                         [i for i in infos if not i['control']], dict(gate=gate) if gate else {})

@@ -148,16 +148,20 @@ def without_image(s:Sample)->Sample:
     bare = lambda t: t.replace(image_mark, '').strip()
     return dataclasses.replace(s, images=(), turns=tuple((r, bare(t)) for r, t in s.turns))
 
-# %% ../../nbs/experiments/vision_stages.ipynb #b2136ef1
-def _scene_samples(data, i, kind, split):
+# %% ../../nbs/experiments/vision_stages.ipynb #5803bf63
+def _scene_samples(data, i, kind, split, again=0):
     from PIL import Image
     seed = data['seed'] + i
     scene, name = Scene.draw(seed, split), f'{split}-{seed:06d}'
+    if kind == 'mixed': return [x for j, k in enumerate(('questions', 'captions', 'questions'))
+                                for x in _renamed(_scene_samples(data, i, k, split, j), j)]
     what = 'questions' if kind in ('text', 'questions') else 'caption'
-    entry = conversation(scene, f'{name}.png', what, seed, data['questions'])
+    entry = conversation(scene, f'{name}.png', what, seed + 1_000_003 * again, data['questions'])
     if kind == 'text': return [_as_text(as_sample(entry), scene.caption())]
     image = Image.fromarray(scene.pixels(data['image_size']))
     return [as_sample(dict(entry, image=image))]
+
+def _renamed(samples, j): return [dataclasses.replace(s, id=f'{s.id}-{j}') for s in samples]
 
 def _as_text(s, caption):
     "Questions behind the caption, which stands in place of the picture"
@@ -210,7 +214,7 @@ def train_stage(
     tell('finish', name, result=result, reused=reused)
     return result
 
-# %% ../../nbs/experiments/vision_stages.ipynb #3ac79404
+# %% ../../nbs/experiments/vision_stages.ipynb #b58d2249
 def _trained(root, folder, config, tell, seconds, grad_accum):
     model, processor = stage_model(root, config)
     data, learn = stage_learner(config, model, processor, grad_accum=grad_accum, cbs=training_callbacks(
@@ -223,7 +227,7 @@ def _trained(root, folder, config, tell, seconds, grad_accum):
                   parameters=n['total'], active_parameters=n['active'], trained=sum(t for t, _ in trained.values()),
                   loss=float(torch.stack(learn.recorder.losses[-50:]).mean()), seconds=learn.throughput.seconds,
                   samples=len(data), cut=len(data.cut), left_out={k: len(v) for k, v in data.left_out.names.items()})
-    if config['stage']['data'] == 'captions': result['captions'] = caption_gate(model, processor, config['data'])
+    if config['stage']['data'] in ('captions', 'mixed'): result['captions'] = caption_gate(model, processor, config['data'])
     _keep(folder, model, processor)
     write_json(folder/'result.json', result)
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
@@ -253,8 +257,8 @@ def _stage(config):
     from libmoe_nb.training.stages import Stage
     return Stage(**{k: tuple(v) if isinstance(v, list) else v for k, v in config['stage'].items()})
 
-# %% ../../nbs/experiments/vision_stages.ipynb #9afff58e
-attributes = 'colour', 'shape', 'size', 'position', 'letter', 'digit', 'height'
+# %% ../../nbs/experiments/vision_stages.ipynb #849514dc
+attributes = 'colour', 'shape', 'size', 'position', 'letter', 'digit', 'height', 'word', 'sum'
 
 def attribute_of(
     word:str,
@@ -264,7 +268,8 @@ def attribute_of(
     if word in colours: return 'colour'
     if word in shapes: return 'shape'
     if word in sizes: return 'size'
-    if word in {w for p in places for w in p.split()}: return 'position'
+    if word in places: return 'position'
+    if before in ('word', 'sum'): return before
     if word.isdigit(): return 'height' if before == 'bar' else 'digit'
     return 'letter' if len(word) == 1 and word.isalpha() else None
 

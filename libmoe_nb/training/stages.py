@@ -32,9 +32,9 @@ with warnings.catch_warnings():
     warnings.simplefilter('ignore')
     from fastai.basics import Callback
 
-# %% ../../nbs/training/stages.ipynb #00bcbe87
+# %% ../../nbs/training/stages.ipynb #d07eccae
 part_names = 'tower', 'projector', 'language_model'
-data_kinds = 'pairs', 'text', 'captions', 'questions'   # pictures with captions to tell apart; text alone; ...
+data_kinds = 'pairs', 'text', 'captions', 'questions', 'mixed' # phrases and pictures; text alone; ...; both
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(TrainingBudget):
@@ -100,7 +100,7 @@ def get_vision_preset(
         raise ValueError(did_you_mean('preset', name, vision_presets))
     return vision_presets[name]
 
-# %% ../../nbs/training/stages.ipynb #6e7dd630
+# %% ../../nbs/training/stages.ipynb #8cf0c097
 def _small(name, steps, learning_rate, **kw):
     fixed = dict(sequence_length=192, batch_size=32, warmup_steps=math.ceil(.05 * steps), betas=(.9, .98),
                  weight_decay=.01)
@@ -108,15 +108,15 @@ def _small(name, steps, learning_rate, **kw):
 
 def _stages(tower, language, pt, pft, vit, **kw):
     "The five stages; each is given by its steps and its rate"
-    return (_small('tower', *tower, train=('tower',), data='pairs', **kw),
+    return (_small('tower', *tower, train=('tower',), data='pairs', **dict(batch_size=64) | kw),
             _small('language', *language, train=('language_model',), data='text', **kw),
-            _small('pt', *pt, train=('projector',), data='captions', **kw), _small('pft', *pft, data='captions', **kw),
+            _small('pt', *pt, train=('projector',), data='captions', **kw), _small('pft', *pft, data='mixed', **kw),
             _small('vit', *vit, experts=('tower', 'projector'), **kw))
 
-# %% ../../nbs/training/stages.ipynb #8ea63316
-for p in (VisionPreset('tiny-vlm', 'tiny-vlm', _stages((6, 2e-3), (6, 2e-3), (4, 2e-3), (8, 2e-3), (6, 2e-3),
-                                                        batch_size=8), scenes=64, test_scenes=24),
-          VisionPreset('mini-vlm', 'mini-vlm', _stages((200, 1e-3), (500, 2e-3), (100, 1e-3), (1800, 1e-3), (900, 1e-3)),
+# %% ../../nbs/training/stages.ipynb #f7f1d585
+for p in (VisionPreset('tiny-vlm', 'tiny-vlm', _stages((30, 3e-3), (30, 3e-3), (5, 2e-3), (40, 3e-3), (30, 3e-3),
+                                                        batch_size=8), scenes=64, test_scenes=60),
+          VisionPreset('mini-vlm', 'mini-vlm', _stages((800, 2e-3), (2000, 3e-3), (150, 1e-3), (3000, 1.5e-3), (800, 1e-3)),
                        scenes=20_000, test_scenes=1_500),
           VisionPreset('paper-vlm', 'paper-vlm', paper_stages)):
     vision_presets[p.name] = p
@@ -236,66 +236,72 @@ def data_fingerprint(
         h.update(np.asarray([e['input_ids'], e['labels']], dtype=np.int64).tobytes())
     return h.hexdigest()
 
-# %% ../../nbs/training/stages.ipynb #5adf6cdc
+# %% ../../nbs/training/stages.ipynb #73374514
 def pair_loss(
-    logits:Tensor,         # [B, B] of captions and pictures
-    labels:Tensor,         # [B, B], 1 where they belong together, -1 elsewhere
-    reduction:str='mean',  # SigLIP's; 'none': each pair's part in it, times B²
+    logits:Tensor,         # [P, B] of phrases and pictures
+    labels:Tensor,         # [P, B], 1 where they belong together, -1 elsewhere
+    reduction:str='mean',  # over pairs that belong together; 'none': each pair's part in it, times P·B
 )->Tensor:
     "SigLIP's sigmoid loss."
-    each = -F.logsigmoid(labels * logits.float()) * len(labels)
+    each = -F.logsigmoid(labels * logits.float()) * (labels.numel() / (labels > 0).sum().clamp(min=1))
     return each if reduction == 'none' else each.mean()
 
-# %% ../../nbs/training/stages.ipynb #70834320
+# %% ../../nbs/training/stages.ipynb #eee4bd9a
 class ContrastiveModel(nn.Module):
     "The tower of a LLaVA, and a small text encoder, into one space."
     def __init__(self,
-        llava,        # its tower is trained in place
-        layers:int=2, # of the text encoder
+        llava,         # its tower is trained in place
+        width:int=128, # of the word vectors
     ):
         super().__init__()
-        tower, text = llava.config.vision_config, llava.config.get_text_config()
-        d, heads = tower.hidden_size, tower.num_attention_heads
-        layer = nn.TransformerEncoderLayer(d, heads, 2 * d, dropout=0., activation='gelu', batch_first=True, norm_first=True)
+        d, words = llava.config.vision_config.hidden_size, llava.config.get_text_config().vocab_size
         self.llava, self.config = llava, llava.config
-        self.words = nn.Embedding(text.vocab_size, d)
-        self.places = nn.Embedding(min(getattr(text, 'max_position_embeddings', 512), 512), d)
-        self.text = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.image = nn.Linear(d, d)
-        self.scale, self.bias = nn.Parameter(torch.tensor(math.log(10.))), nn.Parameter(torch.tensor(-10.))
+        self.words, self.image = nn.Embedding(words, width), nn.Linear(d, d)
+        nn.init.normal_(self.words.weight, std=.5)
+        self.text = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, d))
+        self.scale, self.bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-5.))
 
-# %% ../../nbs/training/stages.ipynb #4560a42c
+# %% ../../nbs/training/stages.ipynb #2192e05d
 def _features(self, pixel_values):
     "[B, patches, d], where the projector takes them from"
     out = model_parts(self.llava)['tower'](pixel_values, output_hidden_states=True)
     return out.hidden_states[self.llava.config.vision_feature_layer]
 
 def forward(self, input_ids, attention_mask, pixel_values, use_cache=None):
-    "Logits [B, B] of pairs; the mask says which words are the caption's."
-    keep = attention_mask.bool()
-    place = (keep.cumsum(1) - 1).clamp(0, self.places.num_embeddings - 1)
-    y = self.text(self.words(input_ids) + self.places(place), src_key_padding_mask=~keep)
-    y = F.normalize((y * keep[..., None]).sum(1), dim=-1)
-    x = F.normalize(self.image(_features(self, pixel_values).mean(1)), dim=-1)
-    return SimpleNamespace(logits=y @ x.T * self.scale.exp() + self.bias)
+    "Logits [P, B] of phrases [P, words] and pictures [B, C, H, W]."
+    y = F.normalize(self.text((self.words(input_ids) * attention_mask[..., None]).sum(1)), dim=-1)
+    x = F.normalize(self.image(_features(self, pixel_values)), dim=-1)
+    best = torch.einsum('pd,bnd->pbn', y, x).amax(-1)
+    return SimpleNamespace(logits=best * self.scale.exp() + self.bias)
 
 ContrastiveModel.forward = forward
 
-# %% ../../nbs/training/stages.ipynb #baf01882
+# %% ../../nbs/training/stages.ipynb #1cbdc0c3
 class PairData(StageData):
-    "Pictures and the words of their captions, to be told apart."
+    "Pictures and the phrases of their captions, to be told which belongs to which."
+    def __init__(self, data):
+        super().__init__(data)
+        self.stop = data.tokenizer.convert_tokens_to_ids('.')
+    def phrases(self, ids):
+        "The tokens of a caption, cut at its full stops"
+        special, res = set(self.data.tokenizer.all_special_ids), [[]]
+        for i in ids:
+            if i == self.stop: res.append([])
+            elif i not in special: res[-1].append(i)
+        return [tuple(r) for r in res if r]
     def counted(self, b):
         b = super().counted(b)
         check((b['num_images'] == 1).all(), "samples for data='pairs'", b['num_images'].tolist(), 'of one image each')
-        words = torch.where(b['labels'] != -100, b['input_ids'], -1)
-        same = (words[:, None] == words[None]).all(-1)
-        return {k: v for k, v in b.items() if k != 'labels'} | dict(pairs=same * 2 - 1, mask=b['labels'] != -100)
+        said = [self.phrases(i[l != -100].tolist()) for i, l in zip(b['input_ids'], b['labels'])]
+        every = list(dict.fromkeys(p for ps in said for p in ps))
+        pairs = torch.tensor([[1 if p in ps else -1 for ps in map(set, said)] for p in every])
+        words = nn.utils.rnn.pad_sequence([torch.tensor(p) + 1 for p in every], batch_first=True)
+        return dict(input_ids=(words - 1).clamp(min=0), attention_mask=(words > 0).long(), labels=pairs,
+                    pixel_values=b['pixel_values'], num_images=b['num_images'])
     @staticmethod
-    def as_batch(b):
-        x = {k: b[k] for k in ('input_ids', 'pixel_values', 'num_images')}
-        return x | dict(attention_mask=b['mask'].long()), b['pairs']
+    def as_batch(b): return {k: v for k, v in b.items() if k != 'labels'}, b['labels']
 
-# %% ../../nbs/training/stages.ipynb #6df0f68e
+# %% ../../nbs/training/stages.ipynb #1f987e3b
 def vision_learner(
     model,            # a LLaVA, changed in place
     data,             # a `ConversationData`
@@ -307,7 +313,7 @@ def vision_learner(
     "A learner for a stage: freezes what the stage does not train, and checks that it did not move."
     pairs = stage.data == 'pairs'
     check(not pairs or kwargs.get('grad_accum', 1) == 1, 'grad_accum', kwargs.get('grad_accum'),
-          "1 where data='pairs': each caption is held against all pictures of the batch")
+          "1 where data='pairs': each phrase is held against all pictures of the batch")
     longest = max(len(e['input_ids']) for e in data.encoded)
     check(longest <= stage.sequence_length, 'sequence_length of the stage', stage.sequence_length,
           f'at least that of the longest sample, {longest}')
