@@ -26,7 +26,8 @@ vlm = typer.Typer(no_args_is_help=True, rich_markup_mode=None, context_settings=
 
 # %% ../nbs/vision_commands.ipynb #eb57bd5c
 _five = 'tower', 'language', 'pt', 'pft', 'vit'
-vision_preset_names = {'tiny-vlm': _five, 'mini-vlm': _five, 'paper-vlm': ('pt', 'pft', 'vit')}   # -> their stages
+vision_preset_names = {'tiny-vlm': _five, 'mini-vlm': (*_five[:3], 'reading', *_five[3:]),
+                       'paper-vlm': ('pt', 'pft', 'vit')}                                      # -> their stages
 
 # %% ../nbs/vision_commands.ipynb #400e7db1
 def _vision(

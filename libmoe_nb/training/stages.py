@@ -113,10 +113,16 @@ def _stages(tower, language, pt, pft, vit, **kw):
             _small('pt', *pt, train=('projector',), data='captions', **kw), _small('pft', *pft, data='mixed', **kw),
             _small('vit', *vit, experts=('tower', 'projector'), **kw))
 
+# %% ../../nbs/training/stages.ipynb #76c9df52
+def _with_reading(stages, reading):
+    "A further stage before PFT: projector and language model learn to read what the tower sees, which stays as it is"
+    return (*stages[:3], _small('reading', *reading, train=('projector', 'language_model'), data='mixed'), *stages[3:])
+
 # %% ../../nbs/training/stages.ipynb #f7f1d585
 for p in (VisionPreset('tiny-vlm', 'tiny-vlm', _stages((30, 3e-3), (30, 3e-3), (5, 2e-3), (40, 3e-3), (30, 3e-3),
                                                         batch_size=8), scenes=64, test_scenes=60),
-          VisionPreset('mini-vlm', 'mini-vlm', _stages((800, 2e-3), (2000, 3e-3), (150, 1e-3), (3000, 1.5e-3), (800, 1e-3)),
+          VisionPreset('mini-vlm', 'mini-vlm', _with_reading(
+              _stages((800, 2e-3), (2000, 3e-3), (100, 1e-3), (400, 5e-4), (700, 7e-4)), (3000, 2e-3)),
                        scenes=20_000, test_scenes=1_500),
           VisionPreset('paper-vlm', 'paper-vlm', paper_stages)):
     vision_presets[p.name] = p

@@ -184,11 +184,15 @@ def test_trap_gradient_checkpointing_with_frozen_parts(data):
 
 # the tower's own stage
 
-def test_captions_that_are_the_same_belong_to_both_pictures(data):
+def test_a_phrase_belongs_to_each_picture_whose_caption_has_it(data):
     s = data.samples[0]
     twice = type(data)([s, dataclasses.replace(s, id='again'), data.samples[1]], data.tokenizer, data.image_tensor, 16, 128)
-    _, pairs = PairData.as_batch(next(PairData(twice).batches(3)))
-    assert pairs.sum().item() == -9 + 2 * 5                                    # two equal ones, and one alone
+    x, pairs = PairData.as_batch(next(PairData(twice).batches(3)))
+    said = {' '.join(data.tokenizer.convert_ids_to_tokens(i[m.bool()])) for i, m in zip(x['input_ids'], x['attention_mask'])}
+    assert said == {p for s in twice.samples for p in s.turns[1][1].removesuffix(' .').split(' . ')}
+    columns = sorted(map(tuple, pairs.T.tolist()))
+    assert len(set(columns)) == 2 and all(sum(v == 1 for v in row) in (1, 2, 3) for row in pairs.tolist())
+    assert {tuple(c) for c in columns} and pairs.shape == (len(said), 3)
 
 def test_the_tower_learns_from_pairs_and_the_rest_does_not_move(data):
     model = make_model()
