@@ -12,7 +12,8 @@ import os, typer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Optional
-from .commands import (Bf16, Device, Json, PlainCommand, Threads, answer, argument, friendly_errors, option, with_options)
+from .commands import (Bf16, Device, Json, PlainCommand, Threads, answer, argument, friendly_errors, option,
+                                with_options)
 from .core.errors import check, did_you_mean
 from .core.files import check_writable
 from .core.machine import check_device
@@ -21,7 +22,8 @@ from .moe.config import check_recipe
 from .terminal import VisionProgress, gate_tables, vision_tables
 
 # %% ../nbs/vision_commands.ipynb #d8d31ec3
-vlm = typer.Typer(no_args_is_help=True, rich_markup_mode=None, context_settings=dict(help_option_names=['-h', '--help']),
+vlm = typer.Typer(no_args_is_help=True, rich_markup_mode=None,
+                  context_settings=dict(help_option_names=['-h', '--help']),
                   help='Train vision-language models stage by stage, and compare recipes on questions about pictures.')
 
 # %% ../nbs/vision_commands.ipynb #eb57bd5c
@@ -36,14 +38,16 @@ def _vision(
                                   'and, to be asked, --test).')] = 'mini-vlm',
     out: Annotated[Path, option('Folder of stages and results (default: vision). What is finished in it is not '
                                 'repeated, what was interrupted goes on.')] = Path('vision'),
-    tower: Annotated[Optional[str], option('SigLIP or CLIP model to begin from: a folder, or a name on the hub.')] = None,
+    tower: Annotated[Optional[str],
+                     option('SigLIP or CLIP model to begin from: a folder, or a name on the hub.')] = None,
     language_model: Annotated[Optional[str], option('Causal language model to begin from, the same way.')] = None,
     data: Annotated[Optional[list[str]], option("Conversations in LLaVA's layout, for one stage or for all; may be "
                                                 'repeated.', metavar='[STAGE=]FILE')] = None,
     images: Annotated[Optional[list[str]], option('Folder of their images (default: images beside the file); may be '
                                                   'repeated.', metavar='[STAGE=]FOLDER')] = None,
     test: Annotated[Optional[Path], option('Questions to ask, in the same layout (default: test scenes).')] = None,
-    steps: Annotated[Optional[int], option("Steps of each stage (default: the preset's; with --data, one epoch).")] = None,
+    steps: Annotated[Optional[int],
+                     option("Steps of each stage (default: the preset's; with --data, one epoch).")] = None,
 ): ...
 
 # %% ../nbs/vision_commands.ipynb #0cdfeb99
@@ -67,7 +71,8 @@ def _checked(o):
     check(not o.tower or o.data, '--data', o.data, 'given where --tower is: the scenes have words of their own')
     check(o.preset != 'paper-vlm' or o.tower, '--tower', o.tower, "given for preset 'paper-vlm'")
     data, images = (_by_stage(n, v, o.preset) for n, v in (('data', o.data), ('images', o.images)))
-    for f in [*data.values(), *filter(None, [o.test])]: check(Path(f).expanduser().is_file(), '--data', str(f), 'a file')
+    for f in [*data.values(), *filter(None, [o.test])]:
+        check(Path(f).expanduser().is_file(), '--data', str(f), 'a file')
     for f in images.values(): check(Path(f).expanduser().is_dir(), '--images', str(f), 'a folder')
     return data, images
 
@@ -90,7 +95,8 @@ def _plan(o, recipes, **kwargs):
     from libmoe_nb.experiments.vision import vision_plan
     from libmoe_nb.experiments.vision_stages import file_data, from_parts
     stages = vision_preset_names[o.preset]
-    files = {s: file_data(data.get(s) or data[''], images.get(s, images.get(''))) for s in stages if s in data or '' in data}
+    files = {s: file_data(data.get(s) or data[''], images.get(s, images.get('')))
+             for s in stages if s in data or '' in data}
     experts = {k: v for k in ('num_experts', 'top_k') if (v := getattr(o, k, None)) is not None}
     return vision_plan(recipes, o.preset, o.out, data=files or None, steps=o.steps, bf16=o.bf16, device=o.device,
                        start=from_parts(o.tower, o.language_model) if o.tower else None, experts=experts,
@@ -181,4 +187,5 @@ def ask(
     use_threads(threads)
     m, processor = asking.load_vision_language(model, device=device)
     said = asking.ask(m, processor, Path(image).expanduser(), question, max_new_tokens=max_new_tokens)
-    answer(as_json, lambda: dict(image=image, question=question, answer=said, model=model), lambda: [said or '(no answer)'])
+    answer(as_json, lambda: dict(image=image, question=question, answer=said, model=model),
+           lambda: [said or '(no answer)'])

@@ -24,7 +24,8 @@ from ..data.scenes import scene_words, write_scenes
 from ..evaluation.answers import answer_questions, read_answers, single_questions, write_answers
 from .jobs import Task, share_cores, side_by_side, values_of
 from .vision_report import VisionResults, write_vision_report
-from .vision_stages import (after, data_of, fitting_stage, scene_data, shared_stages, stage_config, stage_folder, stage_name, train_stage)
+from .vision_stages import (after, data_of, fitting_stage, scene_data, shared_stages, stage_config,
+                                                 stage_folder, stage_name, train_stage)
 from ..models.asking import load_vision_language, small_processor
 from ..models.vision import llava_from_scratch, vision_size
 from ..moe.config import check_recipe, own_recipes
@@ -78,7 +79,8 @@ def vision_plan(
     shared = shared_stages(preset, start=start, data=data, steps=steps, **how)
     last = _last_stages(preset, shared[-1], recipes, _seeds(recipes, seeds, more_seeds, more_for), data, steps, how,
                         experts or _experts(preset), controls)
-    check(not asked or test or preset.test_scenes, 'test', test, f"given for preset '{preset.name}', which has no test scenes")
+    check(not asked or test or preset.test_scenes, 'test', test,
+          f"given for preset '{preset.name}', which has no test scenes")
     return VisionPlan(Path(out), preset, shared, last, (test or _test_scenes(preset)) if asked else None)
 
 # %% ../../nbs/experiments/vision.ipynb #b550b195
@@ -152,7 +154,8 @@ def train_and_answer(
     sees = config.get('images', True)
     model, processor = load_vision_language(folder/'model', device=config['device'])
     answers = answer_questions(model, processor, test_questions(root, test, per_subtask),
-                               images=('own', 'shuffled', 'blank') if sees else ('none',), batch_size=64, max_new_tokens=8)
+                               images=('own', 'shuffled', 'blank') if sees else ('none',), batch_size=64,
+                               max_new_tokens=8)
     write_answers(folder/'answers', answers, config['recipe'] if sees else 'question_only', config['seed'],
                   control=not sees, active=result['active_parameters'],
                   images=os.path.relpath(_pictures(root, test), folder/'answers'),
@@ -222,11 +225,13 @@ def compare_plan(plan:VisionPlan, jobs:int=None, threads:int=None, progress=None
         tell_plan(plan, tell, jobs)
         _write_test(plan)
         pretrain_shared(plan, tell, threads, checkpoint_seconds)
-        how = dict(root=str(plan.root), test=plan.test, per_subtask=plan.per_subtask, checkpoint_seconds=checkpoint_seconds)
+        how = dict(root=str(plan.root), test=plan.test, per_subtask=plan.per_subtask,
+                   checkpoint_seconds=checkpoint_seconds)
         tasks = [Task(stage_name(c), train_and_answer, dict(how, config=c)) for c in plan.last]
         values_of(side_by_side(tasks, jobs=jobs, threads=threads_each, progress=tell), 'last stages')
         if plan.test is None: return None
-        res = VisionComparison([plan.folder(c) for c in plan.last], plan.root, read_json(plan.folder(plan.shared[-1])/'result.json'))
+        res = VisionComparison([plan.folder(c) for c in plan.last], plan.root,
+                               read_json(plan.folder(plan.shared[-1])/'result.json'))
         res.save()
     return res
 
@@ -259,7 +264,8 @@ class VisionComparison:
     ):
         self.folders, self.out, self.shared = [Path(f) for f in folders], Path(out), shared or {}
         self.answers = read_answers(*(f/'answers' for f in self.folders))
-    def __repr__(self): return f'{type(self).__name__}: {len(self.folders)} models, {self.answers.id.nunique()} questions'
+    def __repr__(self):
+        return f'{type(self).__name__}: {len(self.folders)} models, {self.answers.id.nunique()} questions'
     @property
     def captions(self): return self.shared.get('captions', {})
 
@@ -311,5 +317,6 @@ def for_report(self:VisionComparison)->VisionResults:
     "As `vision_report` takes it: the recipes, and the control apart."
     infos, a = [read_json(f/'answers'/'results.json') | dict(folder=f/'answers') for f in self.folders], self.answers
     gate = {k: c['right'] / c['n'] for k, c in self.captions.items() if c['n']}
-    return VisionResults(self.out, *[a[(a.model == 'question_only') == c].reset_index(drop=True) for c in (False, True)],
+    return VisionResults(self.out,
+                         *[a[(a.model == 'question_only') == c].reset_index(drop=True) for c in (False, True)],
                          [i for i in infos if not i['control']], dict(gate=gate) if gate else {})

@@ -26,7 +26,8 @@ from ..models.joining import join_parts
 from ..models.towers import image_places, trim_tower
 from ..models.vision import llava_from_scratch, upcycle_parts, vision_size
 from ..moe.config import check_recipe
-from ..training.stages import StageData, VisionPreset, get_vision_preset, one_epoch, trained_parameters, vision_learner
+from ..training.stages import (StageData, VisionPreset, get_vision_preset, one_epoch, trained_parameters,
+                                       vision_learner)
 
 # %% ../../nbs/experiments/vision_stages.ipynb #1b99319b
 def stage_config(
@@ -177,7 +178,8 @@ def stage_model(
 )->tuple:         # model and processor, as the stage begins
     "A new model, or that of the stage before, with experts where this stage wants them."
     start, stage, recipe = config['start'], config['stage'], config.get('recipe', 'dense')
-    if 'stage' in start: model, processor = load_vision_language(stage_folder(root, start['stage'])/'model', device='cpu')
+    if 'stage' in start:
+        model, processor = load_vision_language(stage_folder(root, start['stage'])/'model', device='cpu')
     elif 'tower' in start: model, processor = join_parts(start['tower'], start['language_model'], seed=start['seed'])
     else: model, processor = _new_model(start)
     model = trim_tower(model.float())
@@ -227,7 +229,8 @@ def _trained(root, folder, config, tell, seconds, grad_accum):
                   parameters=n['total'], active_parameters=n['active'], trained=sum(t for t, _ in trained.values()),
                   loss=float(torch.stack(learn.recorder.losses[-50:]).mean()), seconds=learn.throughput.seconds,
                   samples=len(data), cut=len(data.cut), left_out={k: len(v) for k, v in data.left_out.names.items()})
-    if config['stage']['data'] in ('captions', 'mixed'): result['captions'] = caption_gate(model, processor, config['data'])
+    if config['stage']['data'] in ('captions', 'mixed'):
+        result['captions'] = caption_gate(model, processor, config['data'])
     _keep(folder, model, processor)
     write_json(folder/'result.json', result)
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
@@ -288,7 +291,8 @@ def caption_accuracy(
             x = {k: v.to(device) for k, v in b.items() if k not in ('labels', 'num_images')}
             said = model(**x, use_cache=False).logits[:, :-1].argmax(-1).cpu()
             for i, j in (labels != -100).nonzero().tolist():
-                a = attribute_of(word(labels[i, j].item()), word(labels[i, j - 1].item()) if labels[i, j - 1] >= 0 else '')
+                a = attribute_of(word(labels[i, j].item()),
+                                 word(labels[i, j - 1].item()) if labels[i, j - 1] >= 0 else '')
                 if a: res[a]['n'] += 1; res[a]['right'] += int(said[i, j] == labels[i, j])
     return res
 

@@ -54,7 +54,8 @@ def join_parts(
 )->tuple:           # `LlavaForConditionalGeneration` and `LlavaProcessor`
     "A LLaVA from two models, with a new projector."
     (eyes, images), (speech, tokenizer) = _load_tower(tower), _load_language(language_model)
-    config = LlavaConfig(vision_config=eyes.config, text_config=speech.config, image_token_index=tokenizer.image_token_id,
+    config = LlavaConfig(vision_config=eyes.config, text_config=speech.config,
+                         image_token_index=tokenizer.image_token_id,
                          vision_feature_layer=vision_feature_layer, vision_feature_select_strategy='full',
                          tie_word_embeddings=speech.config.tie_word_embeddings)
     with seeded(seed): model = LlavaForConditionalGeneration(config)

@@ -28,7 +28,7 @@ def next_token_loss(
 
 # %% ../../nbs/training/batches.ipynb #7a9930c2
 def as_batch(
-    b:dict, # of a dataset: input_ids and labels, each [B, S]; with domain [B, S] (-1: padding) the labels are shifted already
+    b:dict, # of a dataset: input_ids and labels [B, S]; with domain [B, S] (-1: padding) the labels are shifted already
 )->tuple:   # keywords for the model; labels [B, S], shifted; domain [B, S] where there is one
     "A batch as the learner takes it."
     if 'domain' not in b:
@@ -83,7 +83,7 @@ class TrainBatches:
 
 # %% ../../nbs/training/batches.ipynb #d5843bba
 def _share(b, rank, world):
-    "The part of a batch that one of several processes takes; where there are too few sequences, one that does not count"
+    "The part of a batch that one of several processes takes; of too few sequences, one that does not count"
     if world == 1: return b
     if rank < len(b['labels']): return take_rows(b, range(rank, len(b['labels']), world))
     res = {k: v for k, v in take_rows(b, [0]).items() if k not in image_fields}

@@ -228,7 +228,8 @@ class StageData:
         "Each sample once, in one order."
         return islice(self.batches(batch_size), -(-len(self) // batch_size))
     def counted(self, b):
-        held, marks = next((b[k] for k in ('pixel_values', 'image_features') if k in b), ()), b['input_ids'] == self.mark
+        held, marks = (next((b[k] for k in ('pixel_values', 'image_features') if k in b), ()),
+                       b['input_ids'] == self.mark)
         return dict(num_images=marks.sum(1) // max(int(marks.sum()) // max(len(held), 1), 1)) | b
 
 # %% ../../nbs/training/stages.ipynb #9cbaafb7
