@@ -6,8 +6,9 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/terminal.html.md"""
 
 # %% auto #0
 __all__ = ['text_table', 'print_tables', 'terminal_width', 'fits', 'fitting_tables', 'narrow_rows', 'comparison_tables',
-           'training_tables', 'upcycling_tables', 'analysis_tables', 'evaluation_tables', 'say', 'RunProgress',
-           'UpcyclingProgress', 'only_our_warnings', 'PatientStream', 'patient_streams']
+           'training_tables', 'upcycling_tables', 'gate_tables', 'vision_tables', 'analysis_tables',
+           'evaluation_tables', 'say', 'RunProgress', 'UpcyclingProgress', 'VisionProgress', 'only_our_warnings',
+           'PatientStream', 'patient_streams']
 
 # %% ../nbs/terminal.ipynb #3ded0bc4
 import codecs, logging, os, shutil, signal, sys, time, warnings
@@ -137,6 +138,38 @@ def upcycling_tables(
                   *[[d, *cells(f'{d} ')] for d in domains], [set_apart('all', domains), *cells('')]]
     return [*fitting_tables(sizes), *fitting_tables(perplexity)]
 
+# %% ../nbs/terminal.ipynb #941ceb57
+def gate_tables(
+    rows, # dicts with name, steps, trained, loss, seconds, captions
+)->list:
+    "Stages, and how often each told the next word of a caption, by what the word says."
+    table = [['stage', 'steps', 'trained', 'loss', 'time'],
+             *[[r['stage'], str(r['steps']), format_millions(r['trained']), format_number(r['loss'], 2),
+                format_duration(r['seconds'])] for r in rows]]
+    told = [r for r in rows if r.get('captions')]
+    if not told: return [*fitting_tables(table)]
+    names = list(told[0]['captions'])
+    gate = [['next word, %', *names], *[[r['stage'], *[_percent_of(r['captions'][n]) for n in names]] for r in told]]
+    return [*fitting_tables(table), *fitting_tables(gate, title='captions of test scenes')]
+
+def _percent_of(c): return format_percent(c['right'] / c['n']) if c['n'] else '–'
+
+# %% ../nbs/terminal.ipynb #bd073134
+def vision_tables(
+    res,             # a `VisionComparison`
+    width:int=None,  # None: that of the terminal
+)->list:
+    "Accuracy of each model with its own, other and blank images, and by subtask."
+    head = ['model', 'seed', 'parameters', 'active', 'accuracy %', 'shuffled %', 'blank %', 'loss', 'time']
+    rows = [head, *[[r.title, str(r.seed), format_millions(r.parameters), format_millions(r.active),
+                     *map(format_percent, (r.accuracy, r.shuffled, r.blank)), format_number(r.loss, 2),
+                     format_duration(r.seconds)] for r in res.results.itertuples()]]
+    rows, gone = narrow_rows(rows, ['loss', 'time', 'active', 'parameters', 'blank %'], width or terminal_width())
+    t = res.by_subtask()
+    parts = [['subtask', *t.columns], *[[n, *map(format_percent, v)] for (_, n), v in zip(t.index, t.values.tolist())]]
+    left_out = [f'Not shown at this width: {", ".join(gone)}. All of it is in {res.out/"results.csv"}.'] if gone else []
+    return [text_table(rows, 1), *left_out, *fitting_tables(parts, title='accuracy by subtask, %', width=width)]
+
 # %% ../nbs/terminal.ipynb #45011cbc
 def analysis_tables(
     res, # an `Analysis`
@@ -252,6 +285,27 @@ class UpcyclingProgress(RunProgress):
     "What `upcycle_and_train` tells."
     def on_data(self, name): self.line('reading the text with the tokenizer of the model (once; it is kept) ...')
     def on_model(self, name): self.line('loading the model, upcycling it, and measuring where it stands ...')
+
+# %% ../nbs/terminal.ipynb #bc4dd6d2
+class VisionProgress(RunProgress):
+    "What the stages of a vision-language model tell."
+    def on_plan(self, name, names, done, steps, seconds=None):
+        self.total, todo = len(names), sum(s for s, d in zip(steps, done) if not d)
+        if sum(done): self.line(f'{sum(done)} of {len(names)} stages are finished already')
+        if seconds: self.line(f'about {format_duration(seconds)} of training, and some more for the answers')
+        if not self.console.is_terminal: return
+        self.bars = _bars(self.console)
+        self.all = self.bars.add_task(f'all {len(names)} stages', total=todo, more='')
+        if todo: self.bars.start()
+    def on_gate(self, name, captions):
+        from libmoe_nb.experiments.vision import tell_captions
+        self.line(f'{name} tells the next word of a caption: {tell_captions(captions)}')
+    def on_answer(self, name): self.line(f'{name} answers the test questions ...')
+    def on_finish(self, name, result, reused):
+        self.done += 1
+        if self.bars and name in self.bar_of: self.bars.remove_task(self.bar_of.pop(name))
+        if not reused: self.line(f"[{self.done}/{self.total}] {name}: loss {result['loss']:.2f} after "
+                                 f"{result['steps']} steps, {format_duration(time.monotonic() - self.began[name])}")
 
 # %% ../nbs/terminal.ipynb #43b6252a
 _for_developers = DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning

@@ -19,8 +19,9 @@ from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from ..core.errors import check, first_line
 from ..core.modes import evaluating
 from ..core.words import join_some, plural
-from ..data.conversations import as_sample, collate, image_mark, image_token, plain_template
+from ..data.conversations import as_sample, collate, image_mark, image_token
 from ..data.images import BadImage, pad_to_square, read_image
+from ..data.templates import plain_template
 from ..data.text import check_ids
 from .loading import load_model, load_pretrained, model_folder
 from .scales import pixel_side

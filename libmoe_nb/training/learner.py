@@ -22,7 +22,7 @@ from ..moe.config import get_preset, ModelSize, TrainingBudget
 from ..moe.layers import MoELayer
 from ..moe.routers import update_expert_bias
 from ..moe.routing import tokens_per_expert
-from .batches import next_token_loss, TrainBatches, ValidBatches
+from .batches import next_token_loss, take_rows, TrainBatches, ValidBatches
 from .schedule import StepScheduler, fit_settings, warmup_cosine
 from .telemetry import Perplexity, Throughput, TokenLoss
 
@@ -44,7 +44,7 @@ class MoELearner(Learner):
         self.routings = {}       # layer -> (`Routing`, mask) of each part of the batch, where a callback wants it
         self.resumed = None      # where a checkpoint takes the next fit on, see `resume`
         self.diverged = None     # the step whose loss was not finite
-        self.shares = None       # of each sequence in the step, where a part is not all of it
+        self.shares = {}         # of each sequence and image in the step, where a part is not all of it
         super().__init__(dls, model, loss_func=loss_func, **kwargs)
         self.recorder.loss = TokenLoss()
 
@@ -53,27 +53,31 @@ class MoELearner(Learner):
 def _predict(self:MoELearner):
     "Run the model on `xb`, and keep what routers decided if a callback wants it"
     wanted = self.training and any(getattr(cb, 'uses_routing', False) for cb in self.cbs)
-    shares = {} if self.shares is None else dict(aux_shares=self.shares)
+    given = {k: v for k, v in self.xb[0].items() if k != 'num_images'} | self.shares
     recorder = record_routing(unwrap(self.model)) if wanted else contextlib.nullcontext({})
     with autocast(self.yb[0].device, self.bf16), recorder as records:
-        self.output = self.model(**self.xb[0], **shares, use_cache=False)
+        self.output = self.model(**given, use_cache=False)
     self.pred = self.output.logits
     mask = self.xb[0].get('attention_mask')
-    for n, rs in records.items():
-        self.routings.setdefault(n, []).extend((_detached(r), None if mask is None else mask.bool()) for r in rs)
+    for n, rs in ((n, rs) for n, rs in records.items() if rs):   # text alone goes through no router of a tower
+        self.routings.setdefault(n, []).extend((_detached(r), _mask_of(r, mask)) for r in rs)
 
 def _detached(r):
     return r.replace(**{k: getattr(r, k).detach() for k in ('router_logits', 'scores', 'top_k_weights')})
 
+def _mask_of(r, mask):
+    "The mask of the tokens that a router saw; None where it saw others, as that of a vision tower sees patches"
+    fits = mask is not None and tuple(r.shape) in (tuple(mask.shape), (mask.numel(),))
+    return mask.bool() if fits else None
+
 # %% ../../nbs/training/learner.ipynb #328ed11b
 @patch
 def _parts(self:MoELearner):
-    "The batch, in training cut into `grad_accum` parts"
+    "The batch, in training cut into `grad_accum` parts, each with its own images"
     k = self.grad_accum if self.training else 1
     if k == 1: return [(self.xb, self.yb)]
-    xs = {n: v.chunk(k) for n, v in self.xb[0].items()}
-    ys = [y.chunk(k) for y in self.yb]
-    return [(({n: v[i] for n, v in xs.items()},), tuple(y[i] for y in ys)) for i in range(len(ys[0]))]
+    rows = torch.arange(len(self.yb[0])).chunk(k)
+    return [((take_rows(self.xb[0], r),), tuple(y[r[0]:r[-1] + 1] for y in self.yb)) for r in rows]
 
 # %% ../../nbs/training/learner.ipynb #a8b55be7
 @patch(as_prop=True)
@@ -91,22 +95,28 @@ def _real_tokens(x, labels):
     "Of each sequence [B]"
     return x['attention_mask'].sum(1) if 'attention_mask' in x else labels.new_full(labels.shape[:1], labels.shape[1])
 
-def _takes_shares(model): return any(getattr(m, 'takes_aux_shares', False) for m in model.modules())
+def _images(x, labels): return x['num_images'] if 'num_images' in x else torch.zeros_like(labels[:, 0])
+def _takes(model, what): return any(getattr(m, what, False) for m in model.modules())
 
 @patch
 def _sizes(self:MoELearner):
-    "Tokens whose loss counts, real tokens, and sequences that hold one: of the step, over the number of processes"
-    labels, real, world = self.yb[0], _real_tokens(self.xb[0], self.yb[0]), self.processes if self.training else 1
-    sizes = torch.stack([(labels != -100).sum(), real.sum(), (real > 0).sum()])
+    "Tokens whose loss counts, real tokens, sequences that hold one, and images: of the step, over the processes"
+    x, labels, world = self.xb[0], self.yb[0], self.processes if self.training else 1
+    real = _real_tokens(x, labels)
+    sizes = torch.stack([(labels != -100).sum(), real.sum(), (real > 0).sum(), _images(x, labels).sum()])
     sizes = (sum_over_ranks(sizes) if world > 1 else sizes).clamp(min=1)
     return sizes / world if world > 1 else sizes
 
 @patch
 def _share_out(self:MoELearner, sizes, B, weigh):
     "Say what the part in `xb`, of a batch of B sequences, is of its step"
+    self.share, self.shares = len(self.yb[0]) / B, {}
+    if not weigh: return
     real = _real_tokens(self.xb[0], self.yb[0])
-    self.shares = torch.stack([(real > 0) / sizes[2], real / sizes[1]]) if weigh else None
-    self.share = 1. if weigh else len(self.yb[0]) / B
+    self.share, self.shares = 1., dict(aux_shares=torch.stack([(real > 0) / sizes[2], real / sizes[1]]))
+    n = int(_images(self.xb[0], self.yb[0]).sum())
+    if n and _takes(self.model, 'takes_aux_image_shares'):
+        self.shares['aux_image_shares'] = (1 / sizes[3]).expand(2, n)
 
 # %% ../../nbs/training/learner.ipynb #a5df3d05
 @patch
@@ -118,21 +128,31 @@ def _do_part(self:MoELearner, tokens):
     self.loss_grad = token_loss.sum() / tokens
     self.loss = self.loss_grad.detach()
     self('after_loss')
-    if self.training: self._with_events(self._backward, 'backward', CancelBackwardException)
+    if self.training: self._touch_all(); self._with_events(self._backward, 'backward', CancelBackwardException)
     return token_loss.detach()
 
 @patch
 def _do_one_batch(self:MoELearner):
     xb, yb, losses, self.routings = self.xb, self.yb, [], {}
     parts, sizes = self._parts(), self._sizes()
-    weigh = self.training and (len(parts) > 1 or self.processes > 1) and _takes_shares(self.model)
+    weigh = self.training and (len(parts) > 1 or self.processes > 1) and _takes(self.model, 'takes_aux_shares')
     if self.training: self.step += 1
     for self.xb, self.yb in parts:
         self._share_out(sizes, len(yb[0]), weigh)
         losses.append(self._do_part(sizes[0]))
-    self.xb, self.yb, self.token_loss, self.output, self.shares = xb, yb, torch.cat(losses), None, None
+    self.xb, self.yb, self.token_loss, self.output, self.shares = xb, yb, torch.cat(losses), None, {}
     self.loss = self.token_loss.sum() / sizes[0]
     if self.training: self._finish_step()
+
+# %% ../../nbs/training/learner.ipynb #2e530c69
+@patch
+def _touch_all(self:MoELearner):
+    "Give each trained parameter a gradient of zero where the part in `xb` has no image and data has some"
+    if 'num_images' not in self.xb[0] or int(self.xb[0]['num_images'].sum()): return
+    trained = [p for p in self.model.parameters() if p.requires_grad]
+    if self.processes > 1: self.loss_grad = self.loss_grad + sum(p.flatten()[0].float() * 0. for p in trained)
+    else:
+        for p in trained: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
 # %% ../../nbs/training/learner.ipynb #223a0f2f
 @patch

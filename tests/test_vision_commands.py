@@ -1,0 +1,79 @@
+"`libmoe vlm` and `libmoe ask`, with scenes and with folders of real classes."
+import json, os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+from libmoe_nb import cli
+
+pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
+
+def libmoe(*args, code=0):
+    r = CliRunner().invoke(cli.app, [str(a) for a in args], prog_name='libmoe')
+    assert (r.exit_code, r.exception if r.exit_code not in (0, 2) else None) == (code, None), r.output
+    return r.stderr if code else r.stdout
+
+@pytest.fixture(scope='module')
+def real(tmp_path_factory):
+    "A SigLIP model and a Phi-3 with random weights, as the hub has them, and conversations in LLaVA's layout"
+    from transformers import Phi3Config, Phi3ForCausalLM, SiglipConfig, SiglipImageProcessorPil, SiglipModel
+    from libmoe_nb.data.scenes import scene_words, write_scenes
+    from libmoe_nb.models.asking import small_processor
+    root = tmp_path_factory.mktemp('real')
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+    SiglipModel(SiglipConfig(text_config=dict(sizes, vocab_size=50),
+                             vision_config=dict(sizes, image_size=32, patch_size=8))).save_pretrained(root/'siglip')
+    SiglipImageProcessorPil(size=dict(height=32, width=32)).save_pretrained(root/'siglip')
+    tokenizer = small_processor(scene_words(), 32, 8).tokenizer
+    Phi3ForCausalLM(Phi3Config(**sizes, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1,
+                               eos_token_id=2)).save_pretrained(root/'phi3')
+    tokenizer.save_pretrained(root/'phi3')
+    for what in ('caption', 'questions'): write_scenes(root/what, 12, what=what, size=32)
+    return root
+
+def test_the_papers_stages_on_folders_of_real_classes(real, tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    where = ('--preset', 'paper-vlm', '--out', tmp_path, '--tower', real/'siglip', '--language-model', real/'phi3')
+    data = [a for s, f in (('pt', 'caption'), ('pft', 'caption'), ('vit', 'questions'))
+            for a in ('--data', f'{s}={real/f/"conversations.json"}')]
+    res = json.loads(libmoe('vlm', 'pretrain', *where, *data, '--json'))
+    assert [(s['stage'], s['steps']) for s in res['stages']] == [('pt', 1), ('pft', 1)]    # one epoch of 12 samples
+    moe = ('--num-experts', 4, '--top-k', 2)
+    res = json.loads(libmoe('vlm', 'finetune', 'smoe', *where, *data, *moe, '--test', real/'questions'/'conversations.json', '--json'))
+    assert res['results'][0]['recipe'] == 'smoe' and res['stages'][0]['parameters'] > res['stages'][0]['active_parameters']
+    picture, model = next((real/'questions'/'images').glob('*.png')), res['stages'][0]['model']
+    said = json.loads(libmoe('ask', picture, 'how many objects are there ?', '--model', model, '--max-new-tokens', 3, '--json'))
+    assert said['model'] == model and isinstance(said['answer'], str)
+    assert 'finished already' in CliRunner().invoke(cli.app, [str(a) for a in ('vlm', 'pretrain', *where, *data)]).stderr
+
+def test_mistakes_are_sentences_before_any_work(real, tmp_path):
+    f = real/'caption'/'conversations.json'
+    for args, message in (
+            (('pretrain', '--preset', 'tiny'), "did you mean 'tiny-vlm'"),
+            (('pretrain', '--preset', 'paper-vlm'), "--tower must be given for preset 'paper-vlm'"),
+            (('pretrain', '--tower', real/'siglip'), '--language-model must be given too'),
+            (('pretrain', '--language-model', real/'phi3'), '--tower must be given too'),
+            (('pretrain', '--tower', real/'siglip', '--language-model', real/'phi3'), '--data must be given'),
+            (('pretrain', '--tower', './nowhere', '--language-model', real/'phi3', '--data', f), 'which does not exist'),
+            (('pretrain', '--data', 'pf=x.json', '--tower', real/'siglip', '--language-model', real/'phi3'), "unknown stage in --data 'pf'"),
+            (('pretrain', '--data', 'x.json', '--tower', real/'siglip', '--language-model', real/'phi3'), '--data must be a file'),
+            (('pretrain', '--steps', '0'), 'steps must be'), (('finetune', 'smo'), "did you mean 'smoe'"),
+            (('finetune', 'smoe', '--seed', '-1'), 'seed must be'), (('compare', '--recipes', 'smoe,xmo'), "did you mean 'xmoe'"),
+            (('compare', '--seeds', '0'), 'seeds must be'), (('compare', '--jobs', '0'), 'jobs must be'),
+            (('pretrain', '--device', 'gpu'), 'device must be'), (('pretrain', '--out', f), 'it is a file')):
+        assert message in libmoe('vlm', *args, '--out', tmp_path/'out', code=2) if '--out' not in args else libmoe('vlm', *args, code=2), args
+    assert not (tmp_path/'out').exists()
+
+def test_mistakes_in_a_question(real, tmp_path):
+    picture = next((real/'questions'/'images').glob('*.png'))
+    assert 'IMAGE must be a file' in libmoe('ask', 'nowhere.png', 'what ?', '--model', real, code=2)
+    assert 'QUESTION must be text' in libmoe('ask', picture, ' ', '--model', real, code=2)
+    assert 'which does not exist' in libmoe('ask', picture, 'what ?', '--model', './nowhere', code=2)
+    assert 'must be a LLaVA' in libmoe('ask', picture, 'what ?', '--model', real/'phi3', code=2)
+    assert '--max-new-tokens must be at least 1' in libmoe('ask', picture, 'what ?', '--model', real, '--max-new-tokens', 0, code=2)
+
+def test_tables_of_80_columns(tmp_path, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    out = libmoe('vlm', 'compare', '--recipes', 'smoe', '--preset', 'tiny-vlm', '--steps', 2, '--out', tmp_path, '--jobs', 1)
+    assert 'question only' in out and 'accuracy by subtask' in out
+    assert max(len(l.rstrip()) for l in out.splitlines() if 'model:' not in l and 'ask it' not in l and 'Not shown' not in l) <= 80
