@@ -22,4 +22,5 @@ setup(
     packages=find_namespace_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']), include_package_data=True,
     install_requires=lines('requirements'),
     extras_require={k.removesuffix('_requirements'): lines(k) for k in cfg if k.endswith('_requirements')},
-    entry_points={'console_scripts': lines('console_scripts'), 'nbdev': lines('nbdev_entry')})
+    entry_points={'console_scripts': lines('console_scripts'), 'nbdev': lines('nbdev_entry'),
+                  'lmms_eval.models': lines('lmms_entry')})

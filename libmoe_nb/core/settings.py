@@ -128,7 +128,7 @@ settings |= dict(
 settings |= dict(
     name=_word, num_hidden_layers=_whole(1, 10**4), num_attention_heads=_size, head_dim=_size,
     vocab_size=_whole(1, 10**8), sequence_length=_whole(1, 10**8), partial_rotary_factor=_part,
-    depth_scaled_init=_flag, released_layout=_flag, aux_loss_reduction=_one_of('mean', 'sum'))
+    depth_scaled_init=_flag, released_layout=_flag, aux_loss_reduction=_one_of('mean', 'sum', 'parts'))
 settings |= dict(
     steps=_whole(), batch_size=_size, grad_accum=_size, learning_rate=_positive, lr=_positive, warmup_steps=_whole(0),
     final_lr_fraction=_share, weight_decay=_weight, betas=_pair(_below_one), grad_clip=_weight, bf16=_flag,
