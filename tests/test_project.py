@@ -1,5 +1,6 @@
 "The project as a whole: what holds between its files, whatever the library computes."
 import ast, builtins, configparser, importlib, json, os, re, subprocess, sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from build_site import RENDER, check_site, unlink_undocumented  # noqa: E402
 from check_formulas import doubled, formulas  # noqa: E402
 
 def read(path): return (ROOT/path).read_text(encoding='utf-8')
+@cache
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
 def source(cell): return ''.join(cell['source'])
 
@@ -54,7 +56,8 @@ def imports(path, package, top=False):
             yield module
             yield from (f'{module}.{a.name}' for a in node.names)
 
-def imported(name, top=False): return set(imports(module_path(name), f'libmoe_nb.{name}'.rsplit('.', 1)[0], top))
+@cache
+def imported(name, top=False): return frozenset(imports(module_path(name), f'libmoe_nb.{name}'.rsplit('.', 1)[0], top))
 
 def python(code):
     return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT,

@@ -5,6 +5,7 @@ import pytest, torch
 
 import libmoe_nb.moe.kernels  # noqa: F401  (registers the fast ones)
 from libmoe_nb.moe.experts import Experts, FeedForward, ZeroComputationExperts, auto_kernel, kernels, register_kernel
+from processes import run_forked
 from random_layers import build, choices, tolerances
 
 def test_compile_goes_around():
@@ -97,11 +98,10 @@ def test_the_kernel_registered_last_wins_where_its_rule_holds():
 
 def test_without_fast_kernels_there_is_the_loop():
     "`experts` alone knows one kernel, and imports no other"
-    import subprocess, sys
     code = ('import sys, torch\nfrom libmoe_nb.moe.experts import Experts, auto_kernel, kernels\n'
             'assert "libmoe_nb.moe.kernels" not in sys.modules\n'
             'e, x = Experts(4, 8, 8), torch.randn(3, 8)\nprint(list(kernels), auto_kernel(e, x))\n'
             'e(x, torch.tensor([[0], [1], [4]]), torch.ones(3, 1))\n'
             'import libmoe_nb.moe.layers\nprint(list(kernels), auto_kernel(e, x))')
-    said = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    said = run_forked(code)
     assert said.stdout.splitlines() == ["['loop'] loop", "['loop', 'sorted', 'grouped_mm'] sorted"], said.stderr
