@@ -15,7 +15,8 @@ from libmoe_nb.analysis.patches import *
 from libmoe_nb.analysis.traces import make_trace, read_trace
 from libmoe_nb.analysis.tracing import intervene, moe_layers, record_routing
 from libmoe_nb.core.modes import seeded
-from libmoe_nb.data.conversations import ConversationData, Sample, plain_template, read_conversations
+from libmoe_nb.data.conversations import ConversationData, Sample, read_conversations
+from libmoe_nb.data.templates import plain_template
 from libmoe_nb.data.scenes import Scene, scene_words, write_scenes
 from libmoe_nb.models.upcycling import upcycle
 

@@ -8,7 +8,7 @@ from transformers import (AutoConfig, AutoModelForImageTextToText, CLIPVisionCon
                           SiglipVisionConfig, Trainer,
                           TrainingArguments)
 from libmoe_nb.analysis.tracing import record_routing
-from libmoe_nb.data.conversations import plain_template
+from libmoe_nb.data.templates import plain_template
 from libmoe_nb.models.loading import load_model
 from libmoe_nb.models.lora import add_lora
 from libmoe_nb.models.scales import (ScaledLlavaConfig, ScaledLlavaForConditionalGeneration, crops, pixel_side)
