@@ -6,6 +6,12 @@ import pytest
 # other
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')
 
+# the files that take longest: begun first, so that no worker waits long for the other one at the end
+LONG = 'test_upcycling.py test_causal.py'.split()
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 def write_texts(folder):
     "A user's folder: two subfolders of .txt files"
     for d in ('tales', 'notes'):

@@ -26,11 +26,12 @@ def _run(code, argv, env, cwd, ends):
         os.dup2(os.open(end, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if isinstance(end, str) else end.fileno(), fd)
     encoding = env.get('PYTHONIOENCODING', 'utf-8')
     sys.stdin = open(0, encoding=encoding, closefd=False)
-    sys.stdout, sys.stderr = (open(fd, 'w', encoding=encoding, buffering=1, closefd=False) for fd in (1, 2))
+    sys.stdout, sys.stderr = (open(fd, 'w', encoding=encoding, errors=errors, buffering=1, closefd=False)
+                              for fd, errors in ((1, 'strict'), (2, 'backslashreplace')))
     sys.argv = ['-c', *argv]
     exec(compile(code, '<code>', 'exec'), dict(__name__='__main__'))
 
-def _ready():
+def ready():
     "The process to fork from runs, with `-W ignore`"
     before = os.environ.get('PYTHONWARNINGS')
     os.environ['PYTHONWARNINGS'] = 'ignore'
@@ -40,14 +41,13 @@ def _ready():
         if before is not None: os.environ['PYTHONWARNINGS'] = before
 
 class Forked:
-    "As much of `subprocess.Popen` as tests need, for `python -W ignore -c code args`."
-    def __init__(self, code, *args, env=None, cwd=None):
+    "As much of `subprocess.Popen` as tests need, for `python -W ignore -c code args`"
+    def __init__(self, code, *args, env=None, cwd=None, ends=None):
         self.folder = tempfile.TemporaryDirectory()
         self.files = [Path(self.folder.name, n) for n in ('out', 'err')]
-        self.start(code, args, env, cwd, dict(zip((1, 2), map(str, self.files))))
-    def start(self, code, args, env, cwd, ends):
+        ends = ends or dict(zip((1, 2), map(str, self.files)))
         told = code, [*map(str, args)], dict(os.environ if env is None else env), str(cwd or Path.cwd()), ends
-        _ready()
+        ready()
         self.process = forks.Process(target=_run, args=told, daemon=True)
         self.process.start()
         self.pid = self.process.pid
@@ -65,12 +65,21 @@ class Forked:
 
 class Piped(Forked):
     "A process whose input and output are pipes, `stdin` and `stdout`; what it says to stderr goes where ours goes"
-    def __init__(self, code, *args, env=None, cwd=None):
+    def __init__(self, code, *args, **kwargs):
         (theirs, to), (frm, out) = forks.Pipe(duplex=False), forks.Pipe(duplex=False)
-        self.start(code, args, env, cwd, {0: theirs, 1: out})
-        for end in theirs, out: end.close()
+        super().__init__(code, *args, **kwargs, ends={0: theirs, 1: out})
         self.stdin, self.stdout = (os.fdopen(os.dup(end.fileno()), mode) for end, mode in ((to, 'wb'), (frm, 'rb')))
-        for end in to, frm: end.close()
+        for end in theirs, out, to, frm: end.close()
+    def communicate(self, timeout=300):
+        out = self.stdout.read().decode()
+        self.wait(timeout)
+        return out, ''
+
+def run_unheard(code, *args, timeout=300, **kwargs):
+    "The exit code of a process whose output and errors go to a pipe that nobody reads"
+    theirs, ours = forks.Pipe(duplex=False)
+    theirs.close()
+    return Forked(code, *args, **kwargs, ends={1: ours, 2: ours}).wait(timeout)
 
 def run_forked(code, *args, timeout=300, **kwargs):
     "As `subprocess.run`, with what it said as text"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest, torch
 from transformers import Trainer, TrainingArguments
 from fastai.basics import OptimWrapper
+from processes import run_ranks
 from libmoe_nb.training.distributed import *
 from libmoe_nb.training.learner import moe_learner
 from libmoe_nb.models.causal import from_scratch
