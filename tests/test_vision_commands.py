@@ -1,6 +1,6 @@
 "`libmoe vlm` and `libmoe ask`, with scenes and with folders of real classes."
-import json, os
-from pathlib import Path
+import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -73,7 +73,9 @@ def test_mistakes_in_a_question(real, tmp_path):
     assert '--max-new-tokens must be at least 1' in libmoe('ask', picture, 'what ?', '--model', real, '--max-new-tokens', 0, code=2)
 
 def test_tables_of_80_columns(tmp_path, monkeypatch):
+    from libmoe_nb.training.stages import vision_presets
     monkeypatch.setenv('COLUMNS', '80')
+    monkeypatch.setitem(vision_presets, 'tiny-vlm', replace(vision_presets['tiny-vlm'], scenes=16, test_scenes=6))
     out = libmoe('vlm', 'compare', '--recipes', 'smoe', '--preset', 'tiny-vlm', '--steps', 2, '--out', tmp_path, '--jobs', 1)
     assert 'question only' in out and 'accuracy by subtask' in out
     assert max(len(l.rstrip()) for l in out.splitlines() if 'model:' not in l and 'ask it' not in l and 'Not shown' not in l) <= 80

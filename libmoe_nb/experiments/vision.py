@@ -10,26 +10,29 @@ __all__ = ['VisionPlan', 'vision_plan', 'vision_recipes', 'estimated_seconds', '
            'VisionComparison']
 
 # %% ../../nbs/experiments/vision.ipynb #9cf1c7fa
-import os, pandas as pd, time, torch, warnings
+import os, pandas as pd, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.errors import check
 from ..core.files import check_writable, jsonable, locked_folder, read_json, write_atomic, write_json
 from ..core.machine import find_device, use_threads
+from ..core.modes import seeded
 from ..core.settings import read_setting, seed_list
 from ..core.words import format_duration
 from ..data.conversations import read_conversations
-from ..data.scenes import scene_words, write_scenes
+from ..data.scenes import subtasks, write_scenes
 from ..evaluation.answers import answer_questions, read_answers, single_questions, write_answers
 from .jobs import Task, share_cores, side_by_side, values_of
 from .vision_report import VisionResults, write_vision_report
 from .vision_stages import (after, data_of, fitting_stage, scene_data, shared_stages, stage_config,
-                                                 stage_folder, stage_name, train_stage)
-from ..models.asking import load_vision_language, small_processor
-from ..models.vision import llava_from_scratch, vision_size
+                                                 stage_folder, stage_learner, stage_model, stage_name, stage_samples,
+                                                 train_stage)
+from ..models.asking import ask_all, load_vision_language
+from ..models.vision import vision_size
 from ..moe.config import check_recipe, own_recipes
 from ..plots.style import recipe_title
+from ..training.checkpoints import StepReporter
 from ..training.stages import VisionPreset, get_vision_preset
 
 # %% ../../nbs/experiments/vision.ipynb #144e6898
@@ -75,13 +78,9 @@ def vision_plan(
     preset, recipes = get_vision_preset(preset), vision_recipes(recipes, dense)
     check_writable(Path(out))
     how = dict(bf16=read_setting('bf16', bf16), device=find_device(device).type)
-    steps = None if steps is None else read_setting('steps', steps)
-    shared = shared_stages(preset, start=start, data=data, steps=steps, **how)
-    last = _last_stages(preset, shared[-1], recipes, _seeds(recipes, seeds, more_seeds, more_for), data, steps, how,
-                        experts or _experts(preset), controls)
-    check(not asked or test or preset.test_scenes, 'test', test,
-          f"given for preset '{preset.name}', which has no test scenes")
-    return VisionPlan(Path(out), preset, shared, last, (test or _test_scenes(preset)) if asked else None)
+    shared, last = _planned(preset, _seeds(recipes, seeds, more_seeds, more_for), start, data, steps, how, experts,
+                            controls)
+    return VisionPlan(Path(out), preset, shared, last, _asked(preset, test) if asked else None)
 
 # %% ../../nbs/experiments/vision.ipynb #b550b195
 def vision_recipes(
@@ -105,40 +104,69 @@ def _experts(preset):
     size = vision_size(preset.size)
     return dict(num_experts=size.num_experts, top_k=size.top_k)
 
-def _test_scenes(preset): return scene_data(preset.test_scenes, vision_size(preset.size).image_size, preset.questions)
-
-def _last_stages(preset, before, recipes, pairs, data, steps, how, experts, controls):
-    stage = preset.stages[-1]
+def _planned(preset, pairs, start, data, steps, how, experts, controls):
+    "Configurations of the shared stages and of the last ones"
+    if steps is not None: steps = read_setting('steps', steps)
+    shared, stage = shared_stages(preset, start=start, data=data, steps=steps, **how), preset.stages[-1]
     d = data_of(preset, stage, data)
-    make = lambda **kw: stage_config(fitting_stage(stage, d, steps), after(before), d, experts=experts, **how | kw)
-    return ([make(recipe=r, seed=s) for r, s in pairs] + [make(recipe='dense', seed=0, images=False)] * bool(controls))
+    make = lambda **kw: stage_config(fitting_stage(stage, d, steps), after(shared[-1]), d,
+                                     experts=experts or _experts(preset), **how | kw)
+    return shared, [*(make(recipe=r, seed=s) for r, s in pairs),
+                    *[make(recipe='dense', seed=0, images=False)] * bool(controls)]
+
+def _asked(preset, test):
+    check(test or preset.test_scenes, 'test', test, f"given for preset '{preset.name}', which has no test scenes")
+    return test or scene_data(preset.test_scenes, vision_size(preset.size).image_size, preset.questions)
 
 # %% ../../nbs/experiments/vision.ipynb #ed6fa9fe
 def estimated_seconds(
     plan:VisionPlan,
     jobs:int=1,      # stages at once, of the last ones
 )->float:            # None where the model is not of the preset's size
-    "About how long the rest of a plan takes."
+    "About how long the rest of a plan takes, by three steps of each kind of stage on this machine, and one answer."
     if 'size' not in plan.shared[0]['start']: return None
-    todo = [c for c in plan.stages if not plan.finished(c)]
-    if not todo: return 0.
-    step = _seconds_a_step(plan.preset)
-    cost = lambda c: c['stage']['steps'] * step * (1.35 if c.get('experts') else 1.)
-    shared, last = (sum(cost(c) for c in part if c in todo) for part in (plan.shared, plan.last))
-    return shared + last / jobs
+    trained = lambda c: (plan.folder(c)/'result.json').exists()
+    kind = lambda c: (c['stage']['name'], bool(c.get('experts')), c.get('images', True))
+    step, res = {}, {True: 0., False: 0.}
+    for c in plan.stages:
+        if trained(c): continue
+        if kind(c) not in step: step[kind(c)] = _seconds_a_step(plan, c)
+        res[c in plan.shared] += step[kind(c)] * c['stage']['steps']
+    asked = sum(3 if c.get('images', True) else 1 for c in plan.last if not plan.is_answered(c))
+    answer = _seconds_an_answer(plan) * _question_count(plan) if asked else 0.
+    return res[True] + (res[False] + asked * answer) / jobs
 
-def _seconds_a_step(preset):
-    "Of the last stage, dense"
-    size, stage = vision_size(preset.size), preset.stages[-1]
-    tokenizer = small_processor(scene_words(), size.image_size, size.patch_size).tokenizer
-    model, n = llava_from_scratch(size, tokenizer, seed=0).train(), size.image_tokens
-    ids = torch.full((stage.batch_size, n + 64), 7)
-    ids[:, :n] = model.config.image_token_id
-    pixels = torch.zeros(stage.batch_size, 3, size.image_size, size.image_size)
-    for _ in range(2):
-        start = time.perf_counter()
-        model(input_ids=ids, pixel_values=pixels, labels=ids, use_cache=False).loss.backward()
-    return time.perf_counter() - start
+# %% ../../nbs/experiments/vision.ipynb #b1d0e5a1
+def _probe(plan, config, n):
+    "A stage as it begins, of three steps and n scenes"
+    size = vision_size(plan.preset.size)
+    stage = dict(config['stage'], steps=3, warmup_steps=0)
+    data = dict(scenes=n, image_size=size.image_size, questions=plan.preset.questions or 5, seed=0)
+    config = dict(config, stage=stage, data=data, start=plan.shared[0]['start'])
+    with seeded(0, everything=True): return config, *stage_model(plan.root, config)
+
+def _seconds_a_step(plan, config):
+    "The faster one of two, behind a first one"
+    config, model, processor = _probe(plan, config, config['stage']['batch_size'])
+    times = []
+    cbs = StepReporter(lambda **facts: times.append(time.perf_counter()))
+    with seeded(0, everything=True):
+        learn = stage_learner(config, model, processor, cbs=cbs)[1]
+        with learn.no_bar(), learn.no_logging(): learn.fit_cosine()
+    return min(b - a for a, b in zip(times, times[1:]))
+
+# %% ../../nbs/experiments/vision.ipynb #b1d0e5a2
+def _question_count(plan):
+    n = plan.test['samples'] if 'file' in plan.test else plan.test['scenes'] * plan.test['questions']
+    return min(n, plan.per_subtask * len(subtasks))
+
+def _seconds_an_answer(plan, n=16):
+    "Of a model that knows nothing, which stops later than one that does"
+    config, model, processor = _probe(plan, plan.last[0], n)
+    samples = [q for s in stage_samples(config['data'], 'questions', split='test')[0] for q in single_questions([s])][:n]
+    start = time.perf_counter()
+    ask_all(model.to(config['device']), processor, samples, batch_size=n, max_new_tokens=8)
+    return (time.perf_counter() - start) / len(samples)
 
 # %% ../../nbs/experiments/vision.ipynb #e66bde4c
 def train_and_answer(

@@ -18,7 +18,7 @@ from itertools import islice
 from types import SimpleNamespace
 from torch import nn, Tensor
 from ..core.errors import check, did_you_mean
-from ..core.modes import unwrap
+from ..core.modes import seeded, unwrap
 from ..core.ranks import sum_over_ranks
 from ..core.words import join_some
 from ..data.conversations import image_token
@@ -324,7 +324,7 @@ def vision_learner(
     longest = max(len(e['input_ids']) for e in data.encoded)
     check(longest <= stage.sequence_length, 'sequence_length of the stage', stage.sequence_length,
           f'at least that of the longest sample, {longest}')
-    if pairs: model = ContrastiveModel(model)
+    with seeded(seed): model = ContrastiveModel(model) if pairs else model
     train_only(model, stage.train)
     kind, cbs = PairData if pairs else StageData, [TrainsOnly(stage.train), *_listed(kwargs.pop('cbs', None))]
     told = dict(loss_func=pair_loss) if pairs else {}
