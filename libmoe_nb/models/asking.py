@@ -182,8 +182,21 @@ def _room(model): return getattr(model.config.get_text_config(), 'max_position_e
 
 # %% ../../nbs/models/asking.ipynb #bf4897c1
 def _pictures(s, seen):
-    try: return [seen(read_image(f)) for f in s.images]
-    except BadImage as e: raise BadImage(f'sample {s.id!r} cannot be asked: {e}') from None
+    try: return [_seen(seen, read_image(f)) for f in s.images]
+    except BadImage as e: raise BadImage(f'sample {s.id!r} cannot be asked: {e}', e.kind) from None
+
+def _seen(seen, im):
+    try: return seen(im)
+    except Exception as e:
+        raise BadImage(f'its image of {im.width} x {im.height} pixels is refused by the image processor '
+                       f'({first_line(e, 200)})', 'is refused by the image processor') from None
+
+def _left(s, seen, left_out):
+    "The images of a sample, or None if they cannot be used, which is noted where it may be"
+    try: return _pictures(s, seen)
+    except BadImage as e:
+        if left_out is None: raise
+        left_out.add(s.id, f'an image {e.kind}')
 
 def _batch(model, processor, ids, images):
     "Model inputs, padded on the left"
@@ -201,8 +214,10 @@ def _naming(names):
     except Exception as e: raise RuntimeError(f'no answer to {join_some(names, 3)}: {first_line(e, 200)}') from e
 
 # %% ../../nbs/models/asking.ipynb #36311ed1
-def _answers(model, processor, batch, ends, **kwargs):
-    "What a model says to a batch; it never says the mark of an image, behind which there would be none"
+def _answers(model, processor, asked, images, ends, **kwargs):
+    "What a model says to some questions; it never says the mark of an image, behind which there would be none"
+    if not asked: return []
+    batch = _batch(model, processor, asked, images)
     start = batch['input_ids'].shape[1]
     greedy = {} if kwargs.get('do_sample') else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
     never = dict(suppress_tokens=[image_token(processor.tokenizer)])
@@ -216,24 +231,25 @@ def ask_all(
     model,
     processor,
     samples,              # list of `Sample`; the last answer of each is asked for
-    batch_size:int=16,
-    max_new_tokens:int=32,
+    batch_size:int=16, max_new_tokens:int=32,
     images:str='own',     # or 'shuffled', 'blank', 'none': see `with_images`
     seed:int=0,           # of the order of shuffled images
     pad:bool=True,        # see `image_tensor`
     progress=None,        # called with the number of answers so far, after each batch
+    left_out=None,        # a `LeftOut`: gets samples whose images cannot be used; None: they are errors
     **kwargs,             # for `generate`; greedy by default
-)->list:                  # of text, in the order of the samples
+)->list:                  # of text, in the order of the samples; None for what was left out
     "The answer to each question, the same in any batch."
     samples, seen, places = with_images(samples, images, seed), image_tensor(processor, pad), image_places(model)
     asked, ends = [_asked(model, processor, s, places, max_new_tokens) for s in samples], end_tokens(model, processor)
     order, res = sorted(range(len(samples)), key=lambda i: len(asked[i])), [None] * len(samples)
     with evaluating(model):
         for some in (order[k:k + batch_size] for k in range(0, len(order), batch_size)):
-            inputs = _batch(model, processor, [asked[i] for i in some], [_pictures(samples[i], seen) for i in some])
-            with _naming([samples[i].id for i in some]):
-                said = _answers(model, processor, inputs, ends, max_new_tokens=max_new_tokens, **kwargs)
-            for i, a in zip(some, said): res[i] = a
+            images = {i: x for i in some if (x := _left(samples[i], seen, left_out)) is not None}
+            with _naming([samples[i].id for i in images]):
+                said = _answers(model, processor, [asked[i] for i in images], [*images.values()], ends,
+                                max_new_tokens=max_new_tokens, **kwargs)
+            for i, a in zip(images, said): res[i] = a
             if progress: progress(sum(r is not None for r in res))
     return res
 
