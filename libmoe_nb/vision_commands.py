@@ -161,7 +161,7 @@ def _compared(plan, o, jobs):
     with VisionProgress() as progress: res = compare_plan(plan, jobs, o.threads, progress)
     rows = plan.table(plan.last)
     answer(o.as_json, lambda: (res.to_dict() if res else {}) | dict(stages=rows, out=str(plan.root)),
-           lambda: [*(vision_tables(res) if res else []), '', *_models(rows if len(rows) == 1 else rows[-1:])])
+           lambda: [*(vision_tables(res) if res else []), '', *_models(rows[:1])])
 
 # %% ../nbs/vision_commands.ipynb #0321d11a
 @vlm.command()
