@@ -11,17 +11,19 @@ __all__ = ['VisionPlan', 'vision_plan', 'vision_recipes', 'estimated_seconds', '
 
 # %% ../../nbs/experiments/vision.ipynb #9cf1c7fa
 import os, pandas as pd, time, warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.errors import check
-from ..core.files import check_writable, jsonable, locked_folder, read_json, write_atomic, write_json
+from ..core.files import (check_writable, jsonable, locked_folder, make_folder, read_json, write_atomic,
+                                  write_json)
 from ..core.machine import find_device, use_threads
 from ..core.modes import seeded
 from ..core.settings import read_setting, seed_list
 from ..core.words import format_duration
 from ..data.conversations import read_conversations
 from ..data.scenes import subtasks, write_scenes
+from ..data.vision import easy_vqa
 from ..evaluation.answers import answer_questions, read_answers, single_questions, write_answers
 from .jobs import Task, share_cores, side_by_side, values_of
 from .vision_report import VisionResults, write_vision_report
@@ -197,19 +199,27 @@ def test_questions(
     per_subtask:int=200, # at most
 )->list:               # of `Sample`
     "The questions of a comparison; the pictures of test scenes are in the folder `test`."
+    if 'set' in test: return _at_most(single_questions(_spaced(easy_vqa('test'))), per_subtask)
     where = (test['file'], test['images']) if 'file' in test else (Path(root)/'test'/'conversations.json', None)
+    return _at_most(single_questions(read_conversations(*where)[0]), per_subtask)
+
+def _at_most(questions, per_subtask):
     seen, res = {}, []
-    for q in single_questions(read_conversations(*where)[0]):
+    for q in questions:
         s = q.tags['subtask']
         seen[s] = seen.get(s, 0) + 1
         if seen[s] <= per_subtask: res.append(q)
     return res
 
-def _pictures(root, test): return Path(test['images'] if 'file' in test else Path(root)/'test'/'images')
+def _spaced(samples): return [replace(s, turns=tuple((r, t.replace('?', ' ?')) for r, t in s.turns)) for s in samples]
+
+def _pictures(root, test):
+    if 'set' in test: return easy_vqa('test')[0].images[0].parent
+    return Path(test['images'] if 'file' in test else Path(root)/'test'/'images')
 
 def _write_test(plan):
     folder = plan.root/'test'
-    if plan.test is None or 'file' in plan.test or (folder/'conversations.json').exists(): return
+    if plan.test is None or {'file', 'set'} & {*plan.test} or (folder/'conversations.json').exists(): return
     t = plan.test
     write_scenes(folder, t['scenes'], 'test', 'questions', t['seed'], t['image_size'])
 
@@ -258,7 +268,8 @@ def compare_plan(plan:VisionPlan, jobs:int=None, threads:int=None, progress=None
         tasks = [Task(stage_name(c), train_and_answer, dict(how, config=c)) for c in plan.last]
         values_of(side_by_side(tasks, jobs=jobs, threads=threads_each, progress=tell), 'last stages')
         if plan.test is None: return None
-        res = VisionComparison([plan.folder(c) for c in plan.last], plan.root,
+        make_folder(out := plan.root/plan.test.get('set', ''))
+        res = VisionComparison([plan.folder(c) for c in plan.last], out,
                                read_json(plan.folder(plan.shared[-1])/'result.json'))
         res.save()
     return res

@@ -22,6 +22,7 @@ from ..core.modes import seeded, unwrap
 from ..core.ranks import sum_over_ranks
 from ..core.words import join_some
 from ..data.conversations import image_token
+from ..models.frozen import take_features
 from ..models.towers import model_parts
 from ..moe.config import TrainingBudget
 from .batches import as_batch
@@ -326,6 +327,7 @@ def vision_learner(
           f'at least that of the longest sample, {longest}')
     with seeded(seed): model = ContrastiveModel(model) if pairs else model
     train_only(model, stage.train)
+    if getattr(data, 'features', None) is not None: take_features(model, stage.train)
     kind, cbs = PairData if pairs else StageData, [TrainsOnly(stage.train), *_listed(kwargs.pop('cbs', None))]
     told = dict(loss_func=pair_loss) if pairs else {}
     return moe_learner(model, _as_text(kind(data), kind(valid or data), stage), preset=stage, seed=seed, cbs=cbs,
