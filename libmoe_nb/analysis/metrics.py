@@ -106,6 +106,7 @@ def _best(t, l, k, units, by):
     i, U = _units(l, units)
     return _by_vocabulary(t, i, U, k), U
 
+# %% ../../nbs/analysis/metrics.ipynb #a510700e
 def _same(a, b, by):
     "Share of two tables of units that is the same: in one row, or by='slot' at one place of it"
     return (a == b).mean() if by == 'slot' else _overlap(a, b).mean() / a.shape[1]

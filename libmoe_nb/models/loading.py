@@ -158,7 +158,7 @@ def _class_names(auto, config):
     return {c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))}
 
 def _auto_class(config):
-    "The Auto class, or class, that loads a model of this configuration; one for images first, if that is what was saved"
+    "What loads a model of this configuration: the class for images first, if one of its classes was saved"
     made_by = (config.architectures or [''])[0]
     names = {a: _class_names(a, config) for a in (AutoModelForImageTextToText, AutoModelForCausalLM)}
     if named := [a for a in names if made_by in names[a]]: return named[0]
@@ -197,7 +197,8 @@ def sees_images(
     if isinstance(model, torch.nn.Module): return isinstance(getattr(model, 'config', None), LlavaConfig)
     folder, _ = model_folder(model)
     saved, _ = load_pretrained(transformers.PreTrainedConfig.get_config_dict, folder, str(model), 'model')
-    return str(saved.get('model_type')).removeprefix(f'{MoEConfig.model_type}_') in ('llava', ScaledLlavaConfig.model_type)
+    kind = str(saved.get('model_type')).removeprefix(f'{MoEConfig.model_type}_')
+    return kind in (LlavaConfig.model_type, ScaledLlavaConfig.model_type)
 
 # %% ../../nbs/models/loading.ipynb #ca05a101
 def check_causal(
