@@ -167,9 +167,12 @@ def scores(self:ImageAnalysis)->pd.DataFrame: # index: subtasks; columns: ways o
 
 # %% ../../nbs/experiments/image_analysis.ipynb #29d91929
 @patch
-def findings(self:ImageAnalysis)->list: # sentences
+def findings(self:ImageAnalysis,
+    of_parts:bool=True, # those of each part too, or only what is not in them?
+)->list:                # sentences
     "What stands out."
-    res = [f'{part_titles[p].capitalize()}. {s}' for p, a in self.parts.items() for s in (*a.findings(), *_goes_by(a))]
+    res = [f'{part_titles[p].capitalize()}. {s}' for p, a in self.parts.items()
+           for s in (*(a.findings() if of_parts else ()), *_goes_by(a))]
     if (t := self.scores()) is not None:
         means = t.drop(columns='questions').mean()
         others = ', '.join(f"{_ways.get(n, n)}: {format_number(v, 3)}" for n, v in means.iloc[1:].items())

@@ -51,7 +51,8 @@ def _numbers_html(self:ImageAnalysis):
     tables = {p: {r.metric: cell(r) for r in a.summary().itertuples()} for p, a in self.parts.items()}
     names = list(dict.fromkeys(n for t in tables.values() for n in t))
     rows = [[n, *(t.get(n, '') for t in tables.values())] for n in names]
-    return ft.Section(ft.H2('In numbers'), ft.Div(*[ft.P(f) for f in self.findings()], cls='verdict'),
+    first = [ft.P(f) for f in self.findings(of_parts=False)]
+    return ft.Section(ft.H2('In numbers'), ft.Div(*first, cls='verdict') if first else '',
                       report_table(['', *(part_titles[p] for p in tables)], rows),
                       ft.P('Means over layers; in brackets random routing. ', _notes['loss'], cls='soft'))
 
@@ -83,7 +84,7 @@ def _answers_html(self:ImageAnalysis):
     if t is None: return ''
     ways = [c for c in t if c != 'questions']
     percent = lambda v: '–' if v != v else f'{100 * v:.0f}'
-    rows = [[s, str(r.questions), *(percent(r[w]) for w in ways)] for s, r in t.iterrows()]
+    rows = [[s, str(int(r.questions)), *(percent(r[w]) for w in ways)] for s, r in t.iterrows()]
     rows.append(['mean', str(int(t.questions.sum())), *(percent(t[w].mean()) for w in ways)])
     return ft.Section(ft.H2('Answers'), ft.P(_notes['answers'].format(n=int(t.questions.sum())), cls='soft'),
                       report_table(['', 'questions', *ways], rows))
