@@ -8,13 +8,14 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/experiments/image_report.html.md"""
 __all__ = ['noted_images']
 
 # %% ../../nbs/experiments/image_report.ipynb #740daafc
-import fastcore.xml as ft, os, pandas as pd, re, shlex, shutil
+import fastcore.xml as ft, pandas as pd, re, shlex, shutil
 from fastcore.basics import patch
 from fastcore.xml import Safe
 from pathlib import Path
 from ..analysis.patches import part_titles
 from ..core.files import atomic_path, jsonable, make_folder, write_atomic, write_json
 from ..core.words import format_millions, format_number, join_words, plural
+from .analysis_report import noted_arguments
 from .image_analysis import ImageAnalysis
 from .image_probe import shown_pictures
 from ..plots.page import report_facts, report_figure, report_page, report_table
@@ -157,9 +158,9 @@ def noted_images(
     asked:dict, # arguments of `analyze`
 )->dict:
     "Arguments as text and numbers; what was an object in memory by name alone, in `live`."
-    live = [n for n in ('model', 'data', 'tokenizer') if not isinstance(asked.get(n), (str, os.PathLike, type(None)))]
-    text = lambda v: v if v is None or isinstance(v, (bool, int)) else str(v)
-    return dict({n: text(v) for n, v in asked.items() if n not in live}, live=live)
+    noted = noted_arguments(**dict(tokenizer=None) | asked)
+    if isinstance(asked['data'], (list, tuple)): noted['live'].append('data'); del noted['data']
+    return noted
 
 # argument -> flag, value without it
 _flags = dict(data=('data', None), images=('images', None), num_tokens=('tokens', 16_384), batch_size=('batch-size', 8),
