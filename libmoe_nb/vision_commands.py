@@ -72,7 +72,8 @@ def _checked(o):
     for n in filter(None, (o.tower, o.language_model)): check_model_name(n)
     check(bool(o.tower) == bool(o.language_model), '--language-model' if o.tower else '--tower',
           o.language_model if o.tower else o.tower, 'given too, where the other one is')
-    check(not o.tower or o.data and not {*known_sets} & {d.split('=')[-1] for d in o.data}, '--data', o.data, 'given where --tower is: the scenes have words of their own')
+    check(not o.tower or o.data and not {*known_sets} & {d.split('=')[-1] for d in o.data}, '--data', o.data,
+          'given where --tower is: the scenes have words of their own')
     check(o.preset != 'paper-vlm' or o.tower, '--tower', o.tower, "given for preset 'paper-vlm'")
     data, images = (_by_stage(n, v, o.preset) for n, v in (('data', o.data), ('images', o.images)))
     for f in [*data.values(), *filter(None, [o.test])]:
@@ -203,7 +204,8 @@ def import_model(
     from libmoe_nb.models.released import import_released
     found = import_released(*[None if p is None else Path(p).expanduser() for p in (folder, out, tower, tokenizer)],
                             recipe, top_k)
-    answer(as_json, lambda: found | dict(out=str(out)), lambda: [*import_tables(found), *_models([dict(model=str(out))])])
+    answer(as_json, lambda: found | dict(out=str(out)),
+           lambda: [*import_tables(found), *_models([dict(model=str(out))])])
 
 # %% ../nbs/vision_commands.ipynb #62343772
 @friendly_errors

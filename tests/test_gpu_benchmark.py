@@ -10,7 +10,8 @@ def test_gpu_script_runs_without_one(tmp_path):
     out = tmp_path/'gpu.json'
     args = ['--device', 'cpu', '--tiny', '--seconds', '.2', '--rounds', '2', '--recipes', 'smoe', 'tcmoe', '--compile',
             '--cache', tmp_path, '--json', out]
-    script, *args = subprocess.run(['bash', ROOT/'benchmarks/gpu.sh', *args], capture_output=True, text=True, check=True,
+    script, *args = subprocess.run(['bash', ROOT/'benchmarks/gpu.sh', *args], capture_output=True,
+                                   text=True, check=True,
                                    env=dict(os.environ, PYTHON='echo')).stdout.split()
     code = 'import runpy, sys; sys.path.insert(0, "benchmarks"); runpy.run_path(sys.argv.pop(1), run_name="__main__")'
     run = run_forked(code, script, *args, cwd=ROOT)

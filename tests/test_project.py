@@ -96,7 +96,8 @@ def test_modules_lie_where_their_notebooks_lie():
     for href in (href for sections, _, href in PAGES if sections[:1] == ('Library',)):
         if module_of(href): assert module_of(href).replace('.', '/') + '.ipynb' == href
 
-ONLY_IN = dict(fastai={'training', 'experiments'}, lm_eval={'evaluation.harness'}, matplotlib={'plots'}, typer={'cli', 'commands', 'vision_commands'},
+ONLY_IN = dict(fastai={'training', 'experiments'}, lm_eval={'evaluation.harness'}, matplotlib={'plots'},
+               typer={'cli', 'commands', 'vision_commands'},
                datasets={'data', 'evaluation'},
                transformers={'core.modes', 'data.text', 'models', 'analysis', 'training', 'evaluation', 'experiments',
                              'cli'})

@@ -45,7 +45,8 @@ def test_import_writes_a_model_that_answers(tmp_path, tiny):
     assert 'FOLDER must be a folder' in libmoe('vlm', 'import', tmp_path/'no', tmp_path/'c', code=2)
     assert '--tower must be a folder' in libmoe('vlm', 'import', f, tmp_path/'c', '--tower', 'siglip', code=2)
     assert "did you mean 'smoe'" in libmoe('vlm', 'import', f, tmp_path/'c', '--recipe', 'smo', code=2)
-    assert 'recipe must be sharede_v2 or sharede_v3' in libmoe('vlm', 'import', f, tmp_path/'c', '--recipe', 'smoe', code=2)
+    assert 'recipe must be sharede_v2 or sharede_v3' in libmoe('vlm', 'import', f, tmp_path/'c', '--recipe',
+                                                               'smoe', code=2)
     assert not (tmp_path/'c').exists()
 
 def test_imported_specs_train_on_with_the_released_losses(tmp_path):
@@ -55,7 +56,8 @@ def test_imported_specs_train_on_with_the_released_losses(tmp_path):
         assert {s.released_losses for s in m.config.specs.values()} == {'vision'}
         ids = torch.tensor([[1, 4, 4, 4, 4, 7, 8, 9]])
         side = m.config.vision_config.image_size * max(getattr(m.config, 'image_scales', (1,)))
-        loss = m.train()(input_ids=ids, pixel_values=torch.zeros(1, 3, side // max(m.config.image_scales), side // max(m.config.image_scales)), labels=ids).loss
+        loss = m.train()(input_ids=ids, pixel_values=torch.zeros(1, 3, side // max(m.config.image_scales),
+                                                                 side // max(m.config.image_scales)), labels=ids).loss
         loss.backward()
         assert torch.isfinite(loss)
 
@@ -75,7 +77,8 @@ def test_what_cannot_be_asked_is_left_out_by_name_and_counted(tiny):
     from libmoe_nb.data.images import BadImage
     from libmoe_nb.models.asking import ask_all
     root, model, processor = tiny
-    some = [Sample(f, (('user', '<image>\nwhat ?'),), (root/f,)) for f in ('text.png', 'scene.png', 'gone.png', 'one.png')]
+    some = [Sample(f, (('user', '<image>\nwhat ?'),), (root/f,))
+            for f in ('text.png', 'scene.png', 'gone.png', 'one.png')]
     with pytest.raises(BadImage, match="'text.png' cannot be asked"): ask_all(model, processor, some, max_new_tokens=2)
     told, left = [], LeftOut()
     for size in (1, 4):
@@ -100,7 +103,8 @@ def test_easy_vqa_is_balanced_and_joins_the_shared_stages_of_the_scenes(tmp_path
     assert len(asked) == 18 and {q.tags['group'] for q in asked} == {'open', 'yes_no'}
     assert all(w in known for q in asked for w in q.tags['question'].split())
     assert "did you mean 'easy-vqa'" in str(pytest.raises(ValueError, set_data, 'easyvqa').value)
-    assert '--data must be a file or easy-vqa' in libmoe('vlm', 'finetune', 'dense', '--data', 'easyvqa', '--out', tmp_path, code=2)
+    assert '--data must be a file or easy-vqa' in libmoe('vlm', 'finetune', 'dense', '--data', 'easyvqa', '--out',
+                                                         tmp_path, code=2)
 
 def test_new_words_leave_the_old_ones_where_they_were(tiny):
     from libmoe_nb.models.asking import ask, small_processor, with_words
@@ -126,12 +130,15 @@ def test_a_learner_reads_features_and_the_tower_does_not_run(tiny, tmp_path):
     root, model, p = tiny
     samples = [as_sample(dict(conversation(s, f'{i}', 'caption'), image=Image.fromarray(s.pixels(32))))
                for i in range(12) for s in [Scene.draw(i)]]
-    stage = Stage(name='pt', train=('projector',), data='captions', sequence_length=256, batch_size=4, steps=4, learning_rate=1e-3)
+    stage = Stage(name='pt', train=('projector',), data='captions', sequence_length=256, batch_size=4, steps=4,
+                  learning_rate=1e-3)
     ended, ran = {}, Counter()
     for kind in ('pixels', 'features'):
         m = copy.deepcopy(model)
         made = lambda: feature_cache(m, p, tmp_path/'kept') if kind == 'features' else None
-        if kind == 'features': list(zip(range(3), ConversationData(samples, p.tokenizer, image_tensor(p), image_places(m), features=made()).batches(4)))
+        if kind == 'features':
+            list(zip(range(3), ConversationData(samples, p.tokenizer, image_tensor(p), image_places(m),
+                                                features=made()).batches(4)))
         data = ConversationData(samples, p.tokenizer, image_tensor(p), image_places(m), features=made())
         model_parts(m)['tower'].register_forward_hook(lambda *_: ran.update([kind]))
         learn = vision_learner(m, data, stage)
@@ -140,4 +147,5 @@ def test_a_learner_reads_features_and_the_tower_does_not_run(tiny, tmp_path):
     assert ran['pixels'] >= 4 and ran['features'] == 0
     torch.testing.assert_close(ended['pixels'], ended['features'], rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match='without the tower where features are kept'):
-        vision_learner(m, data, Stage(name='x', train=('tower',), sequence_length=256, batch_size=4, steps=1, learning_rate=1e-3))
+        vision_learner(m, data, Stage(name='x', train=('tower',), sequence_length=256, batch_size=4, steps=1,
+                                      learning_rate=1e-3))

@@ -165,7 +165,8 @@ def read_image_traces(
 )->dict:    # 'tower', 'projector' or 'language_model' -> `Trace`
     "The traces of the parts of a model."
     found = {p: read_trace(f) for p in part_titles if (f := _file(folder, p)).is_file()}
-    check(found, 'folder', str(folder), f'one with {", ".join(_file("", p).name for p in part_titles)}, of `trace_images`')
+    check(found, 'folder', str(folder),
+          f'one with {", ".join(_file("", p).name for p in part_titles)}, of `trace_images`')
     return found
 
 # %% ../../nbs/analysis/patches.ipynb #b338a8fd
@@ -176,7 +177,8 @@ class _PartWriters:
         self.open, self.images = {}, _Images()
     def writer(self, part, found, names):
         if part not in self.open:
-            info = dict(self.about.get('info') or {}, images=self.images.names, left_out=[n for n in names if n not in found])
+            info = dict(self.about.get('info') or {}, images=self.images.names,
+                        left_out=[n for n in names if n not in found])
             recipe = self.about.get('recipe') or recipe_of(self.layers[next(iter(found))])
             self.open[part] = self.stack.enter_context(TraceWriter(
                 _file(self.folder, part), **self.about | dict(info=info, recipe=recipe)))
@@ -248,7 +250,8 @@ def patch_values(
     if isinstance(of, (int, np.integer)) and not isinstance(of, bool):
         check(0 <= of < l.num_experts, 'of', of, f'between 0 and {l.num_experts - 1}')
         return (w * (e == of)).sum(-1)
-    check(of in ('expert', 'weight', 'entropy', 'margin'), 'of', of, "'expert', 'weight', 'entropy', 'margin' or a number")
+    check(of in ('expert', 'weight', 'entropy', 'margin'), 'of', of,
+          "'expert', 'weight', 'entropy', 'margin' or a number")
     if of == 'expert': return e[:, 0].astype(float)
     if of == 'weight': return w[:, 0]
     if of == 'margin': return l.score[:, 0] - l.score[:, 1] if l.score.shape[1] > 1 else np.full(len(w), np.nan)
@@ -263,7 +266,8 @@ def _grid_places(trace):
     there = c['row'] >= 0
     h, w = (c[k][there].max(initial=0) + 1 for k in ('row', 'column'))
     s = c['scale'].clip(1)
-    return np.where(there, c['crop'] // s * h + c['row'], -1), np.where(there, c['crop'] % s * w + c['column'], -1), h, w
+    return (np.where(there, c['crop'] // s * h + c['row'], -1), np.where(there, c['crop'] % s * w + c['column'], -1), h,
+            w)
 
 # %% ../../nbs/analysis/patches.ipynb #8d79fbf7
 def expert_maps(
@@ -348,7 +352,8 @@ def _one_layer(e, c, g, image, shuffles, folds, rng):
                      if n > 1 else [[np.nan] * 2])
     error = np.sqrt((n - 1) / n * ((d := parts[:, 0] - parts[:, 1]) - d.mean())**2 @ np.ones(len(d)))
     excess = info - control
-    return dict(information=info, shuffled=control, excess=excess, low=excess - 1.96 * error, high=excess + 1.96 * error,
+    return dict(information=info, shuffled=control, excess=excess, low=excess - 1.96 * error,
+                high=excess + 1.96 * error,
                 entropy=entropy, share=excess / entropy if entropy > 0 else np.nan)
 
 # %% ../../nbs/analysis/patches.ipynb #f51434bd

@@ -165,7 +165,8 @@ def _question_count(plan):
 def _seconds_an_answer(plan, n=16):
     "Of a model that knows nothing, which stops later than one that does"
     config, model, processor = _probe(plan, plan.last[0], n)
-    samples = [q for s in stage_samples(config['data'], 'questions', split='test')[0] for q in single_questions([s])][:n]
+    samples = [q for s in stage_samples(config['data'], 'questions', split='test')[0]
+               for q in single_questions([s])][:n]
     start = time.perf_counter()
     ask_all(model.to(config['device']), processor, samples, batch_size=n, max_new_tokens=8)
     return (time.perf_counter() - start) / len(samples)

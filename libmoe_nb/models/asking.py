@@ -65,7 +65,8 @@ def with_words(
 ):             # a processor that knows them; the same one where there is nothing to add
     "Give a model of whole words further ones."
     t = processor.tokenizer
-    check(isinstance(t.backend_tokenizer.model, models.WordLevel), 'processor', type(t.backend_tokenizer.model).__name__,
+    check(isinstance(t.backend_tokenizer.model, models.WordLevel), 'processor',
+          type(t.backend_tokenizer.model).__name__,
           'of whole words, as small_processor makes it')
     new = [w for w in dict.fromkeys(words) if w not in t.get_vocab()]
     if not new: return processor

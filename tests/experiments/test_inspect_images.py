@@ -181,4 +181,5 @@ def test_bad_input(name, more, says, folders, tmp_path, monkeypatch):
 def test_images_that_cannot_be_read(folders, tmp_path):
     (tmp_path/'images').mkdir()
     shutil.copy(folders/'scenes'/'conversations.json', tmp_path)
-    refused('at least one whose images can be read', folders/'all', '--data', tmp_path/'conversations.json', '--out', tmp_path/'out')
+    refused('at least one whose images can be read', folders/'all', '--data', tmp_path/'conversations.json', '--out',
+            tmp_path/'out')

@@ -9,10 +9,10 @@ from libmoe_nb.core.files import file_digest
 from libmoe_nb.experiments import vision
 from libmoe_nb.experiments.jobs import Task, side_by_side, values_of
 from libmoe_nb.experiments.vision import vision_compare, vision_plan
-from libmoe_nb.experiments.vision_stages import (attribute_of, caption_accuracy, scene_data, shared_stages, stage_folder,
+from libmoe_nb.experiments.vision_stages import (attribute_of, caption_accuracy, shared_stages, stage_folder,
                                                  stage_model, stage_name, stage_samples, train_stage)
 from libmoe_nb.models.asking import load_vision_language
-from libmoe_nb.training.stages import VisionPreset, get_vision_preset
+from libmoe_nb.training.stages import get_vision_preset
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
 
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
 def few():
     "The tiny preset in a few steps of each stage"
     p = get_vision_preset('tiny-vlm')
-    return replace(p, scenes=24, test_scenes=6, stages=tuple(replace(s, steps=3, warmup_steps=1, batch_size=4) for s in p.stages))
+    return replace(p, scenes=24, test_scenes=6,
+                   stages=tuple(replace(s, steps=3, warmup_steps=1, batch_size=4) for s in p.stages))
 
 @pytest.fixture(scope='module')
 def compared(few, tmp_path_factory):
@@ -43,7 +44,8 @@ def test_a_comparison_from_nothing(compared):
 def test_shared_stages_are_trained_once(compared, few, monkeypatch):
     root, res = compared
     told = []
-    again = vision_compare(['smoe', 'xmoe'], few, root, jobs=1, progress=lambda event, name=None, **f: told.append((event, name, f)))
+    again = vision_compare(['smoe', 'xmoe'], few, root, jobs=1,
+                           progress=lambda event, name=None, **f: told.append((event, name, f)))
     started = [name for event, name, _ in told if event == 'start']
     assert len(started) == 1 and started[0].startswith('vit-xmoe-0-')
     assert len([f for e, _, f in told if e == 'finish' and f['reused']]) == 4 + 3
@@ -95,7 +97,8 @@ def test_killed_in_the_middle_of_a_stage_it_ends_with_the_same_bits(compared, fe
     folder = stage_folder(tmp_path, stage_name(config))
     assert not (folder/'result.json').exists() and len(list(folder.glob('checkpoints/step-*'))) == 1
     started = []
-    train_stage(tmp_path, config, progress=lambda event, name=None, **f: started.append(f.get('step')) if event == 'step' else None)
+    train_stage(tmp_path, config,
+                progress=lambda event, name=None, **f: started.append(f.get('step')) if event == 'step' else None)
     assert started == [2, 3] or started == [3]
     assert weights(tmp_path, stage_name(config)) == weights(root, stage_name(config))
 
@@ -123,7 +126,8 @@ def test_caption_accuracy_counts_each_kind_of_word(compared, few):
     assert res == caption_accuracy(model, processor, samples, batch_size=8)
 
 def test_bad_plans(few, tmp_path):
-    for kw, message in ((dict(recipes=['smo']), "did you mean 'smoe'"), (dict(preset='tiny'), "did you mean 'tiny-vlm'"),
+    for kw, message in ((dict(recipes=['smo']), "did you mean 'smoe'"),
+                        (dict(preset='tiny'), "did you mean 'tiny-vlm'"),
                         (dict(preset='paper-vlm'), "data must be given for preset 'paper-vlm'"),
                         (dict(steps=0), 'steps must be'), (dict(seeds=0), 'seeds must be')):
         with pytest.raises(ValueError, match=message): vision_plan(**dict(dict(preset=few, out=tmp_path), **kw))
@@ -133,7 +137,8 @@ def test_jobs_and_hash_seeds_and_what_ran_before_give_the_same_bits(compared, fe
     "Last stages in fresh processes with another order of sets; shared ones here, where generators have moved on"
     root, res = compared
     plan = vision_plan(['smoe'], few, tmp_path/'alone')
-    alone = [Task(f'alone {c["stage"]["name"]}', train_stage, dict(root=str(plan.root), config=c)) for c in plan.shared[:1]]
+    alone = [Task(f'alone {c["stage"]["name"]}', train_stage, dict(root=str(plan.root), config=c))
+             for c in plan.shared[:1]]
     def with_more(tasks, **kw):
         done = side_by_side([*alone, *tasks], **kw)
         values_of(done)

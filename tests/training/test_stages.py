@@ -6,9 +6,8 @@ from fastai.basics import Callback
 from processes import Forked
 from libmoe_nb.models.towers import model_parts
 from libmoe_nb.training.batches import as_batch, take_rows
-from libmoe_nb.training.learner import moe_learner
-from libmoe_nb.training.stages import (PairData, Stage, StageData, check_trained, paper_stages, part_parameters,
-                                       train_only, trained_parameters, vision_learner, vision_presets, without_gradient)
+from libmoe_nb.training.stages import (PairData, Stage, StageData, paper_stages, part_parameters,
+                                       trained_parameters, vision_learner, vision_presets, without_gradient)
 from small_vision import Given, STAGE, fit, make_data, make_model, mixed_batch
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
@@ -80,7 +79,8 @@ def test_trap_unused_last_layer(data):
     assert without_gradient(make_model().train(), batch) == []
     lost = without_gradient(behind(make_model()).train(), batch)
     assert lost and all('encoder.layers.1.' in n or 'post_layernorm' in n for n in lost)
-    assert {'encoder.layers.1', 'post_layernorm'} <= {p for n in lost for p in ('encoder.layers.1', 'post_layernorm') if p in n}
+    assert {'encoder.layers.1', 'post_layernorm'} <= {p for n in lost
+                                                      for p in ('encoder.layers.1', 'post_layernorm') if p in n}
     with pytest.raises(ValueError, match='without parameters that no loss reaches .*trim_tower.*encoder.layers.1'):
         fit(vision_learner(behind(make_model()), data, STAGE))
 
@@ -189,9 +189,11 @@ def test_trap_gradient_checkpointing_with_frozen_parts(data):
 
 def test_a_phrase_belongs_to_each_picture_whose_caption_has_it(data):
     s = data.samples[0]
-    twice = type(data)([s, dataclasses.replace(s, id='again'), data.samples[1]], data.tokenizer, data.image_tensor, 16, 128)
+    twice = type(data)([s, dataclasses.replace(s, id='again'), data.samples[1]], data.tokenizer,
+                       data.image_tensor, 16, 128)
     x, pairs = PairData.as_batch(next(PairData(twice).batches(3)))
-    said = {' '.join(data.tokenizer.convert_ids_to_tokens(i[m.bool()])) for i, m in zip(x['input_ids'], x['attention_mask'])}
+    said = {' '.join(data.tokenizer.convert_ids_to_tokens(i[m.bool()]))
+            for i, m in zip(x['input_ids'], x['attention_mask'])}
     assert said == {p for s in twice.samples for p in s.turns[1][1].removesuffix(' .').split(' . ')}
     columns = sorted(map(tuple, pairs.T.tolist()))
     assert len(set(columns)) == 2 and all(sum(v == 1 for v in row) in (1, 2, 3) for row in pairs.tolist())
@@ -214,8 +216,10 @@ def test_bfloat16(data):
 
 def test_the_papers_numbers():
     pt, pft, vit = paper_stages
-    assert [(s.learning_rate, s.batch_size, s.grad_clip) for s in paper_stages] == [(1e-3, 256, 0), (2e-6, 24, 1), (4e-6, 32, 1)]
-    assert vit.steps == 20_791 and {s.weight_decay for s in paper_stages} == {s.final_lr_fraction for s in paper_stages} == {0}
+    assert [(s.learning_rate, s.batch_size, s.grad_clip)
+            for s in paper_stages] == [(1e-3, 256, 0), (2e-6, 24, 1), (4e-6, 32, 1)]
+    assert vit.steps == 20_791 and {s.weight_decay
+                                    for s in paper_stages} == {s.final_lr_fraction for s in paper_stages} == {0}
     assert pt.train == ('projector',) and vit.experts == ('tower', 'projector') and not pft.experts
     assert all(abs(s.warmup_steps / s.steps - .03) < 1e-3 for s in paper_stages)
 
