@@ -104,6 +104,7 @@ def _by_stage(name, given, preset):
         res[stage] = path
     return res
 
+# %% ../nbs/vision_commands.ipynb #5d1dd0f7
 def _plan(o, recipes, **kwargs):
     "The `VisionPlan` that is asked for"
     data, images = _checked(o)

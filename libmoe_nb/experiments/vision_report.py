@@ -120,6 +120,7 @@ def _verdict(results):
     told = ranking_verdict(paired_test(scores, permutations=2000), names=recipe_title)
     return ft.P(told + left, cls='verdict')
 
+# %% ../../nbs/experiments/vision_report.ipynb #7a4d37b0
 def _floor(results):
     "Mean accuracy of the controls, to be drawn as lines"
     df, alone = results.answers, results.controls

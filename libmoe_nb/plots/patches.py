@@ -155,7 +155,7 @@ def plot_expert_weight(
     trace,           # of `trace_images`
     expert:int,
     layer:int=-1,
-    images=None,     # numbers of pictures; None: the twelve where it has most weight
+    images=None, # numbers of pictures; None: the twelve where it has most weight
     pictures=None,   # folder of the files, or pictures by number; None: maps alone
     scale:int=1,
     columns:int=6,
@@ -168,13 +168,12 @@ def plot_expert_weight(
     per = 2 if pictures is not None else 1                                   # the picture stands above its map
     fig, axes = _cells(per * -(-len(numbers) // columns), min(columns, len(numbers)), size)
     for ax in axes.flat: _bare(ax)
-    for k, i in enumerate(numbers):
-        row, c = divmod(k, columns)
+    for (row, c), i in zip(map(lambda k: divmod(k, columns), range(len(numbers))), numbers):
         if per == 2: axes[2 * row, c].imshow(picture_of(trace, i, pictures))
         shown = axes[per * row + per - 1, c].imshow(maps[i], cmap='Blues', norm=Normalize(0, 1))
         axes[per * row, c].set_title(f'image {i}', fontsize=8, fontweight='normal')
-    fig.colorbar(shown, ax=axes, shrink=.6, aspect=18, pad=.01,
-                 label=f'weight of expert {expert}').outline.set_visible(False)
+    bar = fig.colorbar(shown, ax=axes, shrink=.6, aspect=18, pad=.01, label=f'weight of expert {expert}')
+    bar.outline.set_visible(False)
     return fig
 
 # %% ../../nbs/plots/patches.ipynb #1f98b504
