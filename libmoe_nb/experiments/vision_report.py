@@ -105,7 +105,7 @@ def _run_means(df, condition='own'):
     by = d.groupby(['model', 'seed', 'subtask'], sort=False).right.mean().groupby(['model', 'seed'], sort=False).mean()
     return by.rename('accuracy').reset_index().rename(columns=dict(model='recipe'))
 
-# %% ../../nbs/experiments/vision_report.ipynb #b29394e2
+# %% ../../nbs/experiments/vision_report.ipynb #b1d0e5b1
 def _with_chance(scores):
     "Without subtasks of one image, of which chance cannot be told, and a sentence that names these"
     images = scores.groupby('task').doc.nunique()
@@ -120,7 +120,7 @@ def _verdict(results):
     told = ranking_verdict(paired_test(scores, permutations=2000), names=recipe_title)
     return ft.P(told + left, cls='verdict')
 
-# %% ../../nbs/experiments/vision_report.ipynb #7a4d37b0
+# %% ../../nbs/experiments/vision_report.ipynb #b29394e2
 def _floor(results):
     "Mean accuracy of the controls, to be drawn as lines"
     df, alone = results.answers, results.controls
