@@ -335,6 +335,16 @@ def by_subtask(self:VisionComparison)->pd.DataFrame: # a row a subtask; columns:
     s = self.answers[self.answers.condition == 'shuffled'].groupby(['group', 'subtask'], sort=False).right.mean()
     return res.assign(shuffled=s)
 
+# %% ../../nbs/experiments/vision.ipynb #72aa0fd7
+@patch
+def by_group(self:VisionComparison)->pd.DataFrame: # a row a model and group; columns: own, shuffled, blank, n
+    "Accuracy over the questions of a group, and over all of them, with each kind of images."
+    a = self.answers[self.answers.model != 'question_only']
+    both = pd.concat([a, a.assign(group='all')])
+    res = both.pivot_table(index=['model', 'group'], columns='condition', values='right', aggfunc='mean', sort=False)
+    n = both[both.condition == 'own'].groupby(['model', 'group'], sort=False).id.nunique()
+    return res[[c for c in ('own', 'shuffled', 'blank') if c in res]].assign(n=n)
+
 # %% ../../nbs/experiments/vision.ipynb #ac02a8c5
 @patch
 def to_dict(self:VisionComparison)->dict:
