@@ -276,7 +276,8 @@ def lines(self:RunPlan)->list:
     where = f'{s.gpus} x {s.gpu}, {s.sharding}' if s.gpus > 1 else s.gpu
     return [f'{self.name}, {self.recipe}: {n()/1e6:,.1f} M parameters, {n(active=True)/1e6:,.1f} M of them active, '
             f'on {where}, {s.precision}',
-            f'{self.steps:,} steps of {self.batch_size} samples ({self.tokens:,} tokens), {self.micro} at once on a GPU',
+            f'{self.steps:,} steps of {self.batch_size} samples ({self.tokens:,} tokens), {self.micro} at once on a '
+            f'GPU',
             self.advice(),
             f'{self.step_flops()*self.steps:.3g} operations in all: {format_duration(self.hours() * 3600)} at '
             f'{s.utilisation:.0%} of the peak.']

@@ -123,7 +123,8 @@ def ffn_keeps(m, routed=False)->dict:
     d, h = ins[0].in_features, down.in_features
     gated = len(ins) == 2 or ins[0].out_features == 2 * h
     relu = getattr(m, 'hidden_act', None) == 'relu'
-    return dict(low=(3 if gated else 1) * h, inputs=(0 if routed else d) + (0 if relu else h), copies=d if routed else (len(ins) - 1) * d)
+    return dict(low=(3 if gated else 1) * h, inputs=d * (not routed) + h * (not relu),
+                copies=d if routed else (len(ins) - 1) * d)
 
 # %% ../../nbs/paper/work.ipynb #e82b6961
 def router_keeps(layer)->int:
@@ -222,7 +223,8 @@ def _keep(at, m, ffns):
             at.keep(f'{place}zero experts', full=16 * C, copies=m.experts.hidden_size)
     elif id(m) in ffns: at.keep(**ffn_keeps(m))
     elif at.name.endswith('embedding') and isinstance(m, (nn.Embedding, nn.Conv2d)):
-        at.keep(full=8 * (isinstance(m, nn.Embedding) and at.trained), inputs=m.weight[0].numel() * isinstance(m, nn.Conv2d))
+        patches = isinstance(m, nn.Conv2d)
+        at.keep(full=8 * (at.trained and not patches), inputs=m.weight[0].numel() * patches)
     elif at.name == 'head': at.keep(inputs=m.in_features)
 
 # %% ../../nbs/paper/work.ipynb #1c3b4ac1
