@@ -235,7 +235,8 @@ def _changes(plan):
     for more in ({}, dict(checkpointing=True), dict(sharding='fsdp'), dict(sharding='fsdp', checkpointing=True)):
         for a in [s.grad_accum, *accum]: yield more | dict(grad_accum=a)
     for n in (2, 4, 8, 16, 32, 64):
-        if n > s.gpus: yield dict(gpus=n, sharding='fsdp', checkpointing=True, grad_accum=max(plan.batch_size // n, 1))
+        if n > s.gpus and plan.batch_size % n == 0:
+            yield dict(gpus=n, sharding='fsdp', checkpointing=True, grad_accum=max(plan.batch_size // n, 1))
 
 # %% ../../nbs/paper/plan.ipynb #1febc899
 @patch
