@@ -140,11 +140,12 @@ import torch; torch.set_num_threads(1)
 import small_vision as v, test_stages as t
 import torch.distributed as dist
 from libmoe_nb.training import distributed
+from libmoe_nb.training.stages import vision_learner
 from safetensors.torch import save_file
 data = v.make_data((1, 0, 2, 1, 0, 1))
 batches = [v.mixed_batch(data, rows) for rows in t.STEPS]
 model = v.make_model('smoe', ('language_model',))
-learn = v.fit(v.vision_learner(model, v.Given(data, batches), t.STAGE_OF_TWO).distribute(cpu=True))
+learn = v.fit(vision_learner(model, v.Given(data, batches), t.STAGE_OF_TWO).distribute(cpu=True))
 save_file({n: p.detach().clone().contiguous() for n, p in learn.model.named_parameters()},
           sys.argv[1] + '/' + os.environ['RANK'])
 dist.destroy_process_group()
