@@ -375,8 +375,8 @@ def scene_patches(
                  for r in range(rows))
 
 def _shape_at(scene, place):
-    if scene.things: return next((t.shape for t in scene.things if t.place == place), 'paper')
-    return 'text' if scene.text else 'bar'
+    there = next((t.shape for t in scene.things if t.place == place), None)
+    return there or ('text' if scene.text else 'bar' if scene.bars else 'paper')
 
 # %% ../../nbs/analysis/patches.ipynb #a3997f95
 def scene_of(

@@ -317,7 +317,9 @@ def test_scenes_are_known_to_the_patch():
             r, q = divmod(t.place, 3)
             cell = lambda a: {*a[2*r:2*r + 2, 2*q:2*q + 2].flat} - {'paper'}
             assert cell(shape) <= {t.shape} and cell(colour) == {t.colour}
-        if s.text: assert {*colour.flat} == {s.colour, 'paper'} and {*shape.flat} == {'text', 'paper'}
+        if s.text:
+            assert {*colour.flat} == {s.colour, 'paper', *(t.colour for t in s.things)}
+            assert {*shape.flat} == {'text', 'paper', *(t.shape for t in s.things)}
         if s.bars: assert {*colour.flat} - {'paper'} == {c for c, _ in s.bars}
     assert scene_of('a/b/test-000012.jpg') == Scene.draw(12, 'test')
 
