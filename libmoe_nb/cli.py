@@ -24,6 +24,7 @@ from .moe.config import check_recipe
 from .options import init_names, read_options, check_early, check_evaluation, check_training, upcycling_options
 from .terminal import (RunProgress, UpcyclingProgress, analysis_tables, comparison_tables, evaluation_tables,
                                 patient_streams, say, training_tables, upcycling_tables)
+from .reproduce_command import reproduce
 from .vision_commands import ask, vlm
 
 # %% ../nbs/cli.ipynb #939cb0c1
@@ -32,6 +33,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
                   help='Train, look inside and compare sparse mixture-of-experts algorithms under one budget.')
 app.add_typer(vlm, name='vlm')
 app.command(cls=_Command)(ask)
+app.command(cls=_Command)(reproduce)
 
 # %% ../nbs/cli.ipynb #bc1140d0
 _reads = 'Corpus, file, folder or Hugging Face dataset, or several with commas. Default: '
