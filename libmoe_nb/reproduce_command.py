@@ -28,10 +28,12 @@ class CampaignProgress(VisionProgress):
 # %% ../nbs/reproduce_command.ipynb #1b5b8e2a
 @friendly_errors
 def reproduce(
-    only: Annotated[Optional[str], option('Figures and tables with commas, e.g. fig2,fig14,table8 (default: all).')] = None,
-    scale: Annotated[str, option('mini (default; hours on a laptop), paper (a cluster, and --data), or tiny (seconds).')] = 'mini',
-    out: Annotated[Path, option('Folder of runs, measures and results (default: reproduction). What is finished in it is '
-                                'not repeated, what was interrupted goes on.')] = Path('reproduction'),
+    only: Annotated[Optional[str],
+                    option('Figures and tables with commas, e.g. fig2,fig14,table8 (default: all).')] = None,
+    scale: Annotated[str, option('mini (default; hours on a laptop), paper (a cluster, and --data), or tiny '
+                                 '(seconds).')] = 'mini',
+    out: Annotated[Path, option('Folder of runs, measures and results (default: reproduction). What is finished in '
+                                'it is not repeated, what was interrupted goes on.')] = Path('reproduction'),
     jobs: Annotated[Optional[int], option('Runs at once (default: as many as pay off).')] = None,
     data: Annotated[Optional[str], option('Text, as for `libmoe compare`.')] = None,
     look_in: Annotated[Optional[list[Path]], option('Folder of runs that may be finished, e.g. of `libmoe compare`; '
@@ -43,15 +45,17 @@ def reproduce(
     read_setting('jobs', jobs), read_setting('threads', threads), check_writable(out)
     for f in look_in or []: check_is_folder(f)
     if device is not None: check_device(device)
-    from libmoe_nb.paper.results import reproduce as run
+    from libmoe_nb.paper.results import reproduce as run, results_folder
     with CampaignProgress() as progress:
         table = run(only, scale, out, jobs, threads, data, look_in or (), device, train, progress)
     rows = jsonable(table.drop(columns=['newer']).to_dict('records'))
-    answer(as_json, lambda: dict(verdicts=rows, results=str(out/'results'/scale)), lambda: _shown(table, out/'results'/scale))
+    where = results_folder(out, scale, only)
+    answer(as_json, lambda: dict(verdicts=rows, results=str(where)), lambda: _shown(table, where))
 
 # %% ../nbs/reproduce_command.ipynb #d57748d0
 def _shown(table, where):
     "Verdicts as lines"
-    effect = lambda r: '' if r.seeds == 0 else f' ({r.effect:.3g} {r.unit}, {r.low:.3g} to {r.high:.3g}, {r.seeds} seeds)'
+    def effect(r):
+        return f' ({r.effect:.3g} {r.unit}, {r.low:.3g} to {r.high:.3g}, {r.seeds} seeds)' if r.seeds else ''
     lines = [f'{r.verdict:>13}  {r.figure}: {r.says}{effect(r)}' for r in table.itertuples()]
     return [*lines, '', ', '.join(f'{n} {v}' for v, n in table.verdict.value_counts().items()), f'tables: {where}']

@@ -51,7 +51,8 @@ def _language(seeds, more=(), few=(), **kw):
     "The recipes as they are, and shared experts that start from a trained model"
     g = lambda *args, **own: Group(*args, **kw | own)
     return [g('base', 'The eight language models', _base, ('dense', *sparse_recipes), seeds),
-            *([g('more seeds', 'Further seeds of the same', _base, ('dense', *sparse_recipes), more, priority=2)] * bool(more)),
+            *([g('more seeds', 'Further seeds of the same', _base, ('dense', *sparse_recipes), more, priority=2)]
+              * bool(more)),
             g('donor', 'A dense model as wide as the shared experts', ('fig3', 'fig8'), ('dense',), few[:1],
               variant='donor', settings=dict(top_k=1), minutes=4., priority=2),
             g('upcycled', 'Shared experts from the donor', ('fig3', 'fig8'), _shared, few, variant='shared_upcycled',
@@ -67,9 +68,9 @@ def _losses(seeds, stds, wide, short, **kw):
     figures = dict(no_balance=('fig16', 'fig17', 'table10'), z_loss=('table10',))
     return [*(g(n, f'SMoE, {n.replace("_", " ")}', figures[n], seeds, variant=n, settings=s, priority=2)
               for n, s in variants.items()),
-            *(g(f'init {s:g}', f'SMoE whose router starts from N(0, {s:g})', ('fig10',), seeds if s in stds else seeds[:1],
-                variant=f'init_{s:g}', settings=dict(router_init_std=s) | short, minutes=3.,
-                priority=2 if s in stds else 4) for s in sorted({*stds, *wide}))]
+            *(g(f'init {s:g}', f'SMoE whose router starts from N(0, {s:g})', ('fig10',),
+                seeds if s in stds else seeds[:1], variant=f'init_{s:g}',
+                settings=dict(router_init_std=s) | short, minutes=3., priority=2 if s in stds else 4) for s in sorted({*stds, *wide}))]
 
 # %% ../../nbs/paper/campaign.ipynb #0ba169b2
 def _questions(few, vocab_size, **kw):
@@ -117,11 +118,13 @@ scales = {s.name: s for s in [
     Scale('tiny', 'tiny', [Group('base', 'Two language models', _base, ('smoe', 'sharede_v2'), (0, 1), minutes=.1),
                            *_language((), few=(0,), minutes=.1)[1:3]],
           dict(steps=10, batch_size=2, sequence_length=64), 1024, 8, 512, 512, dict(max_bytes=150_000)),
-    Scale('mini', 'mini', [*_language((0, 1, 2), (3, 4), (0, 1, 2)), *_vision((0, 1), 'mini-vlm', minutes=6., priority=2),
+    Scale('mini', 'mini', [*_language((0, 1, 2), (3, 4), (0, 1, 2)),
+                           *_vision((0, 1), 'mini-vlm', minutes=6., priority=5),
                            *_losses((0, 1, 2), (.02, .04, .06), (.005, .2, 1.), dict(steps=1000)),
                            *_questions((0, 1), 4096), *_sizes((0, 1), _larger, (0,))],
           dict(steps=2000, batch_size=4)),
-    Scale('paper', 'paper-0.15b', [*_language((0,), (1, 2), (0,)), *_losses((0,), (.02, .04, .06), (), dict(steps=1000)),
+    Scale('paper', 'paper-0.15b', [*_language((0,), (1, 2), (0,)),
+                                   *_losses((0,), (.02, .04, .06), (), dict(steps=1000)),
                                    *_questions((0,), 8000)], traces=65_536, examples=500, probe=65_536,
           reading=dict(max_bytes=None))]}
 
@@ -164,7 +167,8 @@ def chosen_groups(
 # %% ../../nbs/paper/campaign.ipynb #199af0e0
 def claims_of(group:Group)->list: # of names
     "The claims that a group of runs is needed for."
-    return [c.name for c in claims.values() if c.regime == group.regime and {*figure_names(c.figure)} & {*group.figures}]
+    return [c.name for c in claims.values()
+            if c.regime == group.regime and {*figure_names(c.figure)} & {*group.figures}]
 
 def group_table(scale, only=None)->pd.DataFrame:
     "What is run, why, and about how long it takes."
@@ -184,8 +188,9 @@ class Campaign:
     info: dict = field(default_factory=dict)
     runs: list = field(default_factory=list)  # pairs of a `Group` and a `CampaignRun`
     vision: VisionPlan = None
-    def __repr__(self): return (f'Campaign({self.scale.name}: {len(self.groups)} groups, {len(self.runs)} language models, '
-                                f'{sum(r.finished for _, r in self.runs)} finished)')
+    def __repr__(self):
+        done = sum(r.finished for _, r in self.runs)
+        return f'Campaign({self.scale.name}: {len(self.groups)} groups, {done} of {len(self.runs)} language models finished)'
 
 # %% ../../nbs/paper/campaign.ipynb #77bd41be
 def plan_campaign(
@@ -203,7 +208,8 @@ def plan_campaign(
     c = Campaign(scale, chosen_groups(scale, only), Path(out))
     for f in look_in: check(Path(f).is_dir(), 'look_in', str(f), 'a folder')
     for g in c.groups:
-        if g.regime == 'vision': c.vision = vision_plan(list(g.recipes), g.preset, c.out/'vision', list(g.seeds), device=device)
+        if g.regime != 'vision': continue
+        c.vision = vision_plan(list(g.recipes), g.preset, c.out/'vision', list(g.seeds), device=device)
     language = [g for g in c.groups if g.regime == 'language']
     if language: _plan_language(c, language, data, [c.out/'runs', *map(Path, look_in)], device, threads, tell)
     return c

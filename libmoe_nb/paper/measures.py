@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from ..analysis.interventions import ban_experts
-from ..analysis.metrics import (co_activation, domain_specialisation, expert_allocation_entropy, expert_change_rate,
+from ..analysis.metrics import (co_activation, domain_specialisation, expert_allocation_entropy,
+                                        expert_change_rate,
                                         expert_weight_entropy, over_checkpoints, router_margin, router_saturation,
                                         selection_ratio)
 from ..analysis.model_metrics import (expert_output_similarity, expert_parameter_similarity,
@@ -28,7 +29,7 @@ from ..core.files import make_folder, write_atomic
 from ..core.modes import quiet_bars
 from ..evaluation.benchmarks import is_accuracy
 from ..evaluation.perturbations import named_interventions
-from ..evaluation.suites import Suite, make_suite
+from ..evaluation.suites import make_suite
 from ..experiments.run import run_hash
 from ..models.loading import load_model
 from .controls import CampaignRun, control_recipes, give_ids
@@ -124,7 +125,8 @@ def change_rate_defined(f):
     "The same by slot and by vocabulary entry."
     if not f.traces: return pd.DataFrame()
     slots = [dict(step=b.meta['info']['step'], value=slot_change_rate(a, b)) for a, b in zip(f.traces, f.traces[1:])]
-    return _progress(f, pd.concat([pd.DataFrame(slots).assign(by='slot'), _changes(f, 'vocabulary').assign(by='vocabulary')]))
+    entries = _changes(f, 'vocabulary').assign(by='vocabulary')
+    return _progress(f, pd.concat([pd.DataFrame(slots).assign(by='slot'), entries]))
 
 def _progress(f, df): return df.assign(progress=df.step / f.steps) if len(df) else df
 
@@ -166,7 +168,8 @@ def pairs(f):
     "Co-activation in a shallow and a deep layer at the beginning, the middle and the end (for one seed)."
     if not f.traces or f.run.config['seed'] != 0: return pd.DataFrame()
     L, chosen = len(f.traces[0].layers), [f.traces[i] for i in (1, len(f.traces) // 2, -1)]
-    frames = [co_activation(t, strongest=15, layers=[L // 4, L - 1]).assign(step=t.meta['info']['step']) for t in chosen]
+    frames = [co_activation(t, strongest=15, layers=[L // 4, L - 1]).assign(step=t.meta['info']['step'])
+              for t in chosen]
     return _value(pd.concat(frames), 'co_activation')[['step', 'layer', 'expert', 'other', 'value']]
 
 # %% ../../nbs/paper/measures.ipynb #01d791df
@@ -230,7 +233,8 @@ def output_similarity(f):
 @measure()
 def output_similarity_as_released(f):
     t, K = _similarities(f), f.traces[-1].meta['top_k'][0] if f.traces else 0
-    return _depth(t.groupby('layer').similarity.agg(lambda v: as_released(v, K)).rename('value').reset_index()) if K else t
+    if not K: return t
+    return _depth(t.groupby('layer').similarity.agg(lambda v: as_released(v, K)).rename('value').reset_index())
 
 # %% ../../nbs/paper/measures.ipynb #e6839467
 _ways = 'drop_top1', 'drop_top12', 'temperature=0.1', 'temperature=10', 'random'
@@ -288,7 +292,8 @@ def accuracy(f):
     s = s[s.metric.map(is_accuracy)].assign(value=lambda d: 100 * d.value)
     hot = s.intervention.str.startswith('temperature=')
     tau = s.intervention.str.partition('=')[2].where(hot, '1').astype(float)
-    return s.assign(tau=tau, intervention=s.intervention.where(~hot, 'none'))[['task', 'tau', 'intervention', 'value', 'n']]
+    s = s.assign(tau=tau, intervention=s.intervention.where(~hot, 'none'))
+    return s[['task', 'tau', 'intervention', 'value', 'n']]
 
 # %% ../../nbs/paper/measures.ipynb #53477532
 def measure_path(
@@ -324,5 +329,6 @@ def measures_for(
 )->list:      # of names
     "The measures that the figures of a group need."
     heavy = {'ablation': 'harm' in group.figures and seed < 3,
-             'accuracy': group.variant in ('base', 'larger', 'faithful', 'control'), 'pairs': group.variant == 'base' and seed == 0}
+             'accuracy': group.variant in ('base', 'larger', 'faithful', 'control'),
+             'pairs': group.variant == 'base' and seed == 0}
     return [n for n in measures if heavy.get(n, True)]

@@ -1,4 +1,4 @@
-"""The same tables of a vision-language model: what its experts see while it trains, and what it answers when its routing is perturbed.
+"""The same tables of a vision-language model: what its experts see, and what it answers when they change.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/paper/vision_measures.html.md"""
 
@@ -11,8 +11,8 @@ __all__ = ['ImageTraces', 'image_traces', 'measure_vision', 'keep_vision', 'visi
 import numpy as np, pandas as pd, warnings
 from itertools import islice
 from pathlib import Path
-from ..analysis.metrics import (expert_allocation_entropy, expert_change_rate, expert_weight_entropy, over_checkpoints,
-                                        router_margin, router_saturation)
+from ..analysis.metrics import (expert_allocation_entropy, expert_change_rate, expert_weight_entropy,
+                                        over_checkpoints, router_margin, router_saturation)
 from ..analysis.model_metrics import expert_output_similarity
 from ..analysis.patches import one_question_each, read_image_traces, trace_images
 from ..analysis.tracing import moe_layers, part_of
@@ -35,7 +35,8 @@ with warnings.catch_warnings():
 def _probe(test, model, processor, scenes):
     "Conversations about some of the test scenes, a question each"
     samples = stage_samples(dict(test, scenes=scenes), 'questions', split='test')[0]
-    return ConversationData(one_question_each(samples), processor.tokenizer, image_tensor(processor), image_places(model))
+    return ConversationData(one_question_each(samples), processor.tokenizer, image_tensor(processor),
+                            image_places(model))
 
 class ImageTraces(Callback):
     "Writes what routers choose on pictures, at the steps `at` of training."
@@ -58,7 +59,8 @@ def image_traces(
     if not moe_layers(model) or 'scenes' not in config['data'] or not config.get('images', True): return []
     steps, data = config['stage']['steps'], _probe(config['data'], model, processor, 24)
     make_folder(Path(folder)/'traces')
-    return [ImageTraces(data, Path(folder)/'traces', [round(steps * f) for f in (.05, .1, .15, .2, .3, .45, .6, .8, 1)])]
+    at = [round(steps * f) for f in (.05, .1, .15, .2, .3, .45, .6, .8, 1)]
+    return [ImageTraces(data, Path(folder)/'traces', at)]
 
 # %% ../../nbs/paper/vision_measures.ipynb #718b56b3
 def _traces(folder): return [read_image_traces(p)['tower'] for p in sorted((Path(folder)/'traces').glob('step-*'))]
@@ -69,8 +71,8 @@ def _stability(traces, steps):
     change = over_checkpoints(traces, expert_change_rate, 'previous').rename(columns=dict(change_rate='value'))
     slots = pd.DataFrame([dict(step=b.meta['info']['step'], value=slot_change_rate(a, b), by='slot')
                           for a, b in zip(traces, traces[1:])])
-    s = over_checkpoints(traces, router_saturation, 'last').groupby(['step', 'k']).saturation.mean().rename('value').reset_index()
-    s = s.assign(k=np.where(s.k == 1, 'first', 'all'))
+    s = over_checkpoints(traces, router_saturation, 'last').groupby(['step', 'k']).saturation.mean()
+    s = s.rename('value').reset_index().assign(k=lambda d: np.where(d.k == 1, 'first', 'all'))
     return {n: t.assign(progress=t.step / steps) for n, t in dict(change_rate=change[['step', 'value']], saturation=s,
                                                                   change_rate_defined=slots).items()}
 
@@ -88,7 +90,8 @@ def _depth(t): return t.assign(depth=(t.layer / max(t.layer.max(), 1)).round(4))
 def _similarity(model, data):
     "output_similarity, and the number that the released code makes of it"
     names = [n for n in moe_layers(model) if part_of(n) == 'tower']
-    batches = [{k: v for k, v in b.items() if k not in ('labels', 'num_images')} for b in islice(StageData(data).epoch(16), 8)]
+    batches = [{k: v for k, v in b.items() if k not in ('labels', 'num_images')}
+               for b in islice(StageData(data).epoch(16), 8)]
     t = pd.concat([expert_output_similarity(model, [b], layers=names) for b in batches])
     K = next(iter(moe_layers(model).values())).router.top_k
     g = t.groupby('layer').similarity
