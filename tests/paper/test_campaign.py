@@ -65,7 +65,7 @@ def test_evidence_has_the_columns_that_claims_read(made):
 def test_verdicts_follow_from_the_files(made):
     out, told = made
     chosen = [claims[n] for n in told.claim]
-    again = verdict_table(read_resultsresults_folder(out, 'tiny', 'table10'), chosen)
+    again = verdict_table(read_results(results_folder(out, 'tiny', 'table10')), chosen)
     assert again.verdict.tolist() == told.verdict.tolist() and 'not run' in {*told.verdict}
 
 def test_runs_json_says_what_made_it(made):
