@@ -117,7 +117,7 @@ _larger = dict(hidden_size=192, num_attention_heads=6, moe_intermediate_size=96)
 scales = {s.name: s for s in [
     Scale('tiny', 'tiny', [Group('base', 'Two language models', _base, ('smoe', 'sharede_v2'), (0, 1), minutes=.1),
                            *_language((), few=(0,), minutes=.1)[1:3]],
-          dict(steps=10, batch_size=2, sequence_length=64), 1024, 8, 512, 512, dict(max_bytes=150_000)),
+          dict(steps=10, batch_size=2, sequence_length=64), 1024, 2, 512, 512, dict(max_bytes=150_000)),
     Scale('mini', 'mini', [*_language((0, 1, 2), (3, 4), (0, 1, 2)),
                            *_vision((0, 1), 'mini-vlm', minutes=6., priority=5),
                            *_losses((0, 1, 2), (.02, .04, .06), (.005, .2, 1.), dict(steps=1000)),

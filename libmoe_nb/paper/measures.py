@@ -282,9 +282,9 @@ def _of_each_expert(i, l):
 # %% ../../nbs/paper/measures.ipynb #fe478280
 @measure()
 def accuracy(f):
-    "Accuracy in points of each task, as it is and under interventions."
+    "Accuracy in points of each task, as it is and at other temperatures; for one seed also with the best replaced."
     from libmoe_nb.evaluation.harness import evaluate
-    ways = list(_ways[:4]) if f.traces else None
+    ways = list(_ways[:4] if f.run.config['seed'] == 0 else _ways[2:4]) if f.traces else None
     with quiet_bars():
         e = evaluate(f.model, f.suite, tokenizer=f.run.data.tokenizer, intervention=ways, progress=False,
                      log_samples=False)
