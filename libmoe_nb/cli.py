@@ -25,6 +25,7 @@ from .options import init_names, read_options, check_early, check_evaluation, ch
 from .terminal import (RunProgress, UpcyclingProgress, analysis_tables, comparison_tables, evaluation_tables,
                                 patient_streams, say, training_tables, upcycling_tables)
 from .plan_command import plan
+from .reproduce_command import reproduce
 from .vision_commands import ask, vlm
 
 # %% ../nbs/cli.ipynb #939cb0c1
@@ -34,6 +35,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.add_typer(vlm, name='vlm')
 app.command(cls=_Command)(ask)
 app.command()(plan)
+app.command(cls=_Command)(reproduce)
 
 # %% ../nbs/cli.ipynb #bc1140d0
 _reads = 'Corpus, file, folder or Hugging Face dataset, or several with commas. Default: '

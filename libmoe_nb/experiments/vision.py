@@ -255,7 +255,8 @@ def vision_compare(
     return compare_plan(plan, jobs, threads, progress, checkpoint_seconds)
 
 # %% ../../nbs/experiments/vision.ipynb #8481f276
-def compare_plan(plan:VisionPlan, jobs:int=None, threads:int=None, progress=None, checkpoint_seconds:float=60):
+def compare_plan(plan:VisionPlan, jobs:int=None, threads:int=None, progress=None, checkpoint_seconds:float=60,
+                 watch=None): # what watches the last stages, see `train_stage`
     "`vision_compare` of a plan; None where nothing is asked."
     tell = progress or print_vision
     todo = [c for c in plan.last if not plan.finished(c)]
@@ -265,7 +266,7 @@ def compare_plan(plan:VisionPlan, jobs:int=None, threads:int=None, progress=None
         _write_test(plan)
         pretrain_shared(plan, tell, threads, checkpoint_seconds)
         how = dict(root=str(plan.root), test=plan.test, per_subtask=plan.per_subtask,
-                   checkpoint_seconds=checkpoint_seconds)
+                   checkpoint_seconds=checkpoint_seconds, **dict(watch=watch) if watch else {})
         tasks = [Task(stage_name(c), train_and_answer, dict(how, config=c)) for c in plan.last]
         values_of(side_by_side(tasks, jobs=jobs, threads=threads_each, progress=tell), 'last stages')
         if plan.test is None: return None

@@ -216,6 +216,7 @@ def train_stage(
     *, progress=None,   # told what happens, as `progress(event, name, **facts)`
     checkpoint_seconds:float=60,
     grad_accum:int=1,   # parts of a step; changes no result but by rounding
+    watch=None,         # function of folder, configuration, model and processor to further callbacks
 )->dict:                # the result
     "Train a stage, or go on, or read its result."
     name, tell = stage_name(config), progress or (lambda event, name=None, **facts: None)
@@ -226,15 +227,16 @@ def train_stage(
             claim_folder(folder, config, {})
             tell('start', name, recipe=config.get('recipe', config['stage']['name']), seed=config['seed'],
                  steps=config['stage']['steps'])
-            result = _trained(root, folder, config, tell, checkpoint_seconds, grad_accum)
+            result = _trained(root, folder, config, tell, checkpoint_seconds, grad_accum, watch)
     tell('finish', name, result=result, reused=reused)
     return result
 
 # %% ../../nbs/experiments/vision_stages.ipynb #b58d2249
-def _trained(root, folder, config, tell, seconds, grad_accum):
+def _trained(root, folder, config, tell, seconds, grad_accum, watch):
     model, processor = stage_model(root, config)
-    data, learn = stage_learner(config, model, processor, grad_accum=grad_accum, cbs=training_callbacks(
-        folder, config['stage']['steps'], partial(tell, 'step', folder.name), seconds, at_end=False))
+    more = watch(folder, config, model, processor) if watch else []
+    data, learn = stage_learner(config, model, processor, grad_accum=grad_accum, cbs=[*more, *training_callbacks(
+        folder, config['stage']['steps'], partial(tell, 'step', folder.name), seconds, at_end=False)])
     train_to_end(learn, folder)
     check(not learn.diverged, 'the loss', f'not finite at step {learn.diverged}', 'finite: lower the learning rate')
     model = model.cpu()
