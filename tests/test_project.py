@@ -96,11 +96,12 @@ def test_modules_lie_where_their_notebooks_lie():
     for href in (href for sections, _, href in PAGES if sections[:1] == ('Library',)):
         if module_of(href): assert module_of(href).replace('.', '/') + '.ipynb' == href
 
-ONLY_IN = dict(fastai={'training', 'experiments'}, lm_eval={'evaluation.harness'}, matplotlib={'plots'},
-               typer={'cli', 'commands', 'vision_commands'},
+ONLY_IN = dict(fastai={'training', 'experiments', 'paper.vision_measures'}, lm_eval={'evaluation.harness'},
+               matplotlib={'plots'},
+               typer={'cli', 'commands', 'vision_commands', 'reproduce_command'},
                datasets={'data', 'evaluation'},
                transformers={'core.modes', 'data.text', 'models', 'analysis', 'training', 'evaluation', 'experiments',
-                             'cli'})
+                             'paper.results', 'cli'})
 
 @pytest.mark.parametrize('library', ONLY_IN)
 def test_libraries_stay_in_their_place(library):
@@ -169,6 +170,7 @@ LONG = {('plots.page', '_css'): 'a style sheet, one rule a line',
         ('models.configuration', 'MoEConfig'): 'a constructor with 9 documented arguments',
         ('models.upcycling', 'upcycle'): '13 documented arguments',
         ('experiments.compare', 'compare'): '18 documented arguments and a body of twelve lines',
+        ('paper.results', 'reproduce'): '11 documented arguments and a body of 16 lines',
         ('experiments.compare', 'train'): '12 documented arguments and a body of eleven lines',
         ('experiments.upcycle', 'upcycle_and_train'): '21 documented arguments and a body of six lines',
         ('training.learner', 'moe_learner'): '21 documented arguments and a body of 13 lines'}

@@ -114,6 +114,7 @@ class Scale:
     ablation: int = 4096     # tokens on which each expert is ablated
     reading: dict = field(default_factory=dict)   # options of `text_data`
 
+# %% ../../nbs/paper/campaign.ipynb #54ee2340
 _larger = dict(hidden_size=192, num_attention_heads=6, moe_intermediate_size=96)
 scales = {s.name: s for s in [
     Scale('tiny', 'tiny', [Group('base', 'Two language models', _base, ('smoe', 'sharede_v2'), (0, 1), minutes=.1),

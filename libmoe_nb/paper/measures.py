@@ -259,6 +259,7 @@ def ablation(f):
         rows += [dict(layer=i, expert=int(e), value=v) for e, v in zip(t.intervention, t.loss_change)]
     return pd.DataFrame(rows).merge(expert_statistics(f), on=['layer', 'expert'])
 
+# %% ../../nbs/paper/measures.ipynb #60833fa5
 def expert_statistics(
     f, # a `Finished`
 )->pd.DataFrame: # a row an expert: load, weight, margin, partner, lift, similarity

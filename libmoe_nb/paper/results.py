@@ -77,6 +77,7 @@ def write_results(
     write_json(out/'runs.json', _about(campaign, command))
     return tables
 
+# %% ../../nbs/paper/results.ipynb #9e18aec5
 def _about(campaign, command):
     import torch, transformers
     runs = [_row(g, r) for g, r in campaign.runs if r.finished]
@@ -176,6 +177,7 @@ def reproduce(
     names = {n for g in c.groups for n in claims_of(g)}
     return verdict_table(Evidence(tables), [k for n, k in claims.items() if n in names])
 
+# %% ../../nbs/paper/results.ipynb #fc6f0b7e
 def results_folder(out, scale='mini', only=None)->Path: # as for `reproduce`
     "Where tables are: those of some figures are kept apart from those of all."
     return Path(out)/'results'/'-'.join([get_scale(scale).name, *(_named(only) if only is not None else [])])
