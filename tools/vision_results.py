@@ -22,7 +22,8 @@ conditions = dict(own=1, shuffled=2, blank=4, none=1)                   # bits o
 
 def finished(root):
     "Stages with a result, and last stages that have answered: (folder, configuration, result) in the order of training"
-    found = [(p.parent, read_json(p.parent/'config.json')['run'], read_json(p)) for p in root.glob('stages/*/result.json')]
+    found = [(p.parent, read_json(p.parent/'config.json')['run'], read_json(p))
+             for p in root.glob('stages/*/result.json')]
     shared = {f.name: (f, c, r) for f, c, r in found if 'recipe' not in c}
     order, at = [], next(c for _, c, _ in found if 'recipe' in c)['start'].get('stage')
     while at: order, at = [shared[at], *order], shared[at][1]['start'].get('stage')
@@ -54,7 +55,7 @@ def stages_table(stages, out):
     pd.DataFrame(gate).to_csv(out/'gate.csv', index=False)
 
 def answer_tables(last, out):
-    "accuracies.csv, and right.csv: a row a question, a column a run, whose bits say under which conditions it was right"
+    "accuracies.csv, and right.csv: a row a question, a column a run, whose bits say when it was right"
     a = read_answers(*(f/'answers' for f, *_ in last))
     keys = ['model', 'seed', 'condition', 'group', 'subtask', 'kind']
     t = a.groupby(keys, sort=False).right.agg(['sum', 'size']).reset_index()
@@ -74,7 +75,7 @@ def examples(a, root, out, most=40):
     other = a[(a.condition == 'shuffled') & (a.seed == 0) & (a.model == first)].set_index('id')[['shown', 'said']]
     chosen = chosen.join(said, on='id').join(other.add_prefix('shuffled_'), on='id')
     chosen.to_csv(out/'answers.csv', index=False)
-    for n in chosen.image.unique(): shutil.copy(root/'test'/'images'/n, out/'images'/n)
+    for n in {*chosen.image, *chosen.shuffled_shown}: shutil.copy(root/'test'/'images'/n, out/'images'/n)
     return [*chosen.image.unique()]
 
 def maps(last, root, names, out, many=200):
@@ -112,7 +113,8 @@ def main(root, out):
         stages=[f.name for f, *_ in shared + last], runs=runs,
         experts=next((c['experts'] for _, c, _ in last if c['experts']), {}),
         questions=int(a.id.nunique()), images=int(a.image.nunique()), seeds=sorted({r['seed'] for r in runs}),
-        preset='mini-vlm', versions=dict(libmoe_nb=__version__, torch=torch.__version__, transformers=transformers.__version__,
+        preset='mini-vlm', versions=dict(
+                      libmoe_nb=__version__, torch=torch.__version__, transformers=transformers.__version__,
                       python=platform.python_version()), device='cpu'))
     size = sum(p.stat().st_size for p in out.rglob('*') if p.is_file())
     print(f'{len(shared)} shared stages, {len(last)} models, {size / 1e6:.2f} MB in {out}')
