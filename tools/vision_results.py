@@ -1,4 +1,4 @@
-"""What is worth keeping of a folder of `libmoe vlm compare`: tables, answers with pictures, maps of experts. Under one MB.
+"""What is worth keeping of a folder of `libmoe vlm compare`: tables, answers with pictures, maps. Under one MB.
 
 python tools/vision_results.py FOLDER OUT
 
