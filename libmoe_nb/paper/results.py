@@ -20,7 +20,7 @@ from ..evaluation.suites import Suite, make_suite
 from ..experiments.jobs import Task, side_by_side, values_of
 from ..experiments.vision import compare_plan
 from ..experiments.vision_stages import stage_name
-from .campaign import claims_of, figure_names, get_scale, plan_campaign
+from .campaign import chosen_groups, claims_of, figure_names, get_scale, plan_campaign
 from .measures import measure_path, measure_run, measures, measures_for
 from .verdicts import Evidence, claims, verdict_table
 from .vision_measures import image_traces, keep_vision, vision_tables
@@ -163,10 +163,11 @@ def reproduce(
 )->pd.DataFrame:        # of `verdict_table`
     "Train, measure and judge what figures and tables of the paper need. What is finished is not repeated."
     tell, out, jobs = progress or (lambda event, name=None, **facts: None), Path(out), read_setting('jobs', jobs)
+    where, _ = results_folder(out, scale, only), chosen_groups(scale, only) # unknown names are refused first
     check_writable(out)
     with locked_folder(out):
         c = plan_campaign(only, scale, out, data, look_in, device, threads, tell)
-        where, how = results_folder(out, scale, only), (out/'measures', _suite(c, out), jobs, threads, tell)
+        how = (out/'measures', _suite(c, out), jobs, threads, tell)
         _announce(c, jobs, tell)
         for pairs in c.levels():
             if train: c.train(pairs, jobs, threads, tell)
