@@ -14,6 +14,7 @@ from .commands import Json, answer, friendly_errors, option, with_options
 from .core.errors import check, did_you_mean
 from .core.settings import read_settings
 from .moe.config import check_recipe, presets
+from .paper.setup import Setup
 from .terminal import text_table
 from .vision_commands import vision_preset_names
 
@@ -59,10 +60,10 @@ def plan(**options):
     given = {k: v for k in ('batch_size', 'steps', 'sequence_length') if (v := getattr(o, k)) is not None}
     check(o.hours is None or o.hours > 0, '--hours', o.hours, 'above 0')
     given = read_settings(given)
-    from libmoe_nb.paper.plan import Setup, plan
     setup = Setup(bandwidth=None if o.bandwidth is None else o.bandwidth * 1e9,
                   **{k: getattr(o, k) for k in ('gpus', 'gpu', 'sharding', 'expert_parallel', 'precision',
                                                 'grad_accum', 'checkpointing', 'utilisation')})
+    from libmoe_nb.paper.plan import plan
     p = plan(o.preset, o.recipe, setup, stage=o.stage, **given)
     reached = {} if o.hours is None else dict(implied_utilisation=p.implied_utilisation(o.hours))
     told = [f'{o.hours:g} hours would be {share:.2%} of the peak.' for share in reached.values()]

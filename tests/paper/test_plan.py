@@ -11,7 +11,8 @@ from libmoe_nb.models.counting import count_flops, count_parameters
 from libmoe_nb.models.towers import model_parts
 from libmoe_nb.models.vision import VisionLanguageSize, llava_from_scratch, upcycle_parts
 from libmoe_nb.moe.config import own_recipes, presets
-from libmoe_nb.paper.plan import Setup, gpus, plan, precisions, routed
+from libmoe_nb.paper.plan import plan, routed
+from libmoe_nb.paper.setup import Setup, gpus, precisions
 from libmoe_nb.paper.work import kept_bytes, work_of
 
 ROOT = Path(__file__).resolve().parents[2]
