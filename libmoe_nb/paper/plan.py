@@ -10,6 +10,7 @@ __all__ = ['RunPlan', 'routed', 'plan']
 # %% ../../nbs/paper/plan.ipynb #122b4120
 import dataclasses, math, torch
 from dataclasses import dataclass
+from functools import lru_cache
 from fastcore.basics import patch
 from ..core.errors import check, did_you_mean
 from ..core.words import format_duration
@@ -62,14 +63,19 @@ def by_layer(self:RunPlan, items, size)->dict:
     return res
 
 @patch
-def activations(self:RunPlan)->float:
-    "Bytes that a GPU keeps for the backward pass, without logits."
+def kept(self:RunPlan)->tuple:
+    "Bytes that a GPU keeps for the backward pass, without logits, and those of one layer that is computed again."
     s, kept = self.setup, [k for k in self.work.kept if k.part != 'logits']
     layers = self.by_layer(kept, lambda k: k.bytes(s.precision))
-    if not s.checkpointing: return self.micro * sum(layers.values())
+    if not s.checkpointing: return self.micro * sum(layers.values()), 0
     outside, inside = layers.pop(None, 0), max(layers.values(), default=0)
     inputs = sum(n for l, n in self.work.inputs.items() if l in layers) * s.bytes.weight
-    return self.micro * (outside + inside + inputs)
+    return self.micro * (outside + inputs), self.micro * inside
+
+@patch
+def activations(self:RunPlan)->float:
+    "Both together."
+    return sum(self.kept())
 
 @patch
 def logits(self:RunPlan)->float:
@@ -100,11 +106,12 @@ def memory(self:RunPlan)->dict:
 
 @patch
 def peak_memory(self:RunPlan)->float:
-    "Bytes at the worst moment: activations and logits are gone when the gradients of a single part are complete."
+    "Bytes at the worst moment: not all of it is there at once."
     m = self.memory()
-    if self.setup.grad_accum > 1: return sum(m.values())
-    for_a_while = m['activations'] + m['logits']
-    return sum(m.values()) - min(m['gradients'], for_a_while)
+    for_a_while = self.kept()[0] + max(self.kept()[1], m['logits'])  # logits are gone when a layer is computed again
+    always = sum(v for k, v in m.items() if k not in ('activations', 'logits', 'gradients'))
+    # the gradients of a single part are complete when all of that is gone
+    return always + (m['gradients'] + for_a_while if self.setup.grad_accum > 1 else max(m['gradients'], for_a_while))
 
 # %% ../../nbs/paper/plan.ipynb #36c3e7a3
 @patch
@@ -130,13 +137,13 @@ def step_flops(self:RunPlan)->int:
 
 # %% ../../nbs/paper/plan.ipynb #92734529
 @patch
-def _spread(self:RunPlan, size):
-    "Bytes that leave a GPU where every parameter of `size` bytes is scattered or gathered once"
+def _spread(self:RunPlan, size, frozen=False):
+    "Bytes that leave a GPU where each trained parameter, or each, of `size` bytes is scattered or gathered once"
     s, total = self.setup, 0.
     for w in self.work.weights:
         e = s.expert_parallel if routed(w.part) else 1
         n = s.gpus // e
-        total += w.trained * w.number * size / e * (n - 1) / n
+        total += (w.trained or frozen) * w.number * size / e * (n - 1) / n
     return total
 
 @patch
@@ -148,7 +155,7 @@ def traffic(self:RunPlan)->dict:
     else:
         res['reduce-scatter'] = s.grad_accum * self._spread(b.gradient)
         res['all-gather'] = self._spread(b.weight) if s.sharding == 'zero2' else \
-            2 * s.grad_accum * self._spread(b.activation)
+            2 * s.grad_accum * self._spread(b.activation, frozen=True)
     sent = sum(self.work.routed.values()) * self.batch_size / s.gpus * b.activation
     res['all-to-all'] = sent * (6 if s.checkpointing else 4) * (e - 1) / e
     return {k: v for k, v in res.items() if v}
@@ -273,10 +280,15 @@ def _vision(name, recipe, setup, stage, given):
     return _vision_work(vision_size(name), recipe, setup, dataclasses.replace(stages[stage or 'vit'], **given))
 
 # %% ../../nbs/paper/plan.ipynb #8e9e5d64
-def _vision_work(size, recipe, setup, stage):
+@lru_cache(1)
+def _dense(size):
+    "A model of this size without memory for its weights"
     if 'vocab_size' not in size.text:  # the words of the scenes, and marks
         size = dataclasses.replace(size, text=size.text | dict(vocab_size=len(scene_words()) + 8))
-    with torch.device('meta'): model = llava_from_scratch(size)
+    with torch.device('meta'): return llava_from_scratch(size)
+
+def _vision_work(size, recipe, setup, stage):
+    model = _dense(size)
     if stage.experts and recipe != 'dense':
         model = upcycle_parts(model, recipe, where=stage.experts, num_experts=size.num_experts, top_k=size.top_k)
     for part, m in model_parts(model).items():

@@ -120,9 +120,10 @@ def experts_keep(layer, grouped)->dict:
     "The tokens of each expert and their hidden values; the sorted kernel of CPUs finds the tokens anew."
     e, K = layer.experts, layer.router.top_k
     d, h = e.hidden_size, e.intermediate_size
-    if not grouped: return dict(full=8*K + 4, low=K * h * (1 + e.gated), copies=d)
+    pairs = 10*K + 2*K*K if hasattr(layer.router, 'offsets') else 0   # TC-MoE adds up choices of the same expert
+    if not grouped: return dict(full=8*K + 4 + pairs, low=K * h * (1 + e.gated), copies=d)
     hidden = 5 if e.gated else 2 if layer.spec.hidden_act == 'relu' else 3
-    return dict(full=9*K, low=K * (d + hidden*h + 1))
+    return dict(full=9*K + pairs, low=K * (d + hidden*h + 1))
 
 # %% ../../nbs/paper/work.ipynb #ef01d8e7
 @dataclass(frozen=True)
@@ -159,9 +160,9 @@ class _At:
         self.layer = (place, int(number[1])) if number else None
         self.name = place + ('ffn' if place == 'projector ' and part == 'other' else part)
         self.tokens, self.context = work.tokens[place]
-    def product(self, macs, part=None, trained=True, **kw):
-        self.work.products.append(Product(part or self.name, macs, self.tokens, trained=trained, back=self.back,
-                                          layer=self.layer, **kw))
+    def product(self, macs, part=None, trained=True, back=None, **kw):
+        self.work.products.append(Product(part or self.name, macs, self.tokens, trained=trained, layer=self.layer,
+                                          back=self.back if back is None else back, **kw))
     def keep(self, part=None, full=0, low=0, inputs=0, copies=0, **_):
         if not (self.back or self.trained): return
         low, copies = (low + inputs, copies) if self.trained else (low, 0)
@@ -171,16 +172,16 @@ class _At:
 def _own(at, m, moe):
     "A module's own parameters and the products by them"
     ps = list(m.parameters(recurse=False))
-    n = sum(p.numel() for p in ps)
-    matrices = sum(p.numel() for p in (m.stacked[:2] if hasattr(m, 'stacked') else ps) if p.dim() > 1)
+    routed, looked_up = hasattr(m, 'stacked'), isinstance(m, nn.Embedding)
+    n, matrices = sum(p.numel() for p in ps), [p.numel() for p in (m.stacked[:2] if routed else ps) if p.dim() > 1]
     if not n: return
     at.trained = any(p.requires_grad for p in ps)
-    K = N = 1
-    if moe is not None and m is moe.experts: K, N = moe.router.top_k, len(moe.experts.stacked[0])
-    looked_up = isinstance(m, nn.Embedding)
+    K, N = (moe.router.top_k, m.num_experts) if routed else (1, 1)
     at.work.weights.append(Weights(at.name, n, n * min(K / N, 1), at.trained,
-                                   0 if looked_up or at.name.endswith('router') else matrices, at.layer))
-    if matrices and not looked_up: at.product(matrices * K // N, trained=at.trained)
+                                   0 if looked_up or at.name.endswith('router') else sum(matrices), at.layer))
+    if looked_up: return
+    for i, size in enumerate(matrices):
+        at.product(size * K // N, trained=at.trained, back=at.back or routed and i > 0 and at.trained)
 
 # %% ../../nbs/paper/work.ipynb #5fd0cd40
 def _keep(at, m, ffns):
@@ -218,10 +219,11 @@ def work_of(
     work, parts, back, moes = Work(tokens, grouped), parts_of(model), False, {}
     ffns = {id(f) for f in _dense_ffns(model)}
     for name, m in model.named_modules():
-        if isinstance(m, MoELayer): moes[name] = m
-        at = _At(work, name, parts.get(name, 'other'), back)
+        if isinstance(m, MoELayer): moes[name] = m, back
+        layer, before = moes.get(name.rpartition('.')[0], (None, back))   # router and experts have the same input
+        at = _At(work, name, parts[name], before)
         _keep(at, m, ffns)
-        _own(at, m, moes.get(name.rpartition('.')[0]))
+        _own(at, m, layer)
         back = back or any(p.requires_grad for p in m.parameters(recurse=False))
     head = model.get_output_embeddings()
     work.vocabulary, work.predicted = head.out_features, tokens[''][0]
