@@ -97,8 +97,9 @@ def command(device, args):
     "`libmoe compare` in a process of its own"
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
-        call = ['compare', '--preset', 'tiny', '--steps', '10', '--data', 'python', '--device', device.type, '--out',
-                out, '--recipes', 'dense,smoe,tcmoe,moe_plus_plus']
+        size = (['--steps', '2', '--max-bytes', '300000', '--recipes', 'dense,smoe'] if args.tiny else
+                ['--steps', '10', '--recipes', 'dense,smoe,tcmoe,moe_plus_plus'])
+        call = ['compare', '--preset', 'tiny', '--data', 'python', '--device', device.type, '--out', out, *size]
         run = subprocess.run([sys.executable, '-c', 'import sys; from libmoe_nb.cli import main; sys.exit(main())',
                               *call], capture_output=True, text=True,
                              env=dict(os.environ, XDG_CACHE_HOME=args.cache))

@@ -25,6 +25,7 @@ from .options import init_names, read_options, check_early, check_evaluation, ch
 from .terminal import (RunProgress, UpcyclingProgress, analysis_tables, comparison_tables, evaluation_tables,
                                 patient_streams, say, training_tables, upcycling_tables)
 from .plan_command import plan
+from .reproduce_command import reproduce
 from .vision_commands import ask, vlm
 
 # %% ../nbs/cli.ipynb #939cb0c1
@@ -34,6 +35,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.add_typer(vlm, name='vlm')
 app.command(cls=_Command)(ask)
 app.command()(plan)
+app.command(cls=_Command)(reproduce)
 
 # %% ../nbs/cli.ipynb #bc1140d0
 _reads = 'Corpus, file, folder or Hugging Face dataset, or several with commas. Default: '
@@ -218,7 +220,11 @@ def upcycle(
 # %% ../nbs/cli.ipynb #c8fb0c53
 def _analysis(
     data: Annotated[Optional[str],
-                    _option(_reads + "the run's own, else the packaged corpora that are installed.")] = None,
+                    _option(_reads + "the run's own, else the packaged corpora that are installed. Of a model that "
+                                     "sees images: a JSON file of conversations as LLaVA has them, without it scenes "
+                                     "of our own.")] = None,
+    images: Annotated[Optional[Path], _option('Folder of the images of those conversations (default: images beside '
+                                              'the file).')] = None,
     out: Annotated[Optional[Path], _option('Folder for trace, tables and report (default: analysis/NAME).')] = None,
     tokens: Annotated[int, _option('Size of the probe set (default 16384).')] = 16_384,
     tokenizer: Annotated[Optional[str], _option('Where the tokenizer is, if not beside the model.')] = None,
@@ -230,6 +236,7 @@ def _analysis(
 ): ...
 
 _next = dict(model='loading the model ...', text='reading the text with its tokenizer ...',
+             questions='reading the questions and their images ...', answers='asking it ...',
              trace='running the probe set ...', metrics='reading the trace ...', similarity='comparing experts ...',
              interventions='running it again with routers that decide otherwise ...', report='writing the report ...')
 
@@ -248,16 +255,22 @@ def analyze(model: Model, **options):
     out, reading = o.out or _analysis_folder(model), dict(text_field=o.text_field, domain_field=o.domain_field)
     read_settings(dict(num_tokens=o.tokens, batch_size=o.batch_size, threads=o.threads)
                   | ({} if o.sequence_length is None else dict(sequence_length=o.sequence_length)))
-    check_early(out, o.data, o.device, o.max_bytes, **reading)
+    conversations = o.images is not None or str(o.data).endswith('.json')      # which are read as such, or refused
+    check_early(out, None if conversations else o.data, o.device, o.max_bytes, **reading)
     from libmoe_nb.experiments import inspect as analysis
     use_threads(o.threads)
     res = analysis.analyze(model, o.data, num_tokens=o.tokens, out=out, tokenizer=o.tokenizer,
                            sequence_length=o.sequence_length, batch_size=o.batch_size, perturb=o.perturb,
-                           device=o.device, progress=lambda what: say(_next[what]), max_bytes=o.max_bytes or None,
-                           **reading)
+                           device=o.device, progress=lambda what: say(_next[what]), images=o.images,
+                           max_bytes=o.max_bytes or None, **reading)
     report = out/'report.html'
     _answer(o.as_json, lambda: res.to_dict() | dict(report=str(report)),
-            lambda: [*analysis_tables(res), *res.findings(), '', f'report: {report}'])
+            lambda: [*_analysed(res), *res.findings(), '', f'report: {report}'])
+
+def _analysed(res):
+    "The summary of a model, or of each part of one that sees images"
+    parts = getattr(res, 'parts', {None: res})
+    return [l for p, a in parts.items() for l in ([a.name.capitalize()] * (p is not None) + analysis_tables(a))]
 
 # %% ../nbs/cli.ipynb #fc00ca8b
 def _questions(

@@ -28,6 +28,12 @@ _extra = dict(dense=lambda p, l: 0, smoe=_router, smoe_sigmoid=_router, xmoe=_xm
               sharede_v2=_shared_router, sharede_v3=_shared_router, moe_plus_plus=_moe_plus_plus_router)
 
 # %% ../nbs/listing.ipynb #443585f0
+def _biases(recipe, p):
+    "What the layout of the released code has more: biases of norms, of the head, of a dense feed-forward network"
+    d, L = p.hidden_size, p.num_hidden_layers
+    ffn = L * (p.top_k * p.moe_intermediate_size + d) if recipe == 'dense' else 0
+    return (d * (2 * L + 1) + p.vocab_size + ffn) * p.released_layout
+
 def parameter_count(
     recipe:str,
     p,      # a `Preset`
@@ -35,7 +41,7 @@ def parameter_count(
     "Parameters of a recipe in a preset, counted without building it."
     d, expert = p.hidden_size, 2 * p.hidden_size * p.moe_intermediate_size
     common = (2 * p.vocab_size * d + d + p.num_hidden_layers * (4 * d * p.num_attention_heads * p.head_dim + 2 * d)
-              + sum(_extra[recipe](p, l) for l in range(p.num_hidden_layers)))
+              + sum(_extra[recipe](p, l) for l in range(p.num_hidden_layers)) + _biases(recipe, p))
     count = lambda n: common + p.num_hidden_layers * n * expert
     return dict(total=count(p.top_k if recipe == 'dense' else p.num_experts), active=count(p.top_k))
 

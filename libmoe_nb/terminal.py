@@ -6,7 +6,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/terminal.html.md"""
 
 # %% auto #0
 __all__ = ['text_table', 'print_tables', 'terminal_width', 'fits', 'fitting_tables', 'narrow_rows', 'comparison_tables',
-           'training_tables', 'upcycling_tables', 'gate_tables', 'vision_tables', 'analysis_tables',
+           'training_tables', 'upcycling_tables', 'gate_tables', 'vision_tables', 'import_tables', 'analysis_tables',
            'evaluation_tables', 'say', 'RunProgress', 'UpcyclingProgress', 'VisionProgress', 'only_our_warnings',
            'PatientStream', 'patient_streams']
 
@@ -168,7 +168,26 @@ def vision_tables(
     t = res.by_subtask()
     parts = [['subtask', *t.columns], *[[n, *map(format_percent, v)] for (_, n), v in zip(t.index, t.values.tolist())]]
     left_out = [f'Not shown at this width: {", ".join(gone)}. All of it is in {res.out/"results.csv"}.'] if gone else []
-    return [text_table(rows, 1), *left_out, *fitting_tables(parts, title='accuracy by subtask, %', width=width)]
+    return [text_table(rows, 1), *left_out, *fitting_tables(parts, title='accuracy by subtask, %', width=width),
+            *_group_tables(res, width)]
+
+def _group_tables(res, width):
+    "Open and yes/no questions apart, where the questions say so"
+    t = res.by_group().reset_index()
+    if 'yes_no' not in {*t.group}: return []
+    rows = [[r.model, r.group, *map(format_percent, r[3:-1]), f'{r.n:,}'] for r in t.itertuples()]
+    return fitting_tables([[*t.columns[:-1], 'questions'], *rows], title='accuracy by kind of question, %', width=width)
+
+# %% ../nbs/terminal.ipynb #f449e3df
+def import_tables(
+    found, # of `import_released`
+)->list:
+    "What a released model was."
+    scales = ' and '.join(map(str, found['image_scales']))
+    rows = [['recipe', 'mixtures', 'N', 'K', 'scales', 'parameters', 'dropped', 'absent'],
+            [found['recipe'], *[str(found[k]) for k in ('layers', 'num_experts', 'top_k')], scales,
+             format_millions(found['parameters']), str(len(found['unread'])), str(len(found['absent']))]]
+    return [*fitting_tables(rows)]
 
 # %% ../nbs/terminal.ipynb #45011cbc
 def analysis_tables(

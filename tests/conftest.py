@@ -6,6 +6,15 @@ import pytest
 # other
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')
 
+# the files that take longest: begun first, so that no worker waits long for the other one at the end
+LONG = [f'test_{n}.py' for n in (
+    'causal', 'upcycling', 'steps', 'gpu_benchmark', 'stages', 'smollm2', 'dependencies', 'jupyter', 'vision',
+    'upcycle_command', 'cli', 'old_folders', 'vision_commands', 'checkpoints', 'compare_evaluate', 'harness',
+    'settings', 'wrapping', 'adapters', 'packing', 'compare_jobs')]
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 def write_texts(folder):
     "A user's folder: two subfolders of .txt files"
     for d in ('tales', 'notes'):

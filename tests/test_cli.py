@@ -190,7 +190,7 @@ def test_one_process_at_a_time(texts, tmp_path):
     finally: p.kill(); p.communicate()
 
 def test_an_interrupted_run_goes_on_or_starts_over(texts, tmp_path):
-    args = ['train', 'smoe', '--data', texts, *LONG, '--steps', '150', '--out']
+    args = ['train', 'smoe', '--data', texts, *LONG, '--steps', '80', '--out']
     p = process(*args, tmp_path/'run')
     wait_for(lambda: (f := run_log_path(tmp_path/'run')).exists() and f.read_text().count('\n') > 2, p)
     p.send_signal(signal.SIGINT)
@@ -213,6 +213,6 @@ def test_an_interrupted_run_goes_on_or_starts_over(texts, tmp_path):
     again = libmoe(*args, tmp_path/'over', '--no-resume', '--json')
     assert 'finished already' in again.stderr and json.loads(again.stdout)['finished'] == results['over']['finished']
     card = (tmp_path/'run'/'model'/'README.md').read_text()
-    for fact in ('| recipe | smoe |', '| steps | 150 |', '| optimizer | AdamW |', '## Evaluation', '| perplexity |',
+    for fact in ('| recipe | smoe |', '| steps | 80 |', '| optimizer | AdamW |', '## Evaluation', '| perplexity |',
                  '| perplexity by domain / tales |'):
         assert fact in card, fact

@@ -1,15 +1,20 @@
 "The script for a GPU, from end to end at a test's sizes on the CPU."
-import json, os, subprocess, sys
+import json, os, subprocess
 from pathlib import Path
+
+from processes import run_forked
 
 ROOT = Path(__file__).resolve().parents[1]
 
 def test_gpu_script_runs_without_one(tmp_path):
     out = tmp_path/'gpu.json'
-    run = subprocess.run(['bash', ROOT/'benchmarks/gpu.sh', '--device', 'cpu', '--tiny', '--seconds', '.2',
-                          '--rounds', '2', '--recipes', 'smoe', 'tcmoe', '--compile', '--cache',
-                          tmp_path, '--json', out],
-                         capture_output=True, text=True, env=dict(os.environ, PYTHON=sys.executable))
+    args = ['--device', 'cpu', '--tiny', '--seconds', '.2', '--rounds', '2', '--recipes', 'smoe', 'tcmoe', '--compile',
+            '--cache', tmp_path, '--json', out]
+    script, *args = subprocess.run(['bash', ROOT/'benchmarks/gpu.sh', *args], capture_output=True,
+                                   text=True, check=True,
+                                   env=dict(os.environ, PYTHON='echo')).stdout.split()
+    code = 'import runpy, sys; sys.path.insert(0, "benchmarks"); runpy.run_path(sys.argv.pop(1), run_name="__main__")'
+    run = run_forked(code, script, *args, cwd=ROOT)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     found = json.loads(out.read_text())
     rows = found['rows']

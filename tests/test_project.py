@@ -1,5 +1,6 @@
 "The project as a whole: what holds between its files, whatever the library computes."
 import ast, builtins, configparser, importlib, json, os, re, subprocess, sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from build_site import RENDER, check_site, unlink_undocumented  # noqa: E402
 from check_formulas import doubled, formulas  # noqa: E402
 
 def read(path): return (ROOT/path).read_text(encoding='utf-8')
+@cache
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
 def source(cell): return ''.join(cell['source'])
 
@@ -54,7 +56,8 @@ def imports(path, package, top=False):
             yield module
             yield from (f'{module}.{a.name}' for a in node.names)
 
-def imported(name, top=False): return set(imports(module_path(name), f'libmoe_nb.{name}'.rsplit('.', 1)[0], top))
+@cache
+def imported(name, top=False): return frozenset(imports(module_path(name), f'libmoe_nb.{name}'.rsplit('.', 1)[0], top))
 
 def python(code):
     return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT,
@@ -93,10 +96,12 @@ def test_modules_lie_where_their_notebooks_lie():
     for href in (href for sections, _, href in PAGES if sections[:1] == ('Library',)):
         if module_of(href): assert module_of(href).replace('.', '/') + '.ipynb' == href
 
-ONLY_IN = dict(fastai={'training', 'experiments'}, lm_eval={'evaluation.harness'}, matplotlib={'plots'}, typer={'cli', 'commands', 'vision_commands'},
+ONLY_IN = dict(fastai={'training', 'experiments', 'paper.vision_measures'}, lm_eval={'evaluation.harness'},
+               matplotlib={'plots'},
+               typer={'cli', 'commands', 'vision_commands', 'reproduce_command'},
                datasets={'data', 'evaluation'},
                transformers={'core.modes', 'data.text', 'models', 'analysis', 'training', 'evaluation', 'experiments',
-                             'cli'})
+                             'paper.results', 'cli'})
 
 @pytest.mark.parametrize('library', ONLY_IN)
 def test_libraries_stay_in_their_place(library):
@@ -165,6 +170,7 @@ LONG = {('plots.page', '_css'): 'a style sheet, one rule a line',
         ('models.configuration', 'MoEConfig'): 'a constructor with 9 documented arguments',
         ('models.upcycling', 'upcycle'): '13 documented arguments',
         ('experiments.compare', 'compare'): '18 documented arguments and a body of twelve lines',
+        ('paper.results', 'reproduce'): '11 documented arguments and a body of 16 lines',
         ('experiments.compare', 'train'): '12 documented arguments and a body of eleven lines',
         ('experiments.upcycle', 'upcycle_and_train'): '21 documented arguments and a body of six lines',
         ('training.learner', 'moe_learner'): '21 documented arguments and a body of 13 lines'}

@@ -9,6 +9,7 @@ from hypothesis import given, settings as how, strategies as st
 from typer.testing import CliRunner
 
 from conftest import write_texts
+from processes import run_forked, run_unheard
 from libmoe_nb.moe import config
 from libmoe_nb import cli, listing, options
 from libmoe_nb.cli import app
@@ -256,22 +257,20 @@ def test_shared_experts_concern_recipes_that_have_them(texts, tmp_path):
 
 # where words go
 
-def _libmoe(*args, **kw):
-    return subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from libmoe_nb.cli import main; main()',
-                           *map(str, args)], timeout=300, **kw)
+MAIN = 'from libmoe_nb.cli import main; main()'
 
 def test_words_go_to_any_terminal_or_to_nobody(texts, tmp_path):
     args = ['compare', '--data', texts, '--recipes', 'smoe', '--seeds', '2', *SMALL, '--out', tmp_path/'runs']
     env = dict(os.environ, PYTHONIOENCODING='ascii')
-    res = _libmoe(*args, capture_output=True, env=env)
+    res = run_forked(MAIN, *args, env=env)
     assert res.returncode == 0, res.stderr
-    assert b'+/-' in res.stdout and b'report:' in res.stdout
-    res.stdout.decode('ascii'), res.stderr.decode('ascii')
-    shell = f'"{sys.executable}" -W ignore -c "from libmoe_nb.cli import main; main()"'
+    assert '+/-' in res.stdout and 'report:' in res.stdout and (res.stdout + res.stderr).isascii()
+    assert run_unheard(MAIN, 'report', tmp_path/'runs', env=env) == 0
+    shell = f'"{sys.executable}" -W ignore -c "{MAIN}"'
     # a command that imports nothing heavy says as much to each of them as one that takes ten seconds
     ends = [('list', 0, end) for end in ('| true', '2>&1 | true', '>&-', '>&- 2>&-', '2>&-')]
     ends += [('train smo', 2, end) for end in ('2>&1 | true', '2>&-')]
-    for command, code, end in [*ends, (f'report "{tmp_path/"runs"}"', 0, '2>&1 | true')]:
+    for command, code, end in ends:
         r = subprocess.run(['bash', '-c', f'{shell} {command} {end}; exit ${{PIPESTATUS[0]}}'], capture_output=True,
                            text=True, timeout=300, env=env | dict(LC_ALL='C'))
         assert (r.returncode == code and 'Traceback' not in r.stderr

@@ -1,6 +1,6 @@
 "`libmoe vlm` and `libmoe ask`, with scenes and with folders of real classes."
-import json, os
-from pathlib import Path
+import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -39,12 +39,16 @@ def test_the_papers_stages_on_folders_of_real_classes(real, tmp_path, monkeypatc
     res = json.loads(libmoe('vlm', 'pretrain', *where, *data, '--json'))
     assert [(s['stage'], s['steps']) for s in res['stages']] == [('pt', 1), ('pft', 1)]    # one epoch of 12 samples
     moe = ('--num-experts', 4, '--top-k', 2)
-    res = json.loads(libmoe('vlm', 'finetune', 'smoe', *where, *data, *moe, '--test', real/'questions'/'conversations.json', '--json'))
-    assert res['results'][0]['recipe'] == 'smoe' and res['stages'][0]['parameters'] > res['stages'][0]['active_parameters']
+    res = json.loads(libmoe('vlm', 'finetune', 'smoe', *where, *data, *moe, '--test',
+                            real/'questions'/'conversations.json', '--json'))
+    assert (res['results'][0]['recipe'] == 'smoe'
+            and res['stages'][0]['parameters'] > res['stages'][0]['active_parameters'])
     picture, model = next((real/'questions'/'images').glob('*.png')), res['stages'][0]['model']
-    said = json.loads(libmoe('ask', picture, 'how many objects are there ?', '--model', model, '--max-new-tokens', 3, '--json'))
+    said = json.loads(libmoe('ask', picture, 'how many objects are there ?', '--model', model, '--max-new-tokens',
+                             3, '--json'))
     assert said['model'] == model and isinstance(said['answer'], str)
-    assert 'finished already' in CliRunner().invoke(cli.app, [str(a) for a in ('vlm', 'pretrain', *where, *data)]).stderr
+    assert 'finished already' in CliRunner().invoke(cli.app,
+                                                    [str(a) for a in ('vlm', 'pretrain', *where, *data)]).stderr
 
 def test_mistakes_are_sentences_before_any_work(real, tmp_path):
     f = real/'caption'/'conversations.json'
@@ -54,14 +58,19 @@ def test_mistakes_are_sentences_before_any_work(real, tmp_path):
             (('pretrain', '--tower', real/'siglip'), '--language-model must be given too'),
             (('pretrain', '--language-model', real/'phi3'), '--tower must be given too'),
             (('pretrain', '--tower', real/'siglip', '--language-model', real/'phi3'), '--data must be given'),
-            (('pretrain', '--tower', './nowhere', '--language-model', real/'phi3', '--data', f), 'which does not exist'),
-            (('pretrain', '--data', 'pf=x.json', '--tower', real/'siglip', '--language-model', real/'phi3'), "unknown stage in --data 'pf'"),
-            (('pretrain', '--data', 'x.json', '--tower', real/'siglip', '--language-model', real/'phi3'), '--data must be a file'),
+            (('pretrain', '--tower', './nowhere', '--language-model', real/'phi3', '--data', f),
+             'which does not exist'),
+            (('pretrain', '--data', 'pf=x.json', '--tower', real/'siglip', '--language-model', real/'phi3'),
+             "unknown stage in --data 'pf'"),
+            (('pretrain', '--data', 'x.json', '--tower', real/'siglip', '--language-model', real/'phi3'),
+             '--data must be a file'),
             (('pretrain', '--steps', '0'), 'steps must be'), (('finetune', 'smo'), "did you mean 'smoe'"),
-            (('finetune', 'smoe', '--seed', '-1'), 'seed must be'), (('compare', '--recipes', 'smoe,xmo'), "did you mean 'xmoe'"),
+            (('finetune', 'smoe', '--seed', '-1'), 'seed must be'),
+            (('compare', '--recipes', 'smoe,xmo'), "did you mean 'xmoe'"),
             (('compare', '--seeds', '0'), 'seeds must be'), (('compare', '--jobs', '0'), 'jobs must be'),
             (('pretrain', '--device', 'gpu'), 'device must be'), (('pretrain', '--out', f), 'it is a file')):
-        assert message in libmoe('vlm', *args, '--out', tmp_path/'out', code=2) if '--out' not in args else libmoe('vlm', *args, code=2), args
+        assert (message in libmoe('vlm', *args, '--out', tmp_path/'out', code=2) if '--out' not in args
+                else libmoe('vlm', *args, code=2)), args
     assert not (tmp_path/'out').exists()
 
 def test_mistakes_in_a_question(real, tmp_path):
@@ -70,10 +79,15 @@ def test_mistakes_in_a_question(real, tmp_path):
     assert 'QUESTION must be text' in libmoe('ask', picture, ' ', '--model', real, code=2)
     assert 'which does not exist' in libmoe('ask', picture, 'what ?', '--model', './nowhere', code=2)
     assert 'must be a LLaVA' in libmoe('ask', picture, 'what ?', '--model', real/'phi3', code=2)
-    assert '--max-new-tokens must be at least 1' in libmoe('ask', picture, 'what ?', '--model', real, '--max-new-tokens', 0, code=2)
+    assert '--max-new-tokens must be at least 1' in libmoe('ask', picture, 'what ?', '--model', real,
+                                                           '--max-new-tokens', 0, code=2)
 
 def test_tables_of_80_columns(tmp_path, monkeypatch):
+    from libmoe_nb.training.stages import vision_presets
     monkeypatch.setenv('COLUMNS', '80')
-    out = libmoe('vlm', 'compare', '--recipes', 'smoe', '--preset', 'tiny-vlm', '--steps', 2, '--out', tmp_path, '--jobs', 1)
+    monkeypatch.setitem(vision_presets, 'tiny-vlm', replace(vision_presets['tiny-vlm'], scenes=16, test_scenes=6))
+    out = libmoe('vlm', 'compare', '--recipes', 'smoe', '--preset', 'tiny-vlm', '--steps', 2, '--out', tmp_path,
+                 '--jobs', 1)
     assert 'question only' in out and 'accuracy by subtask' in out
-    assert max(len(l.rstrip()) for l in out.splitlines() if 'model:' not in l and 'ask it' not in l and 'Not shown' not in l) <= 80
+    assert max(len(l.rstrip()) for l in out.splitlines() if 'model:' not in l and 'ask it' not in l
+               and 'Not shown' not in l) <= 80

@@ -102,13 +102,18 @@ def _by_vocabulary(t, i, U, k):
 
 def _best(t, l, k, units, by):
     "The k best units of each token [T, k], or of each vocabulary entry [V, k], and U"
-    if by == 'token': return _units(l, units, k)
+    if by != 'vocabulary': return _units(l, units, k)
     i, U = _units(l, units)
     return _by_vocabulary(t, i, U, k), U
 
+# %% ../../nbs/analysis/metrics.ipynb #a510700e
+def _same(a, b, by):
+    "Share of two tables of units that is the same: in one row, or by='slot' at one place of it"
+    return (a == b).mean() if by == 'slot' else _overlap(a, b).mean() / a.shape[1]
+
 def _agreement(a, b, k, units, by):
     "For each layer: share of the k best that two traces have in common, the N used, the number of assignments"
-    check(by in ('token', 'vocabulary'), 'by', by, "'token' or 'vocabulary'")
+    check(by in ('token', 'slot', 'vocabulary'), 'by', by, "'token', 'slot' or 'vocabulary'")
     if a.layers != b.layers:
         raise ValueError(f'b must have the layers of a, {len(a.layers)} of them, got {len(b.layers)}')
     if not a.same_probe(b):
@@ -116,14 +121,14 @@ def _agreement(a, b, k, units, by):
                          f'ones')
     for n, (la, lb) in enumerate(zip(a, b)):
         (ia, U), (ib, _) = (_best(t, l, min(k or l.top_k, l.top_k), units, by) for t, l in ((a, la), (b, lb)))
-        yield dict(layer=n, k=ia.shape[1], agreement=_overlap(ia, ib).mean() / ia.shape[1], units=units, N=U,
+        yield dict(layer=n, k=ia.shape[1], agreement=_same(ia, ib, by), units=units, N=U,
                    assignments=ia.size)
 
 # %% ../../nbs/analysis/metrics.ipynb #5ac4579d
 def expert_change_rate(
     a:Trace, b:Trace,  # of two checkpoints, on one probe set
     units='choices',   # 'choices' or 'experts'
-    by='token',        # 'vocabulary': as in the code of the paper's authors
+    by='token',        # 'vocabulary' or 'slot': as in the code of the paper's authors, for text and for images
     by_layer=False,    # one row a layer?
 )->pd.DataFrame:
     """Share of assignments that two checkpoints do not have in common.
@@ -139,7 +144,7 @@ def router_saturation(
     trace:Trace, final:Trace, # of a checkpoint and of the last one, on one probe set
     k=None,                   # first choices of a token, most frequent ones of a vocabulary entry; None: 1 and K
     units='choices',          # 'choices' or 'experts'
-    by='token',               # 'vocabulary': as in the code of the paper's authors
+    by='token',               # 'vocabulary' or 'slot': as in the code of the paper's authors, for text and for images
 )->pd.DataFrame:              # one row for each layer and k
     """Share of the last checkpoint's choices that a checkpoint makes already.
     Choices by default, since TC-MoE's +e and −e are two of one expert."""

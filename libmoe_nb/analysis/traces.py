@@ -301,7 +301,8 @@ def add(self:TraceWriter,
     "Add what routers decided on a batch."
     keep = slice(None) if keep is None else torch.as_tensor(keep)
     if self.facts is None:
-        self.facts, self.columns = {n: _layer_facts(r) for n, r in records.items()}, [k for k in columns if k not in _tokens]
+        self.facts, self.columns = ({n: _layer_facts(r) for n, r in records.items()},
+                                    [k for k in columns if k not in _tokens])
     for k, v in columns.items(): self.spool.add(k, np.asarray(v), _dtypes[_tokens.get(k, 'I32')])
     R = _num_ranks(self.facts, self.extra)
     for i, r in enumerate(records.values()): _spool_layer(self.spool, i, r, keep, R, self.extra)
@@ -450,7 +451,8 @@ def _check_shapes(t):
     if not (T == m['num_tokens'] == len(t.token) == len(t.position) == len(t.domain)):
         raise ValueError(f'arrays disagree on the number of tokens, {T} and {m["num_tokens"]}')
     for k, v in t.columns.items():
-        if v.shape != (T,) or v.dtype != np.int32: raise ValueError(f'column {k} must hold {T} int32, got {v.dtype} {v.shape}')
+        if v.shape != (T,) or v.dtype != np.int32:
+            raise ValueError(f'column {k} must hold {T} int32, got {v.dtype} {v.shape}')
     sizes = list(zip(m['top_k'], m['num_choices'], m['num_experts']))
     fit = all(1 <= K <= M <= t.expert_of.shape[1] and 1 <= N <= M for K, M, N in sizes)
     if not fit or t.sign_of.shape != t.expert_of.shape:

@@ -58,7 +58,7 @@ def _on_paper(im):
 
 # %% ../../nbs/data/images.ipynb #f77d2bb5
 def read_image(
-    source,                     # a path, bytes, a PIL image, a dict with `bytes` or `path`, or a function that gives one
+    source,                   # a path, bytes, a PIL image, a dict with `bytes` or `path`, or a function of one
     max_pixels:int=100_000_000, # more are refused: decoded, they would take gigabytes
 ):                              # a PIL image
     "The first frame of a picture as upright RGB, or a `BadImage` that names it."

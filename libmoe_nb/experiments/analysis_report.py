@@ -23,8 +23,8 @@ from ..plots.text import token_html
 
 # %% ../../nbs/experiments/analysis_report.ipynb #3453bd12
 _notes = dict(
-    perturbation='When the routers of all layers decide otherwise: their best one or two experts are replaced by the '
-    'next in line, scores are sharper (temperature 0.1) or flatter (10), experts are drawn at random.',
+    perturbation='When the routers of all these layers decide otherwise: their best one or two experts are replaced by '
+    'the next in line, scores are sharper (temperature 0.1) or flatter (10), experts are drawn at random.',
     held_out='validation documents, which this model was not trained on',
     not_held_out='not known: perplexity is not a score if the model was trained on this text',
     random='drawn for the same tokens and sizes; of experts\' outputs: measured while experts are chosen at random; of '
@@ -163,7 +163,7 @@ def _few(self:Analysis, name, most=6):
     return _whole(self.metrics[name]) if df is None else df[df.domain.isin(self.domain_names[:most])]
 
 @patch
-def _special_layer(self:Analysis):
+def special_layer(self:Analysis)->int:
     "The layer whose experts are most special; without domains that with the clearest partners"
     d = self.by_layer().set_index('layer')
     v = d[next(c for c in ('domain_lift', 'strongest_partner') if c in d)]
@@ -173,15 +173,14 @@ def _special_layer(self:Analysis):
 @patch
 def _experts_html(self:Analysis):
     "Who takes what"
-    n, several = self._special_layer(), len(self.domain_names) > 1
+    n, several = self.special_layer(), len(self.domain_names) > 1
     differ = ' Where panels differ, experts specialise on domains.' * several
     figs = [_figure(plot_loads(self._loads()), 'loads', differ=differ)]
     if several:
         figs += [_figure(plot_allocation(self._few('allocation_entropy', 20)), 'allocation'),
                  _figure(plot_specialisation(self.metrics['domain_specialisation'], n), 'specialisation',
                          name=self.layers[n])]
-    return ft.Section(ft.H2('Who takes what'), *figs, ft.P(_notes['tokens'].format(layer=n), cls='soft'),
-                      self._tokens_html(n))
+    return ft.Section(ft.H2('Who takes what'), *figs, *self._tokens_html(n))
 
 @patch
 def _loads(self:Analysis):
@@ -198,14 +197,16 @@ def _token(self:Analysis, i):
 @patch
 def _tokens_html(self:Analysis, layer, experts=12, entries=10):
     "The entries of the vocabulary that experts take, those experts first that take the largest share of theirs"
-    df = self.metrics['vocabulary_specialisation']
+    df = self.metrics.get('vocabulary_specialisation')
+    if df is None: return []
     df = df[(df.layer == layer) & (df.share > 0)]
     order = df.groupby('expert').share.mean().sort_values(ascending=False).index[:experts]
     chips = lambda d: [x for r in d.head(entries).itertuples()
                        for x in (ft.Code(self._token(r.token), title=f'{r.share:.0%} of {r.tokens}'), ' ')]
     rows = [ft.Tr(ft.Td(str(e)), ft.Td(f'{df[df.expert == e].share.mean():.0%}'),
                   ft.Td(*chips(df[df.expert == e]), cls='l w')) for e in order]
-    return report_table(['expert', 'its share of them', ft.Th('tokens', cls='l')], rows, 0)
+    return [ft.P(_notes['tokens'].format(layer=layer), cls='soft'),
+            report_table(['expert', 'its share of them', ft.Th('tokens', cls='l')], rows, 0)]
 
 # %% ../../nbs/experiments/analysis_report.ipynb #bc9f5896
 @patch
@@ -224,7 +225,8 @@ def _pairs_html(self:Analysis):
 @patch
 def _text_html(self:Analysis, num_tokens=160):
     "Text, coloured by expert"
-    n, t = self._special_layer(), self.trace
+    n, t = self.special_layer(), self.trace
+    if 'modality' in t.columns: t = t.only(modality='text')
     starts = [int(np.flatnonzero(t.domain == d)[0]) for d in np.unique(t.domain)[:3]]
     name = lambda d: t.domains[d] if 0 <= d < len(t.domains) else 'text'
     parts = [x for a in starts for x in (ft.H3(name(t.domain[a])),
@@ -233,6 +235,13 @@ def _text_html(self:Analysis, num_tokens=160):
 
 # %% ../../nbs/experiments/analysis_report.ipynb #f78bda5d
 @patch
+def sections(self:Analysis)->list: # elements
+    "What there is to say about the routers, from numbers to text; what has no words is not shown as text."
+    read = [self._text_html()] if 'vocabulary_specialisation' in self.metrics else []
+    return [self._summary_html(), self._perturbation_html(), self._depth_html(), self._experts_html(),
+            self._pairs_html(), *read]
+
+@patch
 def report(self:Analysis)->str: # HTML
     "The analysis as one self-contained page."
     i, names = self.info, self.domain_names
@@ -240,9 +249,9 @@ def report(self:Analysis)->str: # HTML
     lead = (f"{plural(i['layers'], 'layer')} of {numbers('num_experts')} expert{'s' * (i['num_experts'] != [1])}, "
             f"{numbers('top_k')} for each token, on {plural(i['tokens'], 'token')} of "
             f"{join_words(names[:6])}{' and more' if len(names) > 6 else ''}")
-    return report_page(f'What the routers of {self.title} do', lead, self._summary_html(), self._facts_html(),
-                       self._perturbation_html(), self._depth_html(), self._experts_html(), self._pairs_html(),
-                       self._text_html(), footer=_notes['footer'])
+    first, *rest = self.sections()
+    return report_page(f'What the routers of {self.title} do', lead, first, self._facts_html(), *rest,
+                       footer=_notes['footer'])
 
 # %% ../../nbs/experiments/analysis_report.ipynb #a447cb36
 @patch

@@ -10,26 +10,31 @@ __all__ = ['VisionPlan', 'vision_plan', 'vision_recipes', 'estimated_seconds', '
            'VisionComparison']
 
 # %% ../../nbs/experiments/vision.ipynb #9cf1c7fa
-import os, pandas as pd, time, torch, warnings
-from dataclasses import dataclass
+import os, pandas as pd, time, warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.errors import check
-from ..core.files import check_writable, jsonable, locked_folder, read_json, write_atomic, write_json
+from ..core.files import (check_writable, jsonable, locked_folder, make_folder, read_json, write_atomic,
+                                  write_json)
 from ..core.machine import find_device, use_threads
+from ..core.modes import seeded
 from ..core.settings import read_setting, seed_list
 from ..core.words import format_duration
 from ..data.conversations import read_conversations
-from ..data.scenes import scene_words, write_scenes
+from ..data.scenes import subtasks, write_scenes
+from ..data.vision import easy_vqa
 from ..evaluation.answers import answer_questions, read_answers, single_questions, write_answers
 from .jobs import Task, share_cores, side_by_side, values_of
 from .vision_report import VisionResults, write_vision_report
 from .vision_stages import (after, data_of, fitting_stage, scene_data, shared_stages, stage_config,
-                                                 stage_folder, stage_name, train_stage)
-from ..models.asking import load_vision_language, small_processor
-from ..models.vision import llava_from_scratch, vision_size
+                                                 stage_folder, stage_learner, stage_model, stage_name, stage_samples,
+                                                 train_stage)
+from ..models.asking import ask_all, load_vision_language
+from ..models.vision import vision_size
 from ..moe.config import check_recipe, own_recipes
 from ..plots.style import recipe_title
+from ..training.checkpoints import StepReporter
 from ..training.stages import VisionPreset, get_vision_preset
 
 # %% ../../nbs/experiments/vision.ipynb #144e6898
@@ -75,13 +80,9 @@ def vision_plan(
     preset, recipes = get_vision_preset(preset), vision_recipes(recipes, dense)
     check_writable(Path(out))
     how = dict(bf16=read_setting('bf16', bf16), device=find_device(device).type)
-    steps = None if steps is None else read_setting('steps', steps)
-    shared = shared_stages(preset, start=start, data=data, steps=steps, **how)
-    last = _last_stages(preset, shared[-1], recipes, _seeds(recipes, seeds, more_seeds, more_for), data, steps, how,
-                        experts or _experts(preset), controls)
-    check(not asked or test or preset.test_scenes, 'test', test,
-          f"given for preset '{preset.name}', which has no test scenes")
-    return VisionPlan(Path(out), preset, shared, last, (test or _test_scenes(preset)) if asked else None)
+    shared, last = _planned(preset, _seeds(recipes, seeds, more_seeds, more_for), start, data, steps, how, experts,
+                            controls)
+    return VisionPlan(Path(out), preset, shared, last, _asked(preset, test) if asked else None)
 
 # %% ../../nbs/experiments/vision.ipynb #b550b195
 def vision_recipes(
@@ -105,40 +106,70 @@ def _experts(preset):
     size = vision_size(preset.size)
     return dict(num_experts=size.num_experts, top_k=size.top_k)
 
-def _test_scenes(preset): return scene_data(preset.test_scenes, vision_size(preset.size).image_size, preset.questions)
-
-def _last_stages(preset, before, recipes, pairs, data, steps, how, experts, controls):
-    stage = preset.stages[-1]
+def _planned(preset, pairs, start, data, steps, how, experts, controls):
+    "Configurations of the shared stages and of the last ones"
+    if steps is not None: steps = read_setting('steps', steps)
+    shared, stage = shared_stages(preset, start=start, data=data, steps=steps, **how), preset.stages[-1]
     d = data_of(preset, stage, data)
-    make = lambda **kw: stage_config(fitting_stage(stage, d, steps), after(before), d, experts=experts, **how | kw)
-    return ([make(recipe=r, seed=s) for r, s in pairs] + [make(recipe='dense', seed=0, images=False)] * bool(controls))
+    make = lambda **kw: stage_config(fitting_stage(stage, d, steps), after(shared[-1]), d,
+                                     experts=experts or _experts(preset), **how | kw)
+    return shared, [*(make(recipe=r, seed=s) for r, s in pairs),
+                    *[make(recipe='dense', seed=0, images=False)] * bool(controls)]
+
+def _asked(preset, test):
+    check(test or preset.test_scenes, 'test', test, f"given for preset '{preset.name}', which has no test scenes")
+    return test or scene_data(preset.test_scenes, vision_size(preset.size).image_size, preset.questions)
 
 # %% ../../nbs/experiments/vision.ipynb #ed6fa9fe
 def estimated_seconds(
     plan:VisionPlan,
     jobs:int=1,      # stages at once, of the last ones
 )->float:            # None where the model is not of the preset's size
-    "About how long the rest of a plan takes."
+    "About how long the rest of a plan takes, by three steps of each kind of stage on this machine, and one answer."
     if 'size' not in plan.shared[0]['start']: return None
-    todo = [c for c in plan.stages if not plan.finished(c)]
-    if not todo: return 0.
-    step = _seconds_a_step(plan.preset)
-    cost = lambda c: c['stage']['steps'] * step * (1.35 if c.get('experts') else 1.)
-    shared, last = (sum(cost(c) for c in part if c in todo) for part in (plan.shared, plan.last))
-    return shared + last / jobs
+    trained = lambda c: (plan.folder(c)/'result.json').exists()
+    kind = lambda c: (c['stage']['name'], bool(c.get('experts')), c.get('images', True))
+    step, res = {}, {True: 0., False: 0.}
+    for c in plan.stages:
+        if trained(c): continue
+        if kind(c) not in step: step[kind(c)] = _seconds_a_step(plan, c)
+        res[c in plan.shared] += step[kind(c)] * c['stage']['steps']
+    asked = sum(3 if c.get('images', True) else 1 for c in plan.last if not plan.is_answered(c))
+    answer = _seconds_an_answer(plan) * _question_count(plan) if asked else 0.
+    return res[True] + (res[False] + asked * answer) / jobs
 
-def _seconds_a_step(preset):
-    "Of the last stage, dense"
-    size, stage = vision_size(preset.size), preset.stages[-1]
-    tokenizer = small_processor(scene_words(), size.image_size, size.patch_size).tokenizer
-    model, n = llava_from_scratch(size, tokenizer, seed=0).train(), size.image_tokens
-    ids = torch.full((stage.batch_size, n + 64), 7)
-    ids[:, :n] = model.config.image_token_id
-    pixels = torch.zeros(stage.batch_size, 3, size.image_size, size.image_size)
-    for _ in range(2):
-        start = time.perf_counter()
-        model(input_ids=ids, pixel_values=pixels, labels=ids, use_cache=False).loss.backward()
-    return time.perf_counter() - start
+# %% ../../nbs/experiments/vision.ipynb #b1d0e5a1
+def _probe(plan, config, n):
+    "A stage as it begins, of three steps and n scenes"
+    size = vision_size(plan.preset.size)
+    stage = dict(config['stage'], steps=3, warmup_steps=0)
+    data = dict(scenes=n, image_size=size.image_size, questions=plan.preset.questions or 5, seed=0)
+    config = dict(config, stage=stage, data=data, start=plan.shared[0]['start'])
+    with seeded(0, everything=True): return config, *stage_model(plan.root, config)
+
+def _seconds_a_step(plan, config):
+    "The faster one of two, behind a first one"
+    config, model, processor = _probe(plan, config, config['stage']['batch_size'])
+    times = []
+    cbs = StepReporter(lambda **facts: times.append(time.perf_counter()))
+    with seeded(0, everything=True):
+        learn = stage_learner(config, model, processor, cbs=cbs)[1]
+        with learn.no_bar(), learn.no_logging(): learn.fit_cosine()
+    return min(b - a for a, b in zip(times, times[1:]))
+
+# %% ../../nbs/experiments/vision.ipynb #b1d0e5a2
+def _question_count(plan):
+    n = plan.test['samples'] if 'file' in plan.test else plan.test['scenes'] * plan.test['questions']
+    return min(n, plan.per_subtask * len(subtasks))
+
+def _seconds_an_answer(plan, n=16):
+    "Of a model that knows nothing, which stops later than one that does"
+    config, model, processor = _probe(plan, plan.last[0], n)
+    samples = [q for s in stage_samples(config['data'], 'questions', split='test')[0]
+               for q in single_questions([s])][:n]
+    start = time.perf_counter()
+    ask_all(model.to(config['device']), processor, samples, batch_size=n, max_new_tokens=8)
+    return (time.perf_counter() - start) / len(samples)
 
 # %% ../../nbs/experiments/vision.ipynb #e66bde4c
 def train_and_answer(
@@ -169,19 +200,27 @@ def test_questions(
     per_subtask:int=200, # at most
 )->list:               # of `Sample`
     "The questions of a comparison; the pictures of test scenes are in the folder `test`."
+    if 'set' in test: return _at_most(single_questions(_spaced(easy_vqa('test'))), per_subtask)
     where = (test['file'], test['images']) if 'file' in test else (Path(root)/'test'/'conversations.json', None)
+    return _at_most(single_questions(read_conversations(*where)[0]), per_subtask)
+
+def _at_most(questions, per_subtask):
     seen, res = {}, []
-    for q in single_questions(read_conversations(*where)[0]):
+    for q in questions:
         s = q.tags['subtask']
         seen[s] = seen.get(s, 0) + 1
         if seen[s] <= per_subtask: res.append(q)
     return res
 
-def _pictures(root, test): return Path(test['images'] if 'file' in test else Path(root)/'test'/'images')
+def _spaced(samples): return [replace(s, turns=tuple((r, t.replace('?', ' ?')) for r, t in s.turns)) for s in samples]
+
+def _pictures(root, test):
+    if 'set' in test: return easy_vqa('test')[0].images[0].parent
+    return Path(test['images'] if 'file' in test else Path(root)/'test'/'images')
 
 def _write_test(plan):
     folder = plan.root/'test'
-    if plan.test is None or 'file' in plan.test or (folder/'conversations.json').exists(): return
+    if plan.test is None or {'file', 'set'} & {*plan.test} or (folder/'conversations.json').exists(): return
     t = plan.test
     write_scenes(folder, t['scenes'], 'test', 'questions', t['seed'], t['image_size'])
 
@@ -216,7 +255,8 @@ def vision_compare(
     return compare_plan(plan, jobs, threads, progress, checkpoint_seconds)
 
 # %% ../../nbs/experiments/vision.ipynb #8481f276
-def compare_plan(plan:VisionPlan, jobs:int=None, threads:int=None, progress=None, checkpoint_seconds:float=60):
+def compare_plan(plan:VisionPlan, jobs:int=None, threads:int=None, progress=None, checkpoint_seconds:float=60,
+                 watch=None): # what watches the last stages, see `train_stage`
     "`vision_compare` of a plan; None where nothing is asked."
     tell = progress or print_vision
     todo = [c for c in plan.last if not plan.finished(c)]
@@ -226,11 +266,12 @@ def compare_plan(plan:VisionPlan, jobs:int=None, threads:int=None, progress=None
         _write_test(plan)
         pretrain_shared(plan, tell, threads, checkpoint_seconds)
         how = dict(root=str(plan.root), test=plan.test, per_subtask=plan.per_subtask,
-                   checkpoint_seconds=checkpoint_seconds)
+                   checkpoint_seconds=checkpoint_seconds, **dict(watch=watch) if watch else {})
         tasks = [Task(stage_name(c), train_and_answer, dict(how, config=c)) for c in plan.last]
         values_of(side_by_side(tasks, jobs=jobs, threads=threads_each, progress=tell), 'last stages')
         if plan.test is None: return None
-        res = VisionComparison([plan.folder(c) for c in plan.last], plan.root,
+        make_folder(out := plan.root/plan.test.get('set', ''))
+        res = VisionComparison([plan.folder(c) for c in plan.last], out,
                                read_json(plan.folder(plan.shared[-1])/'result.json'))
         res.save()
     return res
@@ -294,6 +335,16 @@ def by_subtask(self:VisionComparison)->pd.DataFrame: # a row a subtask; columns:
     res = a.pivot_table(index=['group', 'subtask'], columns='model', values='right', aggfunc='mean', sort=False)
     s = self.answers[self.answers.condition == 'shuffled'].groupby(['group', 'subtask'], sort=False).right.mean()
     return res.assign(shuffled=s)
+
+# %% ../../nbs/experiments/vision.ipynb #72aa0fd7
+@patch
+def by_group(self:VisionComparison)->pd.DataFrame: # a row a model and group; columns: own, shuffled, blank, n
+    "Accuracy over the questions of a group, and over all of them, with each kind of images."
+    a = self.answers[self.answers.model != 'question_only']
+    both = pd.concat([a, a.assign(group='all')])
+    res = both.pivot_table(index=['model', 'group'], columns='condition', values='right', aggfunc='mean', sort=False)
+    n = both[both.condition == 'own'].groupby(['model', 'group'], sort=False).id.nunique()
+    return res[[c for c in ('own', 'shuffled', 'blank') if c in res]].assign(n=n)
 
 # %% ../../nbs/experiments/vision.ipynb #ac02a8c5
 @patch

@@ -105,12 +105,22 @@ def _run_means(df, condition='own'):
     by = d.groupby(['model', 'seed', 'subtask'], sort=False).right.mean().groupby(['model', 'seed'], sort=False).mean()
     return by.rename('accuracy').reset_index().rename(columns=dict(model='recipe'))
 
-# %% ../../nbs/experiments/vision_report.ipynb #b29394e2
+# %% ../../nbs/experiments/vision_report.ipynb #b1d0e5b1
+def _with_chance(scores):
+    "Without subtasks of one image, of which chance cannot be told, and a sentence that names these"
+    images = scores.groupby('task').doc.nunique()
+    alone = [t.replace('_', ' ') for t in images.index[images < 2]]
+    return (scores[scores.task.map(images) > 1],
+            f' Not counted, with one image each: {", ".join(alone)}.' if alone else '')
+
 def _verdict(results):
     df = results.answers[results.answers.intervention == 'none']
-    if df.model.nunique() < 2: return ''
-    return ft.P(ranking_verdict(paired_test(answer_scores(df), permutations=2000), names=recipe_title), cls='verdict')
+    scores, left = _with_chance(answer_scores(df))
+    if df.model.nunique() < 2 or not len(scores): return ''
+    told = ranking_verdict(paired_test(scores, permutations=2000), names=recipe_title)
+    return ft.P(told + left, cls='verdict')
 
+# %% ../../nbs/experiments/vision_report.ipynb #b29394e2
 def _floor(results):
     "Mean accuracy of the controls, to be drawn as lines"
     df, alone = results.answers, results.controls
@@ -207,11 +217,13 @@ def _changes_html(results):
     df = results.answers[results.answers.condition == 'own']
     if df.intervention.nunique() < 2: return ''
     asked = df.groupby(['model', 'seed'], sort=False).intervention.transform('nunique') > 1
-    c = total_score_change(answer_scores(df[asked]))
+    scores, left = _with_chance(answer_scores(df[asked]))
+    if not len(scores): return ''
+    c = total_score_change(scores)
     rows = [[recipe_title(r.model), ft.Td(r.intervention, cls='l'), f'{r.change:+.1f}', format_number(r.stderr)]
             for r in c.itertuples()]
     return ft.Section(ft.H2('Routing otherwise'), report_table(['recipe', 'intervention', 'change', '±'], rows, 2),
-                      _note('changed'))
+                      _note('changed'), ft.P(left, cls='soft') if left else '')
 
 # %% ../../nbs/experiments/vision_report.ipynb #b72e439b
 def picture_uri(

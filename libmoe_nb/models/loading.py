@@ -6,13 +6,13 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models/loading.html.md"""
 
 # %% auto #0
 __all__ = ['packaged_models', 'packaged_model', 'find_model', 'model_folder', 'load_pretrained', 'load_tokenizer', 'load_model',
-           'check_causal']
+           'sees_images', 'check_causal']
 
 # %% ../../nbs/models/loading.ipynb #b93a3828
 import importlib.util, os, re, shutil, tempfile, torch, transformers
 from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlavaConfig
 from ..core.errors import did_you_mean, first_line
 from ..core.files import read_json
 from ..core.machine import find_device, no_network
@@ -22,6 +22,7 @@ from ..data.packing import cache_folder
 from ..data.text import check_ids
 from .causal import MoEForCausalLM
 from .configuration import MoEConfig
+from .scales import ScaledLlavaConfig
 from .wrapping import load_upcycled
 
 # %% ../../nbs/models/loading.ipynb #0c949749
@@ -150,15 +151,28 @@ def load_tokenizer(
     return tokenizer
 
 # %% ../../nbs/models/loading.ipynb #c1a55e01
+def _class_names(auto, config):
+    "Names of the classes that an Auto class has for a configuration"
+    known = auto._model_mapping
+    classes = known[type(config)] if type(config) in known else ()
+    return {c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))}
+
+def _auto_class(config):
+    "What loads a model of this configuration: the class for images first, if one of its classes was saved"
+    made_by = (config.architectures or [''])[0]
+    names = {a: _class_names(a, config) for a in (AutoModelForImageTextToText, AutoModelForCausalLM)}
+    if named := [a for a in names if made_by in names[a]]: return named[0]
+    if names[AutoModelForCausalLM]: return AutoModelForCausalLM
+    by_name = getattr(transformers, made_by, None) if made_by else None
+    return by_name or (AutoModelForImageTextToText if names[AutoModelForImageTextToText] else AutoModelForCausalLM)
+
 def _loader(folder, name):
     "What loads the model in `folder`: a class, or `load_upcycled`"
     saved, _ = load_pretrained(transformers.PreTrainedConfig.get_config_dict, folder, name, 'model')
     kind = str(saved.get('model_type'))
     if kind == MoEConfig.model_type: return MoEForCausalLM
     if kind.startswith(f'{MoEConfig.model_type}_'): return load_upcycled
-    config = load_pretrained(transformers.AutoConfig, folder, name, 'model')
-    if type(config) in AutoModelForCausalLM._model_mapping: return AutoModelForCausalLM
-    return getattr(transformers, (config.architectures or [''])[0], None) or AutoModelForCausalLM
+    return _auto_class(load_pretrained(transformers.AutoConfig, folder, name, 'model'))
 
 # %% ../../nbs/models/loading.ipynb #c1a55e02
 def load_model(
@@ -175,15 +189,24 @@ def load_model(
     model = load_pretrained(cls, folder, name, 'model', dtype=dtype)
     return model.to(device).eval(), None if tokenizer is False else tokenizer, run
 
+# %% ../../nbs/models/loading.ipynb #c1a55e06
+def sees_images(
+    model, # as for `load_model`, or a model
+)->bool:
+    "Is that a LLaVA: a vision tower, a projector and a language model?"
+    if isinstance(model, torch.nn.Module): return isinstance(getattr(model, 'config', None), LlavaConfig)
+    folder, _ = model_folder(model)
+    saved, _ = load_pretrained(transformers.PreTrainedConfig.get_config_dict, folder, str(model), 'model')
+    kind = str(saved.get('model_type')).removeprefix(f'{MoEConfig.model_type}_')
+    return kind in (LlavaConfig.model_type, ScaledLlavaConfig.model_type)
+
 # %% ../../nbs/models/loading.ipynb #ca05a101
 def check_causal(
     config, # of transformers
     name,   # of the model, in the error
 ):
     "Raise a `ValueError` unless the configuration is that of a causal language model."
-    known, made_by = AutoModelForCausalLM._model_mapping, (config.architectures or [None])[0]
-    classes = known[type(config)] if type(config) in known else ()
-    names = {c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))}
+    made_by, names = (config.architectures or [None])[0], _class_names(AutoModelForCausalLM, config)
     if not names or made_by and made_by not in names:
         raise ValueError(f'model must be a causal language model, got {str(name)!r}: '
                          f'{made_by or type(config).__name__}')

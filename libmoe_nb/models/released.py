@@ -63,7 +63,8 @@ def released_spec(
     if recipe == 'moe_plus_plus' and output_size: recipe = 'smoe'
     return MoESpec(recipe, hidden_size, num_experts, top_k, num_shared_experts=int(recipe in _shared),
                    moe_intermediate_size=moe_intermediate_size, hidden_act=hidden_act, bias=True, norm_topk_prob=True,
-                   router_z_loss_coef=.001, output_size=output_size, options=_options.get(recipe, {})).validate()
+                   router_z_loss_coef=.001, output_size=output_size, released_losses='vision',
+                   options=_options.get(recipe, {})).validate()
 
 # %% ../../nbs/models/released.ipynb #2b88e82c
 class TensorFiles:

@@ -61,7 +61,8 @@ class MoESpec(_Checked):
 def to_dict(self:MoESpec)->dict:
     "As JSON can hold it, without fields added later that say nothing"
     d = dataclasses.asdict(self)
-    return {k: v for k, v in d.items() if v is not None or k not in ('output_size', 'second_init_scale', 'released_losses')}
+    return {k: v for k, v in d.items() if v is not None
+            or k not in ('output_size', 'second_init_scale', 'released_losses')}
 
 # %% ../../nbs/moe/config.ipynb #5e4b6a7f
 def _from_dict(cls, d, kind):

@@ -18,7 +18,8 @@ from ..data.images import read_image
 from .style import in_style, make_axes, plain_legend, recipe_title
 
 # %% ../../nbs/plots/patches.ipynb #76f2eb57
-_colours = ['#0060c0', '#eda800', '#11774f', '#d1500a', '#4fb3f0', '#882255', '#83d0a8', '#f4a6c0', '#5b5bd6', '#8c6d46',
+_colours = ['#0060c0', '#eda800', '#11774f', '#d1500a', '#4fb3f0', '#882255', '#83d0a8', '#f4a6c0',
+            '#5b5bd6', '#8c6d46',
             '#ddcc77', '#222222']
 _none = '#c4c4c4'
 
@@ -77,7 +78,8 @@ def _strengths(trace, layer, strength, scale):
     if strength is None: return np.nan_to_num(expert_maps(trace, layer, 'weight', scale) * 0 + 1)
     v = np.nan_to_num(expert_maps(trace, layer, strength, scale))
     if strength == 'entropy': return 1 - v.clip(0, 1)
-    least = 1 / trace.meta['top_k'][layer]                # the first choice of K has at least that, where weights add up to 1
+    # the first choice of K has at least that, where weights add up to 1
+    least = 1 / trace.meta['top_k'][layer]
     return ((v - least) / max(1 - least, 1e-6)).clip(0, 1) if least < 1 else v.clip(0, 1)
 
 def _layer_numbers(trace, layers):
@@ -89,7 +91,8 @@ def _layer_numbers(trace, layers):
 def _image_numbers(trace, images):
     n = trace.columns['image'].max() + 1 if 'image' in trace.columns else 0
     check(n > 0, 'trace', trace.meta['model'], 'one of `trace_images` with at least one image')
-    numbers = [images] if isinstance(images, (int, np.integer)) else list(range(min(4, n)) if images is None else images)
+    numbers = ([images] if isinstance(images, (int, np.integer))
+               else list(range(min(4, n)) if images is None else images))
     for i in numbers: check(0 <= i < n, 'images', i, f'between 0 and {n - 1}')
     return numbers
 
@@ -152,7 +155,7 @@ def plot_expert_weight(
     trace,           # of `trace_images`
     expert:int,
     layer:int=-1,
-    images=None,     # numbers of pictures; None: the twelve where it has most weight
+    images=None, # numbers of pictures; None: the twelve where it has most weight
     pictures=None,   # folder of the files, or pictures by number; None: maps alone
     scale:int=1,
     columns:int=6,
@@ -165,12 +168,12 @@ def plot_expert_weight(
     per = 2 if pictures is not None else 1                                   # the picture stands above its map
     fig, axes = _cells(per * -(-len(numbers) // columns), min(columns, len(numbers)), size)
     for ax in axes.flat: _bare(ax)
-    for k, i in enumerate(numbers):
-        row, c = divmod(k, columns)
+    for (row, c), i in zip(map(lambda k: divmod(k, columns), range(len(numbers))), numbers):
         if per == 2: axes[2 * row, c].imshow(picture_of(trace, i, pictures))
         shown = axes[per * row + per - 1, c].imshow(maps[i], cmap='Blues', norm=Normalize(0, 1))
         axes[per * row, c].set_title(f'image {i}', fontsize=8, fontweight='normal')
-    fig.colorbar(shown, ax=axes, shrink=.6, aspect=18, pad=.01, label=f'weight of expert {expert}').outline.set_visible(False)
+    bar = fig.colorbar(shown, ax=axes, shrink=.6, aspect=18, pad=.01, label=f'weight of expert {expert}')
+    bar.outline.set_visible(False)
     return fig
 
 # %% ../../nbs/plots/patches.ipynb #1f98b504
@@ -185,7 +188,8 @@ def plot_expert_places(
 ):                   # Figure
     "The share of tokens at each place that go to each expert."
     l = trace.layer(layer)
-    shares = [np.nanmean(expert_maps(trace, layer, (l.expert == e).any(-1), scale), axis=0) for e in range(l.num_experts)]
+    shares = [np.nanmean(expert_maps(trace, layer, (l.expert == e).any(-1), scale), axis=0)
+              for e in range(l.num_experts)]
     order = sorted(np.argsort([-s.mean() for s in shares], kind='stable')[:most])
     C = min(columns, len(order))
     fig, axes = _cells(-(-len(order) // C), C, size)

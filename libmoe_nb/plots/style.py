@@ -58,7 +58,8 @@ def recipes_of(
     df, # with a column recipe
 )->list:
     "The recipes in a table, in the order in which the library lists them."
-    return list(dict.fromkeys(r for r in [*own_recipes, *recipes, *df.recipe] if r in set(df.recipe)))
+    there = dict.fromkeys(df.recipe)
+    return [r for r in dict.fromkeys([*own_recipes, *recipes, *there]) if r in there]
 
 # %% ../../nbs/plots/style.ipynb #a31f14a8
 # what people see of (red, green, blue), by their colour vision

@@ -18,10 +18,11 @@ from itertools import islice
 from types import SimpleNamespace
 from torch import nn, Tensor
 from ..core.errors import check, did_you_mean
-from ..core.modes import unwrap
+from ..core.modes import seeded, unwrap
 from ..core.ranks import sum_over_ranks
 from ..core.words import join_some
 from ..data.conversations import image_token
+from ..models.frozen import take_features
 from ..models.towers import model_parts
 from ..moe.config import TrainingBudget
 from .batches import as_batch
@@ -324,8 +325,9 @@ def vision_learner(
     longest = max(len(e['input_ids']) for e in data.encoded)
     check(longest <= stage.sequence_length, 'sequence_length of the stage', stage.sequence_length,
           f'at least that of the longest sample, {longest}')
-    if pairs: model = ContrastiveModel(model)
+    with seeded(seed): model = ContrastiveModel(model) if pairs else model
     train_only(model, stage.train)
+    if getattr(data, 'features', None) is not None: take_features(model, stage.train)
     kind, cbs = PairData if pairs else StageData, [TrainsOnly(stage.train), *_listed(kwargs.pop('cbs', None))]
     told = dict(loss_func=pair_loss) if pairs else {}
     return moe_learner(model, _as_text(kind(data), kind(valid or data), stage), preset=stage, seed=seed, cbs=cbs,

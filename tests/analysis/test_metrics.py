@@ -1,5 +1,6 @@
 """Metrics: symmetries, ranges, and plain loops written from the formulas."""
 import math
+from dataclasses import replace
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from libmoe_nb.analysis.metrics import *
@@ -153,3 +154,18 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="of must be 'score' or 'weight'"): router_margin(a, of='logit')
     with pytest.raises(ValueError, match="by must be"): router_saturation(a, a, by='day')
     with pytest.raises(ValueError, match='k must be'): router_saturation(a, a, k=0)
+
+
+@pytest.mark.parametrize('top_k', [1, 2, 3])
+def test_by_slot_as_the_authors_vision_code_compares(top_k):
+    "A loop over ranks; exchanging two ranks is a change, and the sets agree at least as well"
+    a, b = (random_trace(200, num_experts=5, top_k=top_k, num_layers=2, seed=s) for s in (1, 2))
+    same = np.mean([[x == y for x, y in zip(r, q)] for la, lb in zip(a, b) for r, q in zip(la.chosen, lb.chosen)])
+    rate = expert_change_rate(a, b, by='slot').change_rate[0]
+    assert np.isclose(rate, 1 - same) and rate >= expert_change_rate(a, b).change_rate[0] - 1e-12
+    for k in {1, top_k}:
+        want = [np.mean(la.chosen[:, :k] == lb.chosen[:, :k]) for la, lb in zip(a, b)]
+        assert np.allclose(router_saturation(a, b, k=k, by='slot').saturation, want)
+    turned = replace(a, choice=np.asarray(a.choice)[..., [*range(top_k)][::-1] + [top_k]])
+    assert expert_change_rate(a, turned).change_rate[0] == 0
+    assert np.isclose(expert_change_rate(a, turned, by='slot').change_rate[0], (top_k - top_k % 2) / top_k)

@@ -15,7 +15,8 @@ from libmoe_nb.analysis.patches import *
 from libmoe_nb.analysis.traces import make_trace, read_trace
 from libmoe_nb.analysis.tracing import intervene, moe_layers, record_routing
 from libmoe_nb.core.modes import seeded
-from libmoe_nb.data.conversations import ConversationData, Sample, plain_template, read_conversations
+from libmoe_nb.data.conversations import ConversationData, Sample, read_conversations
+from libmoe_nb.data.templates import plain_template
 from libmoe_nb.data.scenes import Scene, scene_words, write_scenes
 from libmoe_nb.models.upcycling import upcycle
 
@@ -239,7 +240,7 @@ def test_several_images_in_a_message_and_broken_ones(model, samples, tmp_path):
     t = trace_images(model, d, tmp_path/'t')
     assert t['tower'].meta['info']['images'] == [p.name for p in both.images]
     assert t['language_model'].only(modality='image').columns['image'].tolist() == [0] * 16 + [1] * 16 + [0] * 16
-    assert d.left_out.names == {'an image cannot be read': ['bad']}
+    assert {why: [*names] for why, names in d.left_out.names.items()} == {'an image cannot be read': ['bad']}
     with pytest.raises(ValueError, match='data must be .*at least one sample whose images can be read'):
         trace_images(model, ConversationData([bad], TOK, pixels, 16), tmp_path/'none')
     assert not [*(tmp_path/'none').iterdir()]
@@ -316,7 +317,9 @@ def test_scenes_are_known_to_the_patch():
             r, q = divmod(t.place, 3)
             cell = lambda a: {*a[2*r:2*r + 2, 2*q:2*q + 2].flat} - {'paper'}
             assert cell(shape) <= {t.shape} and cell(colour) == {t.colour}
-        if s.text: assert {*colour.flat} == {s.colour, 'paper'} and {*shape.flat} == {'text', 'paper'}
+        if s.text:
+            assert {*colour.flat} == {s.colour, 'paper', *(t.colour for t in s.things)}
+            assert {*shape.flat} == {'text', 'paper', *(t.shape for t in s.things)}
         if s.bars: assert {*colour.flat} - {'paper'} == {c for c, _ in s.bars}
     assert scene_of('a/b/test-000012.jpg') == Scene.draw(12, 'test')
 

@@ -3,6 +3,7 @@ import json, os, pickle, re, signal, subprocess, sys, textwrap
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st, HealthCheck
+from processes import Piped
 from safetensors.numpy import load_file, save_file
 from libmoe_nb.analysis import metrics, model_metrics
 from libmoe_nb.analysis.tiny_models import tiny_moe
@@ -170,9 +171,10 @@ def test_killed_while_writing(files, tmp_path):
                 print('batch', flush=True)
                 time.sleep(.05)
         write_trace(from_scratch('smoe', 'tiny'), batches(), {str(target)!r})''')
-    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)
+    p = Piped(code)
     p.stdout.readline(); p.stdout.readline()
-    p.send_signal(signal.SIGKILL); p.wait()
+    p.send_signal(signal.SIGKILL)
+    assert p.wait(60) == -signal.SIGKILL
     assert target.read_bytes() == files[0].read_bytes()
     read_trace(target)
 

@@ -6,6 +6,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings as how, strategies as st
 from torch import nn
 
+from processes import ready
 from libmoe_nb.core.errors import check, did_you_mean, differences, first_line, shown, tell_differences
 from libmoe_nb.core.files import (atomic_path, check_writable, file_digest, jsonable, locked_folder, make_folder,
                                   read_json, write_json)
@@ -36,7 +37,8 @@ def in_a_group(n, world, path):
     assert (rank(), world_size()) == (0, 1)
 
 def test_two_processes_sum(tmp_path):
-    torch.multiprocessing.spawn(in_a_group, (2, str(tmp_path)), nprocs=2)
+    ready()
+    torch.multiprocessing.start_processes(in_a_group, (2, str(tmp_path)), nprocs=2, start_method='forkserver')
     a, b = (json.loads((tmp_path/f'{n}.json').read_text()) for n in (0, 1))
     assert (a['rank'], a['world'], a['main'], b['rank'], b['world'], b['main']) == (0, 2, True, 1, 2, False)
     for r in (a, b): assert (r['sum'], r['mean'], r['counts']) == ([3, 30], [1.5, 15], [1, 4])

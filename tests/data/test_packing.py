@@ -3,6 +3,7 @@ import json, os, signal, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from processes import Forked, Piped
 from made_text import decoded, fill, prep, python, stream, words
 from libmoe_nb.data import text
 from libmoe_nb.data.files import quick_digest
@@ -126,14 +127,14 @@ def test_same_bytes_in_two_processes(corpus, tmp_path):
     assert {p.name: p.read_bytes() for p in a.iterdir()} == {p.name: p.read_bytes() for p in b.iterdir()}
 
 def test_two_processes_build_one_cache(corpus, tmp_path):
-    outs = [p.communicate() for p in [build(corpus) for _ in range(3)]]
+    outs = [p.communicate() for p in [Forked(BUILD.format(data=str(corpus))) for _ in range(3)]]
     assert len({o for o,_ in outs}) == 1 and outs[0][0], outs
     assert len(folders(tmp_path)) == 1
 
 def test_killed_while_building(corpus, tmp_path):
     slow = "import time; from libmoe_nb.data import text; real = text.write_tokens\n" \
            "def wait(*a):\n    r = real(*a); time.sleep(60); return r\ntext.write_tokens = wait\n"
-    p = python(slow + BUILD.format(data=str(corpus)))
+    p = Forked(slow + BUILD.format(data=str(corpus)))
     end = time.time()+60
     while not list((tmp_path/'cache').glob('text/.*/train.tokens')):
         assert time.time() < end and p.poll() is None, p.communicate(); time.sleep(.05)
@@ -149,7 +150,7 @@ def test_killed_at_random_moments(corpus, tmp_path):
     code = "from libmoe_nb.data.text import text_data; import sys; print('go', flush=True)\n" \
            f"while True: text_data({str(corpus)!r}, vocab_size=300, sequence_length=32, rebuild=True)"
     for i in range(3):
-        p = python(code); p.stdout.readline(); time.sleep(.1+.07*i); p.send_signal(signal.SIGKILL); p.communicate()
+        p = Piped(code); p.stdout.readline(); time.sleep(.1+.07*i); p.send_signal(signal.SIGKILL); p.communicate()
         assert prep(corpus).fingerprint == good
         assert [f for f in folders(tmp_path) if not f.name.startswith('.')] == [prep(corpus).folder]
 

@@ -77,7 +77,8 @@ def test_a_place_without_a_phrase_is_empty_and_one_with_a_phrase_is_not(train):
 @pytest.mark.parametrize('extra', [False, True])
 def test_no_word_is_unknown(train, asked, extra):
     known = {*scene_words(extra)}
-    assert {w for s in train for w in s.caption().split()} | {w for _, q in asked for w in f'{q.text} {q.answer}'.split()} <= known
+    assert {w for s in train for w in s.caption().split()} | {w for _, q in asked
+                                                              for w in f'{q.text} {q.answer}'.split()} <= known
 
 def test_words_of_easy_vqa():
     data = pytest.importorskip('easy_vqa')
@@ -96,5 +97,6 @@ def test_a_written_folder_is_llavas_layout(tmp_path):
         assert len(s.tags['subtasks']) == len(s.turns) // 2
 
 def test_bad_arguments_are_named():
-    for f in (lambda: Scene.draw(0, 'valid'), lambda: Scene.draw(0, kind='photo'), lambda: conversation(Scene.draw(0), 'a.png', 'all')):
+    for f in (lambda: Scene.draw(0, 'valid'), lambda: Scene.draw(0, kind='photo'),
+              lambda: conversation(Scene.draw(0), 'a.png', 'all')):
         with pytest.raises(ValueError, match='must be'): f()

@@ -1,5 +1,5 @@
 "Evaluation: scores of real models by hand, suites, interventions, commands with and without network."
-import json, math, os, random, shutil, subprocess, sys
+import json, math, os, random, shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, models as tokenizer_models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
+
+from processes import run_forked
 
 from libmoe_nb.cli import app
 from libmoe_nb.evaluation.harness import evaluate
@@ -284,10 +286,11 @@ def said(res):
 
 def test_without_network_the_command_says_which_data(folder, tmp_path):
     "One sentence with the data set and its address, exit code 2"
-    code = 'from libmoe_nb.cli import main; main()'
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, 'evaluate', str(folder), '--tasks', 'paper_lm'],
-                         capture_output=True, text=True, env=OFFLINE | dict(HF_HOME=str(tmp_path)), cwd=ROOT,
-                         timeout=300)
+    # what they read from the environment when they are imported
+    code = ('import os, huggingface_hub.constants as c\n'
+            'c.HF_HUB_OFFLINE, c.HF_HOME, c.HF_HUB_CACHE = True, *[os.environ["HF_HOME"]] * 2\n'
+            'from libmoe_nb.cli import main; main()')
+    res = run_forked(code, 'evaluate', folder, '--tasks', 'paper_lm', env=OFFLINE | dict(HF_HOME=str(tmp_path)))
     assert ("task 'lambada_openai' needs the data set 'EleutherAI/lambada_openai'" in said(res)
             and 'https://huggingface.co/datasets/EleutherAI/lambada_openai' in said(res))
 
@@ -301,8 +304,7 @@ M = t.TaskManager
 t.TaskManager = lambda **kwargs: M(**kwargs | dict(include_defaults=False))
 runpy.run_module('libmoe_nb.evaluation.harness', run_name='__main__', alter_sys=True)
 """
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *args], capture_output=True, text=True,
-                         env=OFFLINE, cwd=ROOT, timeout=300)
+    res = run_forked(code, *args, env=OFFLINE)
     assert res.returncode == 0, res.stderr[-2000:]
     saved = json.loads(next(tmp_path.rglob('out*.json')).read_text())['results']['sums']
     direct = evaluate(model, task, tokenizer=tok, progress=False).results.set_index('metric')

@@ -1,10 +1,11 @@
 "Evaluation in comparisons: what it adds, and that it changes nothing else."
-import json, random, shutil, subprocess, sys
+import json, random, shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from processes import run_forked
 from typer.testing import CliRunner
 
 from libmoe_nb.cli import app
@@ -160,5 +161,5 @@ def test_lm_eval_only_when_asked():
     "Neither making runs nor reading them imports lm-eval; only asking a model does"
     code = ('import sys, libmoe_nb.experiments.compare, libmoe_nb.experiments.upcycle, libmoe_nb.evaluation.ranking; '
             'assert "torch" in sys.modules; print("lm_eval" in sys.modules)')
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == 'False'
+    done = run_forked(code)
+    assert done.stdout.strip() == 'False', done.stderr

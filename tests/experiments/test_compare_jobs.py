@@ -1,5 +1,5 @@
 "Runs of a comparison side by side: the same to the bit as one after the other, whatever happens to some of them."
-import json, shutil
+import json, os, shutil
 
 import pytest
 
@@ -9,6 +9,7 @@ from libmoe_nb.experiments.compare import compare
 from libmoe_nb.experiments.jobs import TasksFailed
 from libmoe_nb.moe.config import recipe, recipes
 from made_text import fill
+from processes import Piped
 
 SMALL = dict(preset='tiny', hidden_size=16, head_dim=8, batch_size=2, steps=40, warmup_steps=1, valid_tokens=512)
 names = lambda res: [f.name for f in res.folders]
@@ -17,6 +18,14 @@ names = lambda res: [f.name for f in res.folders]
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('texts')
     return text_data(fill(folder/'texts', docs=12), vocab_size=300, sequence_length=32, cache_dir=folder/'cache')
+
+@pytest.fixture
+def at_once(monkeypatch):
+    "Workers start at once"
+    def start(threads):
+        return Piped('from libmoe_nb.experiments.jobs import work; work()',
+                     env=dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads)))
+    monkeypatch.setattr(jobs, '_start_process', start)
 
 def files(folder):
     "What must be equal: all but times and speeds"
@@ -27,7 +36,7 @@ def files(folder):
     same = {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*.safetensors')}
     return dict(result=result, told=told, **{str(k): v for k, v in same.items()})
 
-def test_interrupted_failed_and_the_same_to_the_bit(data, tmp_path):
+def test_interrupted_failed_and_the_same_to_the_bit(data, at_once, tmp_path):
     kw = dict(SMALL, data=data, threads=1, out=tmp_path/'runs')
     plain = compare('dense,smoe,xmoe', jobs=1, progress=None, **dict(kw, out=tmp_path/'plain'))
     (alien := tmp_path/'runs'/names(plain)[0]).mkdir(parents=True)

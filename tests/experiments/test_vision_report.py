@@ -78,3 +78,12 @@ def test_folders_that_cannot_be_a_report_are_named(questions, tmp_path):
     made(tmp_path, questions, ('smoe',))
     write_answers(tmp_path/'twice', answers_of(knows(.3, 5), questions[0]), 'smoe')
     with pytest.raises(ValueError, match='answers of smoe, seed 0 must be in one folder'): read_vision_results(tmp_path)
+
+def test_a_subtask_of_one_image_is_named_and_the_page_is_written(questions, tmp_path):
+    few = [q for q in questions[0] if q.tags['subtask'] == 'colour' or q.tags['image'] == '3.png']
+    for n, r in enumerate(('smoe', 'xmoe')):
+        t = answers_of(knows(.8 - .4 * n, n), few, 'own')
+        write_answers(tmp_path/r, pd.concat([t, t.assign(intervention='random')]), r, images=str(questions[1]))
+    page = vision_report(tmp_path)
+    assert page.count('Not counted, with one image each: text.') == 2 and 'Recipes' in page
+    assert 'Not counted' not in vision_report(made(tmp_path, questions))

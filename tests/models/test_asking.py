@@ -1,7 +1,8 @@
 "Asking a vision-language model: what would go wrong silently"
-import json, subprocess, sys, torch
+import json, torch
 import pytest
 from PIL import Image
+from processes import run_forked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoProcessor, LlamaConfig, LlamaForCausalLM,
                           LlavaProcessor, PreTrainedTokenizerFast)
@@ -207,7 +208,7 @@ def test_a_saved_model_gives_the_same_answers_in_a_fresh_process_and_under_plain
         model, processor = load_vision_language({str(folder)!r})
         ours = ask(model, processor, {str(tmp_path/"a.png")!r}, 'what color is it ?', max_new_tokens=8)
         print(json.dumps([p.tokenizer.decode(out, skip_special_tokens=True).strip(), ours]))'''
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    out = run_forked(code)
     assert out.returncode == 0, out.stderr[-2000:]
     assert json.loads(out.stdout.splitlines()[-1]) == [alone[0], alone[0]]
 

@@ -1,9 +1,10 @@
 "Models as Hugging Face models: files, processes, families, trainers. What a reader need not see in the chapter."
-import copy, json, os, pickle, subprocess, sys, types
+import copy, json, pickle, types
 import pytest, torch, transformers
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from pathlib import Path
+from processes import run_forked
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from libmoe_nb.moe.config import presets, recipes
@@ -83,9 +84,7 @@ for r in recipes:
     assert torch.equal(w[f'base.model.layers.1.mlp.{name}'], want['scratch']), r
 print('same')
 '''
-    p = subprocess.run([sys.executable, '-c', code, str(tmp_path), ' '.join(RECIPES), repr(SMALL)], capture_output=True,
-                       text=True, timeout=300,
-                       env=dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]), HF_HUB_OFFLINE='1'))
+    p = run_forked(code, tmp_path, ' '.join(RECIPES), repr(SMALL))
     assert p.stdout.strip().endswith('same'), p.stderr[-2000:]
 
 @pytest.mark.parametrize('recipe', ['smoe', 'moe_plus_plus'])
@@ -133,8 +132,7 @@ def test_unexpected_weights_are_named(tmp_path):
 def test_without_the_import_transformers_says_so(tmp_path):
     make('smoe').save_pretrained(tmp_path)
     code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
-    p = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True, timeout=300,
-                       cwd=tmp_path, env=dict(os.environ, HF_HUB_OFFLINE='1'))
+    p = run_forked(code, tmp_path, cwd=tmp_path)
     assert (p.returncode == 1 and 'model type `libmoe`' in p.stderr
             and 'does not recognize this architecture' in p.stderr), p.stderr[-2000:]
     # nothing to trust

@@ -1,7 +1,8 @@
 "Native architectures: what plain transformers makes of an exported folder, and what cannot be exported."
-import json, os, subprocess, sys
+import json
 import pytest, torch, transformers
 from native_models import CASES, SIZES, body, case, close, ids, make, own_layers, padded
+from processes import run_forked
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from libmoe_nb.analysis.tiny_models import tiny_moe
@@ -47,9 +48,7 @@ for f in sorted(p for p in d.iterdir() if p.is_dir()):
 assert not [m for m in sys.modules if m.startswith('libmoe_nb')]
 print(json.dumps(facts))
 '''
-    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | dict(HF_HUB_OFFLINE='1')
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(d)], capture_output=True, text=True,
-                       timeout=300, cwd=d, env=env)
+    p = run_forked(code, d, cwd=d)
     assert p.returncode == 0, p.stderr[-2000:]
     return json.loads(p.stdout.splitlines()[-1])
 

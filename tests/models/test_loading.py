@@ -1,9 +1,10 @@
 "A model by its name: every kind of name, our classes without an import, and each mistake in one sentence."
-import json, shutil, subprocess, sys
+import json, shutil
 from functools import partial
 from pathlib import Path
 
 import pytest, torch
+from processes import run_forked
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, BertForMaskedLM, GPT2Config, LlamaConfig, LlamaForCausalLM, T5Config
 
@@ -76,7 +77,7 @@ ours = lambda m: sum(type(x).__name__ == 'MoELayer' for x in m.modules())
 models = {{n: load_model(f'{FIXTURES}/models/{{n}}', tokenizer=False, device='cpu')[0] for n in {MODELS}}}
 print(json.dumps({{n: [[c.__name__ for c in type(m).__mro__], ours(m)] for n, m in models.items()}}))
 '''
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=300)
+    p = run_forked(code)
     assert p.returncode == 0, p.stderr[-2000:]
     return json.loads(p.stdout.splitlines()[-1])
 

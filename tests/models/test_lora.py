@@ -1,7 +1,7 @@
 "Low-rank adapters through peft: what moves, what is saved, what comes back."
-import copy, subprocess, sys
+import copy
 import numpy as np, pytest, torch, transformers
-from pathlib import Path
+from processes import run_forked
 from transformers import AutoConfig, AutoModelForCausalLM
 
 peft = pytest.importorskip('peft', reason='pip install peft')
@@ -152,8 +152,7 @@ from libmoe_nb.models.causal import from_scratch
 try: libmoe_nb.models.lora.add_lora(from_scratch('smoe', 'tiny'))
 except ImportError as e: print(e)
 '''
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True,
-                       cwd=Path(__file__).parents[2], timeout=120)
+    p = run_forked(code)
     assert p.stdout.strip() == 'add_lora needs peft: pip install libmoe-nb[peft]', p.stderr
 
 @pytest.mark.parametrize('recipe', ['smoe', 'sharede_v2'])

@@ -1,7 +1,8 @@
 "Upcycling: every family with every recipe, what is read and swapped, saving, and a real model."
 
-import copy, json, os, subprocess, sys
+import copy, json
 import pytest, torch
+from processes import run_forked
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertModel,
@@ -234,8 +235,7 @@ def test_nobody_else_loads_them(tmp_path):
     moe = upcycle(encoder('bert'), 'smoe', 4, 2)
     moe.save_pretrained(tmp_path)
     code = 'import sys, transformers; transformers.AutoModel.from_pretrained(sys.argv[1])'
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path)], capture_output=True, text=True,
-                       timeout=300, env=dict(os.environ, HF_HUB_OFFLINE='1'))
+    p = run_forked(code, tmp_path)
     assert p.returncode and 'libmoe_bert' in p.stderr
     with pytest.raises(OSError, match='no file named model.safetensors'): BertModel.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match='a mixture of experts already: smoe'): upcycle(tmp_path)

@@ -1,7 +1,8 @@
 """What stands beside an FFN's matrices: each family with each kind of extra, kept to the number or refused by name; and
 models that come back from disk in a process that never saw them."""
-import re, subprocess, sys
+import re
 import pytest, torch, torch.nn.functional as F
+from processes import run_forked
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from test_upcycling import CAUSAL, ENCODERS, IDS, SMALL, T5, causal, encoder, error, inputs_of, rough, tiny_llava, WHOLE
@@ -211,8 +212,7 @@ def test_every_family_comes_back_to_the_bit_in_a_fresh_process(tmp_path):
         tensors = {**dict(moe.named_parameters()), **dict(moe.named_buffers())}
         torch.save(dict(special=type(moe) is not MoEForCausalLM, inputs=inputs, out=out,
                         tensors={n: t.detach() for n, t in tensors.items()}), tmp_path/name/'want.pt')
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', LOADER, str(tmp_path)], capture_output=True, text=True,
-                       timeout=500)
+    p = run_forked(LOADER, tmp_path, timeout=500)
     said = [l for l in p.stdout.splitlines() if l.startswith(('same', 'WRONG'))]
     assert not p.returncode and len(said) == len(models), p.stderr[-2000:]
     assert not [l for l in said if l.startswith('WRONG')]

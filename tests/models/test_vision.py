@@ -1,5 +1,5 @@
 "Vision-language models: the traps of towers, scales and losses, every recipe in every part, and the usual tools."
-import copy, subprocess, sys
+import copy
 import pytest, torch, torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig,
@@ -8,7 +8,7 @@ from transformers import (AutoConfig, AutoModelForImageTextToText, CLIPVisionCon
                           SiglipVisionConfig, Trainer,
                           TrainingArguments)
 from libmoe_nb.analysis.tracing import record_routing
-from libmoe_nb.data.conversations import plain_template
+from libmoe_nb.data.templates import plain_template
 from libmoe_nb.models.loading import load_model
 from libmoe_nb.models.lora import add_lora
 from libmoe_nb.models.scales import (ScaledLlavaConfig, ScaledLlavaForConditionalGeneration, crops, pixel_side)
@@ -18,6 +18,7 @@ from libmoe_nb.models.upcycling import upcycle
 from libmoe_nb.models.vision import *
 from libmoe_nb.models.wrapping import UpcycledMixin, load_upcycled
 from dataclasses import replace
+from processes import run_forked
 
 SPARSE = [r for r in ('smoe', 'smoe_sigmoid', 'xmoe', 'sharede_v2', 'sharede_v3', 'tcmoe', 'moe_plus_plus')]
 PARTS = 'tower', 'projector', 'language_model'
@@ -357,8 +358,7 @@ def test_a_fresh_process_gives_the_same_answers(scaled, tmp_path):
     moe.save_pretrained(tmp_path)
     b = {k: v for k, v in batch(moe).items() if k != 'labels'}
     torch.save(dict(inputs=b, logits=logits(moe, b)), tmp_path/'want.pt')
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', FRESH, str(tmp_path)], text=True, capture_output=True,
-                       timeout=300)
+    p = run_forked(FRESH, tmp_path)
     assert p.stdout.split() == ['MoEScaledLlavaForConditionalGeneration', 'True'], p.stderr[-1500:]
 
 # transformers' own tools

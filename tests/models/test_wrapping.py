@@ -1,5 +1,5 @@
 "Upcycled models of any class: a masked language model, a translator, vision models, images with text."
-import copy, json, pickle, subprocess, sys
+import copy, json, pickle
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
@@ -10,6 +10,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
                           BertForMaskedLM,
                           CLIPVisionModel, LlavaForConditionalGeneration, T5ForConditionalGeneration, Trainer,
                           TrainingArguments, ViTForImageClassification)
+from processes import run_forked
 from test_upcycling import IDS, SMALL, T5, WHOLE, error, rough, tiny_llava
 from libmoe_nb.moe.config import MoESpec
 from libmoe_nb.moe.layers import aux_loss
@@ -98,8 +99,7 @@ def test_a_process_that_never_saw_it(name, tmp_path):
     moe = case.upcycled()
     moe.save_pretrained(tmp_path)
     torch.save(dict(inputs=case.inputs, out=outputs(moe, case.inputs), at=1), tmp_path/'want.pt')
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', FRESH, str(tmp_path), case.auto.__name__], text=True,
-                       capture_output=True, timeout=300)
+    p = run_forked(FRESH, tmp_path, case.auto.__name__)
     assert p.stdout.split() == [type(moe).__name__, 'True'], p.stderr[-1500:]
 
 def test_copies_and_pickles(case):
@@ -307,7 +307,7 @@ def test_names_in_a_file_do_not_depend_on_who_asked_before(tmp_path):
     names, path = [], [str(p) for p in (Path(__file__).parent, Path(__file__).parents[1])]
     code = f'import sys; sys.path[:0] = {path!r}\n{SAVER}'
     for how in ('looked up', 'not'):
-        subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path/how), how], check=True)
+        assert not (p := run_forked(code, tmp_path/how, how)).returncode, p.stderr[-1500:]
         names.append({k for p in (tmp_path/how).glob('*.safetensors') for k in load_file(p)})
         assert isinstance(load_upcycled(tmp_path/how), LlavaForConditionalGeneration)
     assert names[0] == names[1]

@@ -5,21 +5,28 @@ import pytest, torch
 
 import libmoe_nb.moe.kernels  # noqa: F401  (registers the fast ones)
 from libmoe_nb.moe.experts import Experts, FeedForward, ZeroComputationExperts, auto_kernel, kernels, register_kernel
+from processes import run_forked
 from random_layers import build, choices, tolerances
 
+COMPILED = """
+import torch
+from random_layers import build, choices
+e, (index, w) = build(), choices(10, 4, 2)
+lin = torch.nn.Linear(16, 16)
+f = lambda x: e(lin(x).relu(), index, w) * 2
+x, graphs = torch.randn(10, 16, requires_grad=True), []
+def backend(graph, example):
+    graphs.append(graph)
+    return graph
+y = torch.compile(f, backend=backend)(x)
+torch.testing.assert_close(y, f(x))
+y.sum().backward()
+assert len(graphs) == 2 and x.grad.abs().sum() > 0   # what is before the experts and what is behind them
+print('went around')
+"""
+
 def test_compile_goes_around():
-    torch.compiler.reset()               # whatever other tests of this process compiled
-    e, (index, w) = build(), choices(10, 4, 2)
-    lin = torch.nn.Linear(16, 16)
-    f = lambda x: e(lin(x).relu(), index, w) * 2
-    x, graphs = torch.randn(10, 16, requires_grad=True), []
-    def backend(graph, example):
-        graphs.append(graph)
-        return graph
-    y = torch.compile(f, backend=backend)(x)
-    torch.testing.assert_close(y, f(x))
-    y.sum().backward()
-    assert len(graphs) == 2 and x.grad.abs().sum() > 0   # what is before the experts and what is behind them
+    assert 'went around' in run_forked(COMPILED).stdout    # other tests of this process may have compiled before
 
 def test_copies_pickles_and_meta():
     e = build(act='gelu_pytorch_tanh', bias=True)
@@ -97,11 +104,10 @@ def test_the_kernel_registered_last_wins_where_its_rule_holds():
 
 def test_without_fast_kernels_there_is_the_loop():
     "`experts` alone knows one kernel, and imports no other"
-    import subprocess, sys
     code = ('import sys, torch\nfrom libmoe_nb.moe.experts import Experts, auto_kernel, kernels\n'
             'assert "libmoe_nb.moe.kernels" not in sys.modules\n'
             'e, x = Experts(4, 8, 8), torch.randn(3, 8)\nprint(list(kernels), auto_kernel(e, x))\n'
             'e(x, torch.tensor([[0], [1], [4]]), torch.ones(3, 1))\n'
             'import libmoe_nb.moe.layers\nprint(list(kernels), auto_kernel(e, x))')
-    said = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    said = run_forked(code)
     assert said.stdout.splitlines() == ["['loop'] loop", "['loop', 'sorted', 'grouped_mm'] sorted"], said.stderr

@@ -129,4 +129,5 @@ def test_released_layout_starts_from_the_identity_and_is_loaded_as_saved(tmp_pat
 def test_presets_are_saved_as_before_and_read_again():
     assert 'released_layout' not in get_preset('mini').to_dict()
     from libmoe_nb.moe.config import Preset, from_saved
-    for name in 'mini', 'paper-faithful': assert from_saved(Preset, get_preset(name).to_dict(), 'Preset') == get_preset(name)
+    for name in 'mini', 'paper-faithful':
+        assert from_saved(Preset, get_preset(name).to_dict(), 'Preset') == get_preset(name)

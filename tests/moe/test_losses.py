@@ -329,7 +329,8 @@ def test_global_batch_over_two_processes(tmp_path):
 
 def test_first_choices_alone_by_hand():
     "Three tokens that choose {0, 2}, {0, 1}, {1, 2} of three: f is (2/3, 1/3, 0), with P uniform 1"
-    r = replace(record(1, 3, 3, 2), router_logits=torch.zeros(3, 3, dtype=f64), scores=torch.full((3, 3), 1/3, dtype=f64),
+    r = replace(record(1, 3, 3, 2), router_logits=torch.zeros(3, 3, dtype=f64),
+                scores=torch.full((3, 3), 1/3, dtype=f64),
                 top_k_index=torch.tensor([[0, 2], [0, 1], [1, 2]]))
     close(load_balancing_loss(r, first_only=True), torch.tensor(1., dtype=f64))
     r = r.replace(scores=torch.tensor([[.5, .3, .2]], dtype=f64).expand(3, 3))
@@ -369,7 +370,8 @@ def test_z_loss_of_plain_logits(name, logit):
 @pytest.mark.parametrize('form, names', [('vision', SPARSE), ('language', ['sharede_v3'])])
 def test_released_losses_differ_where_they_should(form, names):
     for n in SPARSE:
-        kw = dict(hidden_size=8, num_experts=6, top_k=3, num_shared_experts=1, moe_intermediate_size=4, router_init_std=.5)
+        kw = dict(hidden_size=8, num_experts=6, top_k=3, num_shared_experts=1, moe_intermediate_size=4,
+                  router_init_std=.5)
         layers = []
         for released in (None, form):
             torch.manual_seed(0)
@@ -382,4 +384,5 @@ def test_released_losses_differ_where_they_should(form, names):
 def test_a_spec_without_released_losses_is_saved_as_before():
     assert 'released_losses' not in MoESpec('smoe').to_dict()
     assert MoESpec.from_dict(MoESpec('smoe', released_losses='vision').to_dict()).released_losses == 'vision'
-    with pytest.raises(ValueError, match='released_losses must be one of vision, language'): MoESpec('smoe', released_losses='text')
+    with pytest.raises(ValueError, match='released_losses must be one of vision, language'):
+        MoESpec('smoe', released_losses='text')

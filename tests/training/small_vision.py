@@ -1,15 +1,13 @@
 "A small LLaVA, and conversations with no image, one and two."
-import dataclasses, os
 from pathlib import Path
 
-import torch
 from PIL import Image
 from libmoe_nb.data.conversations import ConversationData, Sample
 from libmoe_nb.data.scenes import Scene, scene_words
 from libmoe_nb.models.asking import image_tensor, small_processor
 from libmoe_nb.models.towers import image_places
 from libmoe_nb.models.vision import llava_from_scratch, upcycle_parts
-from libmoe_nb.training.stages import Stage, StageData, vision_learner
+from libmoe_nb.training.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSOR = small_processor(scene_words(), image_size=32, patch_size=8)
@@ -42,7 +40,8 @@ def mixed_batch(data, rows):
     "One batch of samples of any modality"
     from libmoe_nb.data.conversations import collate
     from libmoe_nb.data.images import read_image
-    items = [data.encoded[i] | dict(images=[data.image_tensor(read_image(f)) for f in data.samples[i].images]) for i in rows]
+    items = [data.encoded[i] | dict(images=[data.image_tensor(read_image(f)) for f in data.samples[i].images])
+             for i in rows]
     return collate(items, PROCESSOR.tokenizer.pad_token_id)
 
 def fit(learn):

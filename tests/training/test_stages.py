@@ -1,14 +1,14 @@
 "Stages: what moves, what does not, and a batch of pictures and text in parts and on two processes."
-import dataclasses, os, subprocess, sys, warnings
+import dataclasses, os, socket
 
 import pytest, torch
 from fastai.basics import Callback
+from processes import Forked
 from libmoe_nb.models.towers import model_parts
 from libmoe_nb.training.batches import as_batch, take_rows
-from libmoe_nb.training.learner import moe_learner
-from libmoe_nb.training.stages import (PairData, Stage, StageData, check_trained, paper_stages, part_parameters,
-                                       train_only, trained_parameters, vision_learner, vision_presets, without_gradient)
-from small_vision import BUDGET, Given, PROCESSOR, ROOT, STAGE, fit, make_data, make_model, mixed_batch
+from libmoe_nb.training.stages import (PairData, Stage, StageData, paper_stages, part_parameters,
+                                       trained_parameters, vision_learner, vision_presets, without_gradient)
+from small_vision import Given, STAGE, fit, make_data, make_model, mixed_batch
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
 
@@ -79,7 +79,8 @@ def test_trap_unused_last_layer(data):
     assert without_gradient(make_model().train(), batch) == []
     lost = without_gradient(behind(make_model()).train(), batch)
     assert lost and all('encoder.layers.1.' in n or 'post_layernorm' in n for n in lost)
-    assert {'encoder.layers.1', 'post_layernorm'} <= {p for n in lost for p in ('encoder.layers.1', 'post_layernorm') if p in n}
+    assert {'encoder.layers.1', 'post_layernorm'} <= {p for n in lost
+                                                      for p in ('encoder.layers.1', 'post_layernorm') if p in n}
     with pytest.raises(ValueError, match='without parameters that no loss reaches .*trim_tower.*encoder.layers.1'):
         fit(vision_learner(behind(make_model()), data, STAGE))
 
@@ -109,14 +110,14 @@ def test_parts_take_the_images_of_their_own_sequences(mixed):
         assert ('pixel_values' in part) == ('pixel_values' in alone)
         if 'pixel_values' in part: assert torch.equal(part['pixel_values'], alone['pixel_values'])
 
-@pytest.mark.parametrize('recipe', ['dense', 'smoe'])
-def test_accumulation_equals_one_part(mixed, recipe):
-    model = make_model(recipe, parts=('language_model',))
+@pytest.mark.parametrize('recipe, parts', [('dense', ()), ('smoe', ('language_model',)),
+                                           ('smoe', ('tower', 'projector')), ('moe_plus_plus', ('tower', 'projector'))])
+def test_accumulation_equals_one_part(mixed, recipe, parts):
     batch = mixed_batch(mixed, range(6))
-    whole, _ = grads_of(make_model(recipe, ('language_model',)), mixed, batch)
+    whole, _ = grads_of(make_model(recipe, parts), mixed, batch)
     for k in (2, 3, 6):
-        parts, _ = grads_of(make_model(recipe, ('language_model',)), mixed, batch, grad_accum=k)
-        for n in whole: assert torch.allclose(whole[n], parts[n], atol=1e-6, rtol=1e-4), (k, n)
+        parts_, _ = grads_of(make_model(recipe, parts), mixed, batch, grad_accum=k)
+        for n in whole: assert torch.allclose(whole[n], parts_[n], atol=1e-6, rtol=1e-4), (k, n)
 
 def test_text_alone_has_gradients_of_zero_and_no_image_in_any_statistic(mixed):
     model = make_model('smoe', ('tower',))
@@ -133,39 +134,42 @@ def test_text_alone_has_gradients_of_zero_and_no_image_in_any_statistic(mixed):
                                dataclasses.replace(STAGE, batch_size=2, steps=2), cbs=Look()))
     assert seen[0] == [] and len(seen[1]) == 2                                # two layers of the tower
 
-TWO = r'''
-import sys, warnings; warnings.simplefilter('ignore')
-sys.path.insert(0, {tests!r}); sys.path.insert(0, {root!r})
+TWO = '''
+import os, sys, warnings; warnings.simplefilter('ignore')
 import torch; torch.set_num_threads(1)
-import dataclasses, small_vision as v, test_stages as t
-from libmoe_nb.training.distributed import *
+import small_vision as v, test_stages as t
+import torch.distributed as dist
+from libmoe_nb.training import distributed
+from libmoe_nb.training.stages import vision_learner
 from safetensors.torch import save_file
 data = v.make_data((1, 0, 2, 1, 0, 1))
 batches = [v.mixed_batch(data, rows) for rows in t.STEPS]
-keep = t.KeepGrads()
-learn = v.vision_learner(v.make_model({recipe!r}, ('language_model',)), v.Given(data, batches), t.STAGE_OF_TWO, cbs=[keep]).distribute(cpu=True)
-v.fit(learn)
-import os; r = os.environ['RANK']
-save_file({{n: p.detach().clone().contiguous() for n, p in learn.model.named_parameters()}}, sys.argv[1] + '/' + r)
-import torch.distributed as dist; dist.destroy_process_group()
+model = v.make_model('smoe', ('language_model',))
+learn = v.fit(vision_learner(model, v.Given(data, batches), t.STAGE_OF_TWO).distribute(cpu=True))
+save_file({n: p.detach().clone().contiguous() for n, p in learn.model.named_parameters()},
+          sys.argv[1] + '/' + os.environ['RANK'])
+dist.destroy_process_group()
 '''
 # pictures on one process and text on the other; text on both; one sequence, so that a process has none
 STEPS = [0, 1, 2, 4], [1, 4], [2], [3, 5]
 STAGE_OF_TWO = Stage(name='vit', sequence_length=128, batch_size=4, steps=4, learning_rate=5e-3)
 
-@pytest.mark.parametrize('recipe', ['smoe'])
-def test_trap_two_processes_with_a_batch_of_pictures_and_text(mixed, tmp_path, recipe):
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def test_trap_two_processes_with_a_batch_of_pictures_and_text(mixed, tmp_path):
     from safetensors.torch import load_file
-    code = TWO.format(tests=str(ROOT/'tests'/'training'), root=str(ROOT), recipe=recipe)
-    (tmp_path/'two.py').write_text(code)
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                           str(tmp_path/'two.py'), str(tmp_path)], capture_output=True, text=True, timeout=120,
-                          env=dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1'))
-    assert done.returncode == 0, done.stderr[-2000:]
+    env = dict(os.environ, WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
+    two = [Forked(TWO, tmp_path, env=dict(env, RANK=str(r), LOCAL_RANK=str(r))) for r in range(2)]
+    for p in two:
+        _, err = p.communicate(120)
+        assert p.returncode == 0, err[-2000:]
     a, b = (load_file(tmp_path/str(r)) for r in range(2))
     assert all(torch.equal(a[n], b[n]) for n in a)
     batches = [mixed_batch(mixed, rows) for rows in STEPS]
-    model = fit(vision_learner(make_model(recipe, ('language_model',)), Given(mixed, batches), STAGE_OF_TWO)).model
+    model = fit(vision_learner(make_model('smoe', ('language_model',)), Given(mixed, batches), STAGE_OF_TWO)).model
     for n, p in model.named_parameters(): assert torch.allclose(p, a[n], atol=2e-3), n
 
 # trap: gradient checkpointing with frozen parts
@@ -186,9 +190,11 @@ def test_trap_gradient_checkpointing_with_frozen_parts(data):
 
 def test_a_phrase_belongs_to_each_picture_whose_caption_has_it(data):
     s = data.samples[0]
-    twice = type(data)([s, dataclasses.replace(s, id='again'), data.samples[1]], data.tokenizer, data.image_tensor, 16, 128)
+    twice = type(data)([s, dataclasses.replace(s, id='again'), data.samples[1]], data.tokenizer,
+                       data.image_tensor, 16, 128)
     x, pairs = PairData.as_batch(next(PairData(twice).batches(3)))
-    said = {' '.join(data.tokenizer.convert_ids_to_tokens(i[m.bool()])) for i, m in zip(x['input_ids'], x['attention_mask'])}
+    said = {' '.join(data.tokenizer.convert_ids_to_tokens(i[m.bool()]))
+            for i, m in zip(x['input_ids'], x['attention_mask'])}
     assert said == {p for s in twice.samples for p in s.turns[1][1].removesuffix(' .').split(' . ')}
     columns = sorted(map(tuple, pairs.T.tolist()))
     assert len(set(columns)) == 2 and all(sum(v == 1 for v in row) in (1, 2, 3) for row in pairs.tolist())
@@ -211,8 +217,10 @@ def test_bfloat16(data):
 
 def test_the_papers_numbers():
     pt, pft, vit = paper_stages
-    assert [(s.learning_rate, s.batch_size, s.grad_clip) for s in paper_stages] == [(1e-3, 256, 0), (2e-6, 24, 1), (4e-6, 32, 1)]
-    assert vit.steps == 20_791 and {s.weight_decay for s in paper_stages} == {s.final_lr_fraction for s in paper_stages} == {0}
+    assert [(s.learning_rate, s.batch_size, s.grad_clip)
+            for s in paper_stages] == [(1e-3, 256, 0), (2e-6, 24, 1), (4e-6, 32, 1)]
+    assert vit.steps == 20_791 and {s.weight_decay
+                                    for s in paper_stages} == {s.final_lr_fraction for s in paper_stages} == {0}
     assert pt.train == ('projector',) and vit.experts == ('tower', 'projector') and not pft.experts
     assert all(abs(s.warmup_steps / s.steps - .03) < 1e-3 for s in paper_stages)
 

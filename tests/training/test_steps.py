@@ -1,5 +1,5 @@
 "A step of the optimiser is the same however it is cut: into processes or parts, by our loop or transformers' Trainer."
-import json, os, subprocess, sys
+import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest, torch
 from transformers import Trainer, TrainingArguments
 from fastai.basics import OptimWrapper
+from processes import run_ranks
 from libmoe_nb.training.distributed import *
 from libmoe_nb.training.learner import moe_learner
 from libmoe_nb.models.causal import from_scratch
@@ -95,12 +96,8 @@ import torch.distributed as dist; dist.barrier(); dist.destroy_process_group()
 '''
 
 def two_processes(body, tmp_path):
-    (tmp_path/'two.py').write_text(TWO.format(tests=str(ROOT/'tests'/'training'), root=str(ROOT), body=body))
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                           str(tmp_path/'two.py'), str(tmp_path)],
-                          capture_output=True, text=True, timeout=400,
-                          env=dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
-    assert done.returncode == 0, done.stderr[-3000:]
+    code = TWO.format(tests=str(ROOT/'tests'/'training'), root=str(ROOT), body=body)
+    for done in run_ranks(code, tmp_path): assert done.returncode == 0, done.stderr[-3000:]
 
 OVER_RANKS = CASES + [('smoe', GLOBAL), ('smoe', MICRO)]
 OWN_LOOP = '''

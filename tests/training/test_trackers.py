@@ -1,6 +1,7 @@
 "The trackers themselves: what they stored is read back, after a whole run and after one that was killed and resumed."
-import contextlib, importlib.util, json, math, os, sqlite3, struct, subprocess, sys
+import contextlib, importlib.util, json, math, os, sqlite3, struct
 import pytest
+from processes import run_forked
 
 needs = lambda name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f'{name} is not installed')
 
@@ -44,8 +45,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp('run')
     env = dict(os.environ, PYTHONWARNINGS='ignore', TRACKIO_DIR=str(folder/'trackio'),
                **{f'WANDB_{k}': str(folder/'w') for k in ('DIR', 'CACHE_DIR', 'CONFIG_DIR', 'DATA_DIR')})
-    done = subprocess.run([sys.executable, '-c', RUN, str(folder), *ALL], env=env, capture_output=True, text=True,
-                          timeout=300)
+    done = run_forked(RUN, folder, *ALL, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == ''
     return folder, [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines()]
@@ -149,5 +149,5 @@ def test_a_learner_without_a_log_is_told():
 def test_nothing_is_imported_before_it_is_used():
     code = ('import sys, libmoe_nb.training.trackers; print(*({"tensorboard", "trackio", "wandb", '
             '"torch.utils.tensorboard"} & set(sys.modules)))')
-    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True,
-                          check=True).stdout.strip() == ''
+    done = run_forked(code)
+    assert (done.returncode, done.stdout.strip()) == (0, ''), done.stderr

@@ -1,35 +1,38 @@
 "The stages of a vision-language model as folders: reused by name, killed and gone on with, compared."
-import json, os, signal, subprocess, sys, time
+import json, random, shutil, signal
 from dataclasses import replace
 from pathlib import Path
 
-import pytest, torch
+import numpy as np, pytest, torch
+from processes import run_forked
 from libmoe_nb.core.files import file_digest
-from libmoe_nb.experiments.vision import VisionComparison, vision_compare, vision_plan
-from libmoe_nb.experiments.vision_stages import (attribute_of, caption_accuracy, scene_data, shared_stages, stage_folder,
+from libmoe_nb.experiments import vision
+from libmoe_nb.experiments.jobs import Task, side_by_side, values_of
+from libmoe_nb.experiments.vision import vision_compare, vision_plan
+from libmoe_nb.experiments.vision_stages import (attribute_of, caption_accuracy, shared_stages, stage_folder,
                                                  stage_model, stage_name, stage_samples, train_stage)
 from libmoe_nb.models.asking import load_vision_language
-from libmoe_nb.training.stages import VisionPreset, get_vision_preset
+from libmoe_nb.training.stages import get_vision_preset
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
-ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope='module')
 def few():
     "The tiny preset in a few steps of each stage"
     p = get_vision_preset('tiny-vlm')
-    return replace(p, scenes=24, test_scenes=8, stages=tuple(replace(s, steps=3, warmup_steps=1, batch_size=4) for s in p.stages))
+    return replace(p, scenes=24, test_scenes=6,
+                   stages=tuple(replace(s, steps=3, warmup_steps=1, batch_size=4) for s in p.stages))
 
 @pytest.fixture(scope='module')
 def compared(few, tmp_path_factory):
     root = tmp_path_factory.mktemp('vision')
-    return root, vision_compare(['smoe', 'tcmoe'], few, root, jobs=1)
+    return root, vision_compare(['smoe', 'sharede_v3', 'moe_plus_plus'], few, root, jobs=1)
 
 def weights(root, name): return file_digest(next(stage_folder(root, name).glob('model/*.safetensors')))
 
 def test_a_comparison_from_nothing(compared):
     root, res = compared
-    assert res.results.recipe.tolist() == ['dense', 'smoe', 'tcmoe', 'question_only']
+    assert res.results.recipe.tolist() == ['dense', 'smoe', 'sharede_v3', 'moe_plus_plus', 'question_only']
     assert set(res.results.steps) == {3} and res.results.seed.eq(0).all()
     assert set(res.answers.condition) == {'own', 'shuffled', 'blank', 'none'}
     assert set(res.captions) >= {'colour', 'letter', 'digit', 'height'} and res.captions['colour']['n'] > 0
@@ -41,7 +44,8 @@ def test_a_comparison_from_nothing(compared):
 def test_shared_stages_are_trained_once(compared, few, monkeypatch):
     root, res = compared
     told = []
-    again = vision_compare(['smoe', 'xmoe'], few, root, jobs=1, progress=lambda event, name=None, **f: told.append((event, name, f)))
+    again = vision_compare(['smoe', 'xmoe'], few, root, jobs=1,
+                           progress=lambda event, name=None, **f: told.append((event, name, f)))
     started = [name for event, name, _ in told if event == 'start']
     assert len(started) == 1 and started[0].startswith('vit-xmoe-0-')
     assert len([f for e, _, f in told if e == 'finish' and f['reused']]) == 4 + 3
@@ -68,35 +72,33 @@ def test_every_recipe_starts_from_the_dense_model(compared, few):
     for n, l in logits.items(): assert torch.allclose(l, logits['dense'], atol=1e-5), n
 
 def test_the_dense_model_is_one_of_transformers(compared):
-    root, res = compared
-    folder = res.results.folder[0] + '/model'
-    code = f'''import sys; from transformers import AutoModelForImageTextToText
-m = AutoModelForImageTextToText.from_pretrained({folder!r}); print(type(m).__name__, "libmoe_nb" in sys.modules)'''
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd='/')
-    assert done.stdout.split() == ['LlavaForConditionalGeneration', 'False'], done.stderr[-500:]
+    from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+    folder = Path(compared[1].results.folder[0])/'model'
+    config = json.loads((folder/'config.json').read_text())
+    assert (config['architectures'], config['model_type']) == (['LlavaForConditionalGeneration'], 'llava')
+    assert 'auto_map' not in config and not list(folder.glob('*.py')) and 'libmoe' not in json.dumps(config)
+    assert type(AutoModelForImageTextToText.from_pretrained(folder)) is LlavaForConditionalGeneration
 
 KILLED = '''
-import os, signal, sys, json
-sys.path.insert(0, {root!r})
+import json, os, signal, sys
 from libmoe_nb.experiments.vision_stages import train_stage
 def tell(event, name=None, **facts):
-    if event == 'step' and facts['step'] == {at}: os.kill(os.getpid(), signal.SIGKILL)
+    if event == 'step' and facts['step'] == 2: os.kill(os.getpid(), signal.SIGKILL)
 train_stage(sys.argv[1], json.loads(sys.argv[2]), progress=tell, checkpoint_seconds=0)
 '''
 
 def test_killed_in_the_middle_of_a_stage_it_ends_with_the_same_bits(compared, few, tmp_path):
-    import shutil
     root, _ = compared
     config = next(c for c in vision_plan(['smoe'], few, root).last if c['recipe'] == 'smoe')
     before = stage_folder(tmp_path, config['start']['stage'])
     shutil.copytree(stage_folder(root, config['start']['stage']), before)
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', KILLED.format(root=str(ROOT), at=2), str(tmp_path), json.dumps(config)],
-                          capture_output=True, text=True)
+    done = run_forked(KILLED, tmp_path, json.dumps(config))
     assert done.returncode == -signal.SIGKILL, done.stderr[-500:]
     folder = stage_folder(tmp_path, stage_name(config))
     assert not (folder/'result.json').exists() and len(list(folder.glob('checkpoints/step-*'))) == 1
     started = []
-    train_stage(tmp_path, config, progress=lambda event, name=None, **f: started.append(f.get('step')) if event == 'step' else None)
+    train_stage(tmp_path, config,
+                progress=lambda event, name=None, **f: started.append(f.get('step')) if event == 'step' else None)
     assert started == [2, 3] or started == [3]
     assert weights(tmp_path, stage_name(config)) == weights(root, stage_name(config))
 
@@ -124,15 +126,32 @@ def test_caption_accuracy_counts_each_kind_of_word(compared, few):
     assert res == caption_accuracy(model, processor, samples, batch_size=8)
 
 def test_bad_plans(few, tmp_path):
-    for kw, message in ((dict(recipes=['smo']), "did you mean 'smoe'"), (dict(preset='tiny'), "did you mean 'tiny-vlm'"),
+    for kw, message in ((dict(recipes=['smo']), "did you mean 'smoe'"),
+                        (dict(preset='tiny'), "did you mean 'tiny-vlm'"),
                         (dict(preset='paper-vlm'), "data must be given for preset 'paper-vlm'"),
                         (dict(steps=0), 'steps must be'), (dict(seeds=0), 'seeds must be')):
         with pytest.raises(ValueError, match=message): vision_plan(**dict(dict(preset=few, out=tmp_path), **kw))
     assert not list(tmp_path.iterdir())
 
-def test_jobs_side_by_side_give_the_same(compared, few, tmp_path):
+def test_jobs_and_hash_seeds_and_what_ran_before_give_the_same_bits(compared, few, tmp_path, monkeypatch):
+    "Last stages in fresh processes with another order of sets; shared ones here, where generators have moved on"
     root, res = compared
-    both = vision_compare(['smoe'], few, tmp_path, jobs=2, controls=False)
-    assert both.results.recipe.tolist() == ['dense', 'smoe']
-    loss = dict(zip(res.results.recipe, res.results.loss))
-    for r in both.results.itertuples(): assert abs(r.loss - loss[r.recipe]) < 1e-4
+    plan = vision_plan(['smoe'], few, tmp_path/'alone')
+    alone = [Task(f'alone {c["stage"]["name"]}', train_stage, dict(root=str(plan.root), config=c))
+             for c in plan.shared[:1]]
+    def with_more(tasks, **kw):
+        done = side_by_side([*alone, *tasks], **kw)
+        values_of(done)
+        return {t.name: done[t.name] for t in tasks}
+    monkeypatch.setattr(vision, 'side_by_side', with_more)
+    monkeypatch.setenv('PYTHONHASHSEED', '1')
+    random.seed(), np.random.seed(), torch.seed()
+    both = vision_compare(['sharede_v3', 'moe_plus_plus'], few, tmp_path/'jobs', jobs=2, controls=False)
+    assert both.results.recipe.tolist() == ['dense', 'sharede_v3', 'moe_plus_plus']
+    names = [f.parent.name for f in (tmp_path/'jobs'/'stages').glob('*/model')]
+    assert len(names) == 7
+    for n in names: assert weights(tmp_path/'jobs', n) == weights(root, n), n
+    assert weights(plan.root, stage_name(plan.shared[0])) == weights(root, stage_name(plan.shared[0]))
+    told = ['id', 'condition', 'model', 'answer']
+    a, b = (r.answers[told].sort_values(told).reset_index(drop=True) for r in (both, res))
+    assert a.equals(b[b.model.isin(a.model)].reset_index(drop=True))
