@@ -196,11 +196,12 @@ def _changes(plan):
             yield dict(gpus=n, sharding='fsdp', checkpointing=True, grad_accum=max(plan.batch_size // n, 1))
 
 # %% ../../nbs/paper/plan.ipynb #1febc899
+def _size(b): return f'{b/1e9:.1f} GB' if b >= 1e9 else f'{b/1e6:.1f} MB'
+
 @patch
 def advice(self:RunPlan)->str:
     "One sentence: it fits, or what would make it fit."
-    need, have = self.peak_memory() / 1e9, self.setup.machine.memory / 1e9
-    said = f'{need:.1f} GB at the worst moment, of {have:.0f} GB'
+    said = f'{_size(self.peak_memory())} at the worst moment, of {self.setup.machine.memory/1e9:.0f} GB'
     if self.fits(): return f'It fits: {said}.'
     for more in _changes(self):
         if more.get('sharding') == 'fsdp' and more.get('gpus', self.setup.gpus) == 1: continue
@@ -208,7 +209,7 @@ def advice(self:RunPlan)->str:
         if better.fits():
             flags = ' '.join(f"--{k.replace('_', '-')}" + ('' if v is True else f' {v}') for k, v in more.items()
                              if v != getattr(self.setup, k))
-            return f'It does not fit: {said}. It would with {flags}: {better.peak_memory()/1e9:.1f} GB.'
+            return f'It does not fit: {said}. It would with {flags}: {_size(better.peak_memory())}.'
     return f'It does not fit: {said}, and neither parts, checkpointing nor 64 GPUs with FSDP would make it fit.'
 
 # %% ../../nbs/paper/plan.ipynb #a69f2b35
