@@ -24,6 +24,7 @@ from .moe.config import check_recipe
 from .options import init_names, read_options, check_early, check_evaluation, check_training, upcycling_options
 from .terminal import (RunProgress, UpcyclingProgress, analysis_tables, comparison_tables, evaluation_tables,
                                 patient_streams, say, training_tables, upcycling_tables)
+from .plan_command import plan
 from .reproduce_command import reproduce
 from .vision_commands import ask, vlm
 
@@ -33,6 +34,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
                   help='Train, look inside and compare sparse mixture-of-experts algorithms under one budget.')
 app.add_typer(vlm, name='vlm')
 app.command(cls=_Command)(ask)
+app.command()(plan)
 app.command(cls=_Command)(reproduce)
 
 # %% ../nbs/cli.ipynb #bc1140d0
