@@ -18,6 +18,7 @@ from ..core.words import join_words
 from ..moe.config import own_recipes
 from .campaign import figure_names, get_scale
 from .controls import control_titles
+from . import claims as statements
 from .verdicts import Evidence, claims, verdict_table
 
 # %% ../../nbs/paper/pages.ipynb #25915ec6
@@ -91,7 +92,8 @@ def title_of(recipe:str)->str:
     "The name of a recipe, or of a control, as the paper writes it."
     return (own_recipes | control_titles).get(recipe, recipe)
 
-def _counted(seeds): return f"seed{'s' * (len(seeds) > 1)} {join_words([str(s) for s in seeds])}" if seeds else 'no seed'
+def _counted(seeds):
+    return f"seed{'s' * (len(seeds) > 1)} {join_words([str(s) for s in seeds])}" if seeds else 'no seed'
 
 def stands_on(
     kept:Kept,
@@ -183,8 +185,9 @@ def verdicts_of(
     "The verdicts on what the paper claims of figures, from the results that are kept."
     kept, names = kept or kept_results(), figure_names(figure)
     of = {n: {n, *figure_names(c.figure)} for n, c in claims.items()}
+    known = set().union(*of.values())
     for n in names:
-        if not any(n in of[c] for c in claims): raise ValueError(did_you_mean('figure', n, {*of} | set().union(*of.values())))
+        if n not in known: raise ValueError(did_you_mean('figure', n, known))
     chosen = [c for n, c in claims.items() if {*names} & of[n] and regime in (None, c.regime)]
     needed = ','.join(f for c in chosen for f in figure_names(c.figure) if {f, c.name} & {*names})
     runs = [t for r in dict.fromkeys(c.regime for c in chosen) for t in stands_on(kept, needed, r)]
