@@ -68,6 +68,7 @@ def test_fresh_process_loads_the_same(tmp_path):
                   tmp_path/f'{r}.safetensors')
     code = '''
 import sys, torch
+from pathlib import Path
 from safetensors.torch import load_file
 import libmoe_nb.models.causal
 from libmoe_nb.models.causal import from_scratch

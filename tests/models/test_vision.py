@@ -350,18 +350,20 @@ def test_two_scales_are_a_class_of_its_own(scaled, recipe, tmp_path):
 
 FRESH = '''
 import sys, torch, transformers, libmoe_nb.models.wrapping
-want = torch.load(sys.argv[1] + '/want.pt')
-model = transformers.AutoModelForImageTextToText.from_pretrained(sys.argv[1]).eval()
-with torch.no_grad(): print(type(model).__name__, torch.equal(model(**want['inputs']).logits, want['logits']))
+for folder in sys.argv[1:]:
+    want = torch.load(folder + '/want.pt')
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+    with torch.no_grad(): print(type(model).__name__, torch.equal(model(**want['inputs']).logits, want['logits']))
 '''
 def test_a_fresh_process_gives_the_same_answers(scaled, tmp_path):
     if scaled.config.scale_source == 'original': pytest.skip('one is enough')
-    moe = upcycle_parts(scaled, 'xmoe', PARTS, seed=0)
-    moe.save_pretrained(tmp_path)
-    b = {k: v for k, v in batch(moe).items() if k != 'labels'}
-    torch.save(dict(inputs=b, logits=logits(moe, b)), tmp_path/'want.pt')
-    p = run_forked(FRESH, tmp_path)
-    assert p.stdout.split() == ['MoEScaledLlavaForConditionalGeneration', 'True'], p.stderr[-1500:]
+    for name, model in ('moe', upcycle_parts(scaled, 'xmoe', PARTS, seed=0)), ('dense', scaled):
+        model.save_pretrained(tmp_path/name)
+        b = {k: v for k, v in batch(model).items() if k != 'labels'}
+        torch.save(dict(inputs=b, logits=logits(model, b)), tmp_path/name/'want.pt')
+    p = run_forked(FRESH, tmp_path/'moe', tmp_path/'dense')
+    assert p.stdout.split() == ['MoEScaledLlavaForConditionalGeneration', 'True',
+                                'ScaledLlavaForConditionalGeneration', 'True'], p.stderr[-1500:]
 
 # transformers' own tools
 
