@@ -209,6 +209,7 @@ def test_questions(
     if left_out is not None: left_out.update(left)
     return _at_most(single_questions(found), per_subtask)
 
+# %% ../../nbs/experiments/vision.ipynb #dcc92ccc
 def _at_most(questions, per_subtask):
     seen, res = {}, []
     for q in questions:

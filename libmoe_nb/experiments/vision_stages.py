@@ -255,6 +255,7 @@ def _trained(root, folder, config, tell, seconds, grad_accum, watch):
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
     return read_json(folder/'result.json')
 
+# %% ../../nbs/experiments/vision_stages.ipynb #cc762530
 def _keep(folder, model, processor):
     new = folder/'.model.tmp'
     for old in (new, folder/'model'): shutil.rmtree(old, ignore_errors=True)

@@ -127,6 +127,8 @@ _upcycled_text = """{mark}
 
 {sizes}
 """
+
+# %% ../../nbs/models/cards.ipynb #16bf5f1d
 _ask_how = """## How to ask it
 
 ```sh
@@ -165,7 +167,7 @@ def _stack_rows(specs):
     for name, s in specs.items():
         about = (s.recipe, s.num_experts, s.top_k, s.num_shared_experts if s.recipe in sharing_recipes else 0,
                  s.moe_intermediate_size)
-        groups.setdefault((re.split(r'\.\d+\.', name)[0], *about), []).append(name)
+        groups.setdefault((re.split(r'\.\d+(?:\.|$)', name)[0], *about), []).append(name)
     return [(stack, len(names), f'`{about[0]}`', *about[1:]) for (stack, *about), names in groups.items()]
 
 # %% ../../nbs/models/cards.ipynb #2682616a

@@ -204,6 +204,7 @@ def _save(self, folder, **kwargs):
     super(UpcycledMixin, self).save_pretrained(folder, **dict(variant=_variant) | more | kwargs)
     if checkpoint: _link_for_trainer(Path(folder))
 
+# %% ../../nbs/models/wrapping.ipynb #3f9527a3
 @patch
 def save_pretrained(self:UpcycledMixin, save_directory, is_main_process=True, push_to_hub=False, tags=(), **kwargs):
     "As in transformers, in files of the variant 'libmoe', with a model card."
@@ -214,6 +215,7 @@ def push_to_hub(self:UpcycledMixin, repo_id:str, **kwargs):
     "Save, and upload what was saved, the model card included."
     return push_with_card(self, partial(_save, self), repo_id, **kwargs)
 
+# %% ../../nbs/models/wrapping.ipynb #0396786a
 def _link_for_trainer(folder):
     "Other names for the weights of a trainer's checkpoint, by which it finds them when it resumes"
     for ours, theirs in ((f'model.{_variant}.safetensors', 'model.safetensors'),
