@@ -1,4 +1,5 @@
 """The losses against `naive.py`, their reference values, and who counts in them."""
+import copy, itertools, pickle
 from dataclasses import replace
 
 import pytest, torch
@@ -393,6 +394,18 @@ def test_language_loss_of_the_released_ternary_router():
     p = (p[:, :N] + p[:, N:]).view(B, S, N).mean(1)
     theirs = (counts / (2 * S) * p).sum(-1).mean()
     close(layer.aux_losses(r)['load_balancing_loss'] * B / N, theirs)
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=['copied', 'pickled'])
+def test_layers_and_specs_with_released_losses_can_be_copied(copied):
+    for form, n in itertools.product(('vision', 'language'), SPARSE):
+        spec = MoESpec(n, hidden_size=8, num_experts=6, top_k=3, num_shared_experts=1, moe_intermediate_size=4,
+                       router_init_std=.5, router_z_loss_coef=.1, released_losses=form)
+        layer, x = build_layer(spec), rand(3, 5, 8).float()
+        assert copied(spec) == spec
+        again, there = copied(layer), layer.aux_losses(layer.router(x))
+        here = again.aux_losses(again.router(x))
+        assert there.keys() == here.keys() and all(torch.equal(there[k], here[k]) for k in there), (form, n)
 
 
 def test_a_spec_without_released_losses_is_saved_as_before():
