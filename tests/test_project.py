@@ -307,7 +307,8 @@ def test_no_machine_is_named():
 
 # what lies in the repository
 
-PLACES = {'': r'[^/]+\.(md|toml|ini|py|in|yml|cff)|LICENSE|\.gitignore', '.ci': r'run', '.github': r'workflows/[^/]+\.yml',
+PLACES = {'': r'[^/]+\.(md|toml|ini|py|in|yml|cff)|LICENSE|\.gitignore', '.ci': r'run',
+          '.github': r'workflows/[^/]+\.yml',
           'benchmarks': r'[^/]+\.(py|sh|json)', 'libmoe_nb': r'([^/.]+/)*[^/.]+\.(py|yaml)',
           'nbs': r'([^/.]+/)*[^/.]+\.(ipynb|yml|css|png|svg|csv)', 'results': r'([^/.][^/]*/)*[^/.][^/]*',
           'tests': r'([^/.]+/)*[^/.]+\.py|fixtures/.*', 'tools': r'[^/]+\.py'}
@@ -324,11 +325,11 @@ def test_nothing_that_notebooks_and_tests_leave_behind_is_kept():
                            capture_output=True, text=True)
     if found.returncode: pytest.skip('not a git checkout')
     left = list(out_of_place(filter(None, found.stdout.split('\0'))))
-    assert not left, f'{len(left)} files, such as {left[:5]}: mend what leaves them there, or list their place in PLACES'
+    assert not left, f'{len(left)} files, such as {left[:5]}: mend what leaves them, or list their place in PLACES'
 
-@pytest.mark.parametrize('name', ['nbs/reproduction/.owner', 'nbs/runs2/config.json', 'out/report.html', 'model.safetensors',
-                                  'tests/paper/scores.csv', 'nbs/profile_default/startup/README', 'results/mini/.lock',
-                                  'nbs/.hidden/a.ipynb'])
+@pytest.mark.parametrize('name', ['nbs/reproduction/.owner', 'nbs/runs2/config.json', 'out/report.html',
+                                  'model.safetensors', 'tests/paper/scores.csv', 'results/mini/.lock',
+                                  'nbs/profile_default/startup/README', 'nbs/.hidden/a.ipynb'])
 def test_what_is_left_behind_is_found(name):
     assert list(out_of_place([name, 'nbs/a/b.ipynb', 'README.md', 'tests/fixtures/runs/a.safetensors',
                               'results/mini/a.csv'])) == [name]

@@ -46,7 +46,8 @@ def test_a_checkpoint_of_the_other_schedule_is_refused_and_an_older_one_resumed(
         fit(make('smoe', data, released_schedule=True, cbs=[Checkpoint(tmp_path, every=2), Stop(2)]), epochs=1)
     learn = make('smoe', data)
     resume(learn, tmp_path)
-    with pytest.raises(ValueError, match='other settings: its released_schedule is True, not False'): fit(learn, epochs=1)
+    with pytest.raises(ValueError, match='other settings: its released_schedule is True, not False'):
+        fit(learn, epochs=1)
     change_json(checkpoints(tmp_path)[0], lambda info: info['settings'].pop('released_schedule'))
     resume(learn, tmp_path)
     fit(learn, epochs=1)
