@@ -201,8 +201,7 @@ def save(self:ImageAnalysis,
 @patch
 def to_dict(self:ImageAnalysis)->dict: # ready for JSON
     "Summary, findings, scores and what was analysed."
-    rows = lambda df: [{k: None if pd.isna(v) else v for k, v in r.items()}
-                       for r in df.astype(object).to_dict('records')]
+    rows = lambda df: df.to_dict('records')
     groups = {c: [dict(part=p, **r) for p, a in self.parts.items() if f'by_{c}' in a.metrics
                   for r in rows(a.metrics[f'by_{c}'].rename(columns=dict(domain=c)))] for c in ('modality', 'subtask')}
     scores = [] if self.answers is None else rows(self.scores().reset_index())

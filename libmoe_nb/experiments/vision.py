@@ -72,7 +72,7 @@ def vision_plan(
     start:dict=None,      # of `from_parts`; None: from scratch
     data:dict=None,       # name of a stage -> of `file_data`; None: the preset's scenes
     test:dict=None,       # of `file_data`: questions to be asked; None: the preset's test scenes
-    steps:int=None,       # of each stage; None: the preset's
+    steps:int=None,       # of each stage, or of the last alone where its data is a set; None: the preset's
     experts:dict=None,    # num_experts, top_k and what else `upcycle_parts` takes; None: the size's
     bf16:bool=False, device=None,
 )->VisionPlan:
