@@ -116,6 +116,7 @@ def turned(
     im = read_image(image)
     return (ImageOps.mirror(im) if k >= 4 else im).rotate(90 * (k % 4), expand=True)
 
+# %% ../../nbs/data/vision.ipynb #e1d00001
 def easy_vqa_turns(
     rounds:int=3,   # conversations of all questions about each picture, cut into pieces
     together:int=3, # questions of a piece, at most

@@ -176,6 +176,7 @@ def _controls_html(results, margin=.1):
     return ft.Section(ft.H2('What is learned from the image'), fig, _control_table(mine),
                       _note('controls', margin=margin, blank=_notes['blank'] if 'blank' in t else ''), count, grid)
 
+# %% ../../nbs/experiments/vision_report.ipynb #e1d00002
 def _control_table(t):
     cols = [c for c in ('own', 'shuffled', 'question_only', 'blank', 'above') if c in t]
     d = t.groupby(['group', 'subtask'],
