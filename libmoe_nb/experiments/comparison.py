@@ -375,8 +375,7 @@ def command(self:Comparison)->str:
 @patch
 def to_dict(self:Comparison)->dict: # ready for JSON
     "Table, runs and what there is to know of them."
-    rows = lambda df: [{k: None if pd.isna(v) else v for k, v in r.items()}
-                       for r in df.astype(object).to_dict('records')]
+    rows = lambda df: df.to_dict('records')
     scored = dict(scores=rows(self.scores), score_tests=rows(self.score_tests),
                   suite=self.evaluations[0]['suite']) if self.evaluations else {}
     return jsonable(dict(out=str(self.out), report=str(self.out/'report.html'), command=self.command(),
