@@ -336,8 +336,9 @@ def _changed(self):
     "What is not as the preset and `text_data` have it"
     p, reading = self.config['preset'], self.info['data']['reading']
     base = json.loads(json.dumps(presets[p['name']].to_dict())) if p['name'] in presets else {}
+    flags = {k: False for k, v in base.items() if v is True and k not in p}  # not kept where they are off
     usual = dict(base, max_bytes=4_000_000, text_field='text', valid_tokens=65_536)
-    return {k: v for k, v in {**p, **self.config['layer'], **reading,
+    return {k: v for k, v in {**p, **flags, **self.config['layer'], **reading,
                               'valid_tokens': self.config['valid_tokens']}.items() if usual.get(k) != v and k != 'name'}
 
 def _num_examples(self): return self.evaluations[0]['suite']['options'].get('num_examples', 25)

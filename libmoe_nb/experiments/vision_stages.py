@@ -49,7 +49,7 @@ def stage_config(
     sparse = stage.experts and recipe != 'dense'
     how = dict(recipe=recipe, experts=experts if sparse else {}) if stage.experts else {}
     return json.loads(json.dumps(dict(
-        format=1, stage=dataclasses.asdict(stage), start=start, data=data, seed=seed, bf16=bf16, device=device,
+        format=1, stage=stage.to_dict(), start=start, data=data, seed=seed, bf16=bf16, device=device,
         **how, **({} if images else dict(images=False)))))
 
 def from_size(name:str, seed:int=0)->dict: return dict(size=name, seed=seed)
