@@ -84,7 +84,7 @@ def test_easy_vqa_is_turned_and_joins_the_shared_stages_of_the_scenes(tmp_path, 
     from libmoe_nb.data.images import read_image
     from libmoe_nb.data.scenes import scene_words
     from libmoe_nb.data.vision import easy_vqa_turns, turned
-    from libmoe_nb.experiments.vision import test_questions as asked_of, vision_plan
+    from libmoe_nb.experiments.vision import estimated_seconds, test_questions as asked_of, vision_plan
     from libmoe_nb.experiments.vision_stages import set_data
     found = easy_vqa_turns(1)
     asked = [t for s in found for r, t in s.turns if r == 'user']
@@ -100,6 +100,7 @@ def test_easy_vqa_is_turned_and_joins_the_shared_stages_of_the_scenes(tmp_path, 
     scenes, easy = (vision_plan(['dense'], 'tiny-vlm', tmp_path, **kw) for kw in
                     ({}, dict(data=dict(vit=set_data()), test=set_data())))
     assert easy.shared == scenes.shared and easy.last[0]['data'] == set_data()
+    assert estimated_seconds(easy) > 0
     few = vision_plan(['dense'], 'tiny-vlm', tmp_path, data=dict(vit=set_data()), test=set_data(), steps=7)
     assert few.shared == scenes.shared and {c['stage']['steps'] for c in few.last} == {7}     # of the last stage alone
     assert easy.last[0]['stage']['steps'] > few.last[0]['stage']['steps'] != scenes.last[0]['stage']['steps']

@@ -163,6 +163,7 @@ def _seconds_a_step(plan, config):
 
 # %% ../../nbs/experiments/vision.ipynb #b1d0e5a2
 def _question_count(plan):
+    if 'set' in plan.test: return len(test_questions(plan.root, plan.test, plan.per_subtask))
     n = plan.test['samples'] if 'file' in plan.test else plan.test['scenes'] * plan.test['questions']
     return min(n, plan.per_subtask * len(subtasks))
 

@@ -129,16 +129,21 @@ def _floor(results):
     return floor | ({'trained without images': alone.groupby('subtask').right.mean().mean()} if len(alone) else {})
 
 def _recipes_html(results):
-    n = results.answers.seed.nunique()
+    few, n = (f(results.answers.groupby('model').seed.nunique().tolist()) for f in (min, max))
     rows = {by: table_rows(recipe_scores(results, by), recipe_title, errors=by == 'group')
             for by in ('group', 'subtask')}
     fig = report_figure(plot_recipe_accuracy(_run_means(results.answers), _floor(results)), 'mean accuracy by recipe',
                         'Mean accuracy over subtasks. ' + 'Dots are seeds. ' * (n > 1) + 'Lines are the controls.')
     return ft.Section(ft.H2('Recipes'), _verdict(results), report_table(*_split(rows['group']), cls='wide'),
-                      _note('groups', seeds=f' and {n} seeds' * (n > 1)), fig,
-                      report_table(*_split(rows['subtask'])), _note('subtasks'))
+                      _note('groups', seeds=f' and {"up to " * (few < n)}{n} seeds' * (n > 1)), fig,
+                      report_table(*_turned(rows['subtask'])), _note('subtasks'))
 
 def _split(rows): return rows[0], rows[1:]
+
+def _turned(rows):
+    "Recipes as columns, since there are more subtasks"
+    recipes, *columns = zip(*rows)
+    return ['subtask', *recipes[1:]], [[*c] for c in columns]
 
 # %% ../../nbs/experiments/vision_report.ipynb #0997b0d5
 def best_model(
