@@ -56,7 +56,7 @@ _columns = ('regime recipe variant seed step progress layer depth expert other k
 def _those(df, **where):
     "Rows whose columns have a value, or one of several"
     for c, v in where.items():
-        if v is not None: df = df[df[c].isin(list(v) if isinstance(v, (list, tuple, dict)) else [v])]
+        if v is not None: df = df[df[c].isin([v] if isinstance(v, (str, int, float)) else list(v))]
     return df
 
 @patch
@@ -84,7 +84,8 @@ def runs_for(
     need = [(g.variant, r, s) for g in kept.scale.groups if names & {*g.figures} and g.regime == regime
             for s in g.seeds for r in g.recipes]
     keys = ['variant', 'recipe', 'seed']
-    there = {k for t in kept.tables.values() for k in t.loc[t.regime == regime, keys].itertuples(index=False, name=None)}
+    there = {k for t in kept.tables.values()
+             for k in t.loc[t.regime == regime, keys].itertuples(index=False, name=None)}
     return pd.DataFrame([(*k, k in there) for k in dict.fromkeys(need)], columns=[*keys, 'there'])
 
 # %% ../../nbs/paper/pages.ipynb #37c5d1e0

@@ -10,7 +10,7 @@ __all__ = ['plot_by_layer', 'plot_over_checkpoints', 'plot_panels', 'plot_alloca
 # %% ../../nbs/plots/routing.ipynb #a6a86b5e
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap, Normalize
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from ..core.errors import check
 from .style import (axis_label, in_style, make_axes, plain_legend, recipe_style, recipe_title,
                                    recipes_of, spread_over_seeds)
@@ -183,7 +183,7 @@ def plot_panels(
 def _panel(ax, df, x, y, by, dash, title, log):
     "One table; returns the ends of its lines by what the legend calls them"
     ax.set_title(title, fontweight='normal', fontsize=9, parse_math=False); ax.set_xlabel(axis_label(x))
-    if log: ax.set_yscale('log')
+    if log: _plain_log(ax)
     if not len(df):
         ax.text(.5, .5, 'not run yet', transform=ax.transAxes, ha='center', color='#777777')
         ax.set(xticks=[], yticks=[])
@@ -191,14 +191,23 @@ def _panel(ax, df, x, y, by, dash, title, log):
     by, dash = _by(df, by), dash if dash in df else None
     return {_name(by, n): e for n, e in _lines(ax, df, x, y, by, dash).items()}
 
+def _plain_log(ax):
+    ax.set_yscale('log')
+    ax.yaxis.set_major_formatter('{x:g}'); ax.yaxis.set_minor_formatter('{x:g}')
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    ax.tick_params(axis='y', which='minor', labelsize='small')
+
 def _one_key(fig, ends, by, dashes):
-    "A legend of all panels, beside them"
+    "A legend of all panels: beside them, or below them where names are long"
     chance = ends.pop('random', None)
     pairs = [(e[1], n) for n, e in ends.items()] if len(ends) > 1 or not dashes else []
     pairs += [(plt.Line2D([], [], color='#555555', ls=_dashes[i % 4]), str(d))
               for i, d in enumerate(dict.fromkeys(dashes))]
     if chance: pairs.append((chance[1], 'by chance'))
-    if len(pairs) > 1 or chance: plain_legend(fig.legend(*zip(*pairs), loc='outside right center', handlelength=2.6))
+    if len(pairs) < 2 and not chance: return
+    wide = max(len(n) for _, n in pairs) > 18
+    where = dict(loc='outside lower center', ncols=4) if wide else dict(loc='outside right center')
+    plain_legend(fig.legend(*zip(*pairs), **where, handlelength=2.6))
 
 # %% ../../nbs/plots/routing.ipynb #07728b7d
 @in_style()
