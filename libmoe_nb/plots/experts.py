@@ -155,7 +155,7 @@ def plot_pairs(
         row[0].set_ylabel(recipe_title(name), fontsize=8.5)
         for ax, (layer, step) in zip(row, panels):
             image = _pairs_panel(ax, df[(df[by] == name) & (df.layer == layer)], value, x, step, norm)
-            title = f'layer {layer}, {x} {step}' if row is axes[0] else ''
+            title = f'layer {layer}, {x} {step}' if name == names[0] else ''
             ax.set_title(title, fontweight='normal', fontsize=8.5, loc='center')
     bar = fig.colorbar(image, cax=fig.add_axes([.945, .35, .012, .3]), label="share of the row's tokens")
     bar.outline.set_visible(False)
