@@ -188,6 +188,7 @@ def _panel(ax, df, x, y, by, dash, title, log):
         ax.text(.5, .5, 'not run yet', transform=ax.transAxes, ha='center', color='#777777')
         ax.set(xticks=[], yticks=[])
         return {}
+    if x == 'layer': ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     by, dash = _by(df, by), dash if dash in df else None
     return {_name(by, n): e for n, e in _lines(ax, df, x, y, by, dash).items()}
 
