@@ -121,7 +121,7 @@ def effect_text(
     row, # of `verdict_table`
 )->str:
     "Effect, unit and interval in words."
-    if not row.seeds: return row.why
+    if not row.seeds: return 'nothing'
     level = 95 if row.kind == 'above' else 90
     known = row.seeds > 1 and abs(row.low) < math.inf
     between = f'{level} % interval {_number(row.low)} to {_number(row.high)}' if known else 'no interval'
@@ -145,7 +145,8 @@ class VerdictBox:
 
     def facts(self, row):
         "Names and texts of what is said about a claim"
-        shown = dict(found=effect_text(row), asked=bound_text(row), paper=row.paper, newer=row.newer)
+        shown = dict(found=effect_text(row) if row.seeds else '', why=row.why, asked=bound_text(row), paper=row.paper,
+                     newer=row.newer)
         return {k: v for k, v in shown.items() if v}
 
     def __repr__(self):
@@ -155,7 +156,7 @@ class VerdictBox:
         return '\n'.join([*res, *(f'runs, {t}' for t in self.runs)])
 
 # %% ../../nbs/paper/pages.ipynb #616d5a4b
-_names = dict(found='Found', asked='Asked for', paper='Paper', newer='Newer work')
+_names = dict(found='Found', why='Why', asked='Asked for', paper='Paper', newer='Newer work')
 _soft = 'opacity:.75; font-size:.85em'
 
 @patch

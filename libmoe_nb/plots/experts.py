@@ -157,8 +157,9 @@ def plot_pairs(
             image = _pairs_panel(ax, df[(df[by] == name) & (df.layer == layer)], value, x, step, norm)
             title = f'layer {layer}, {x} {step}' if name == names[0] else ''
             ax.set_title(title, fontweight='normal', fontsize=8.5, loc='center')
-    bar = fig.colorbar(image, cax=fig.add_axes([.945, .35, .012, .3]), label="share of the row's tokens")
-    bar.outline.set_visible(False)
+    high = min(2.6 / fig.get_figheight(), .8)
+    bar = fig.colorbar(image, cax=fig.add_axes([.945, .49 - high / 2, .012, high]))
+    bar.set_label("share of the row's tokens", fontsize=8); bar.outline.set_visible(False)
     return fig
 
 # %% ../../nbs/plots/experts.ipynb #5d0c1a77

@@ -169,6 +169,7 @@ def plot_panels(
 ):                    # Figure
     "Tables beside each other, with the spread over seeds and one legend."
     rows = -(-len(panels) // (columns := min(columns, len(panels))))
+    if not any(len(df) for df, *_ in panels.values()): height = 1.1
     fig, ends = plt.figure(figsize=(width * columns + 1.4, height * rows), layout='constrained'), {}
     axes = np.ravel(fig.subplots(rows, columns, squeeze=False))
     for ax, (title, (df, y, *own)) in zip(axes, panels.items()):
@@ -183,14 +184,14 @@ def plot_panels(
 def _panel(ax, df, x, y, by, dash, title, log):
     "One table; returns the ends of its lines by what the legend calls them"
     ax.set_title(title, fontweight='normal', fontsize=9, parse_math=False); ax.set_xlabel(axis_label(x))
-    if log: _plain_log(ax)
     if not len(df):
-        ax.text(.5, .5, 'not run yet', transform=ax.transAxes, ha='center', color='#777777')
+        ax.text(.5, .5, 'not run yet', transform=ax.transAxes, ha='center', va='center', color='#777777')
         ax.set(xticks=[], yticks=[])
         return {}
+    if log: _plain_log(ax)
     if x == 'layer': ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     by, dash = _by(df, by), dash if dash in df else None
-    return {_name(by, n): e for n, e in _lines(ax, df, x, y, by, dash).items()}
+    return {_name(by, n) if by else '': e for n, e in _lines(ax, df, x, y, by, dash).items()}
 
 def _plain_log(ax):
     ax.set_yscale('log')
@@ -201,11 +202,11 @@ def _plain_log(ax):
 def _one_key(fig, ends, by, dashes):
     "A legend of all panels: beside them, or below them where names are long"
     chance = ends.pop('random', None)
-    pairs = [(e[1], n) for n, e in ends.items()] if len(ends) > 1 or not dashes else []
+    pairs = [(e[1], n) for n, e in ends.items() if n]
     pairs += [(plt.Line2D([], [], color='#555555', ls=_dashes[i % 4]), str(d))
               for i, d in enumerate(dict.fromkeys(dashes))]
     if chance: pairs.append((chance[1], 'by chance'))
-    if len(pairs) < 2 and not chance: return
+    if not pairs: return
     wide = max(len(n) for _, n in pairs) > 18
     where = dict(loc='outside lower center', ncols=4) if wide else dict(loc='outside right center')
     plain_legend(fig.legend(*zip(*pairs), **where, handlelength=2.6))
