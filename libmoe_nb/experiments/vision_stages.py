@@ -18,7 +18,8 @@ from ..core.errors import check, did_you_mean, first_line
 from ..core.files import file_digest, locked_folder, read_json, write_json
 from ..core.machine import find_device
 from ..core.modes import evaluating, quiet_bars
-from ..data.conversations import ConversationData, LeftOut, Sample, as_sample, image_mark, read_conversations
+from ..data.conversations import (ConversationData, LeftOut, Sample, as_sample, check_found, image_mark,
+                                          read_conversations, told_cut)
 from ..data.scenes import Scene, colours, conversation, places, scene_words, shapes, sizes, write_scenes
 from ..data.vision import easy_vqa_turns
 from .run import claim_folder, run_hash, train_to_end, training_callbacks
@@ -49,7 +50,7 @@ def stage_config(
     sparse = stage.experts and recipe != 'dense'
     how = dict(recipe=recipe, experts=experts if sparse else {}) if stage.experts else {}
     return json.loads(json.dumps(dict(
-        format=1, stage=dataclasses.asdict(stage), start=start, data=data, seed=seed, bf16=bf16, device=device,
+        format=1, stage=stage.to_dict(), start=start, data=data, seed=seed, bf16=bf16, device=device,
         **how, **({} if images else dict(images=False)))))
 
 def from_size(name:str, seed:int=0)->dict: return dict(size=name, seed=seed)
@@ -94,27 +95,28 @@ def file_data(
     images = Path(images).expanduser() if images else path.parent/'images'
     check(images.is_dir(), 'images', str(images), 'a folder of images')
     found, left = read_conversations(path, images)
-    check(found, 'data', left, 'of at least one conversation that can be used')
+    check_found(found, 'data', left)
     return dict(file=str(path.resolve()), images=str(images.resolve()), digest=file_digest(path), samples=len(found))
 
 # %% ../../nbs/experiments/vision_stages.ipynb #ff9fa26d
+vision_data_sets = {'easy-vqa': dict(steps=1500, warmup_steps=75, learning_rate=1e-3)} # how a small model learns each
+
 def set_data(name:str='easy-vqa')->dict:
     "The training pictures and questions of easy-vqa, which a model of ours can go on with."
     if name not in vision_data_sets: raise ValueError(did_you_mean('set', name, vision_data_sets))
-    return dict(set=name, rounds=6)
-
-vision_data_sets = 'easy-vqa',
+    return dict(set=name, rounds=3, together=3)
 
 # %% ../../nbs/experiments/vision_stages.ipynb #7f6f02ae
 def shared_stages(
     preset:VisionPreset,
     *, start:dict=None,  # None: `from_size`
     data:dict=None,      # name of a stage -> of `file_data`; None: the preset's scenes
-    steps:int=None,      # of each stage; None: the stage's own, or one epoch of a file
+    steps:int=None,      # of each; None: the stage's own, or one epoch of a file; where a set follows, its alone
     **kwargs,            # for `stage_config`: seed, bf16, device
 )->list:                 # of configurations, in order
     "The stages before the last one, each after the other."
     start, res = start or from_size(preset.size), []
+    if any('set' in d for d in (data or {}).values()): steps = None
     for stage in preset.stages[:-1]:
         d = data_of(preset, stage, data)
         res.append(stage_config(fitting_stage(stage, d, steps), start, d, **kwargs))
@@ -129,7 +131,7 @@ def data_of(
 )->dict:
     "The data of a stage: a file of its own, or the preset's scenes."
     if data is not None and not (stage.name not in data and any('set' in d for d in data.values())):
-        check(stage.name in data, 'data', ', '.join(data), f'also given for the stage {stage.name!r}')
+        check(stage.name in data, 'data', ', '.join(data), f'given for the stage {stage.name!r} too')
         return data[stage.name]
     check(preset.scenes, 'data', data, f"given for preset '{preset.name}', which has no scenes of its own")
     return scene_data(preset.scenes, vision_size(preset.size).image_size, preset.questions)
@@ -137,10 +139,10 @@ def data_of(
 def fitting_stage(
     stage,           # a `Stage`
     data:dict,
-    steps:int=None,  # None: the stage's own, or one epoch of a file
+    steps:int=None,  # None: the stage's own, one epoch of a file, or what a set brings
 ):                   # a `Stage`
     "A stage with as many steps as this data gives."
-    if 'set' in data: stage = dataclasses.replace(stage, steps=800, warmup_steps=40, learning_rate=1.5e-3)
+    stage = dataclasses.replace(stage, **vision_data_sets.get(data.get('set'), {}))
     if steps is None: return one_epoch(stage, data['samples']) if 'file' in data else stage
     return dataclasses.replace(stage, steps=steps, warmup_steps=min(stage.warmup_steps, max(steps // 20, 1)))
 
@@ -152,7 +154,7 @@ def stage_samples(
     split:str='train',
 )->tuple:                # list of `Sample`, and `LeftOut`
     "What a stage is trained on."
-    if 'set' in data: found = easy_vqa_turns(data['rounds']); left = found.left_out
+    if 'set' in data: found = easy_vqa_turns(data['rounds'], data['together']); left = found.left_out
     elif 'file' in data: found, left = read_conversations(data['file'], data['images'])
     else: found, left = [s for i in range(data['scenes']) for s in _scene_samples(data, i, kind, split)], LeftOut()
     return (found if images else [without_image(s) for s in found]), left
@@ -237,7 +239,9 @@ def _trained(root, folder, config, tell, seconds, grad_accum, watch):
     more = watch(folder, config, model, processor) if watch else []
     data, learn = stage_learner(config, model, processor, grad_accum=grad_accum, cbs=[*more, *training_callbacks(
         folder, config['stage']['steps'], partial(tell, 'step', folder.name), seconds, at_end=False)])
+    told = _tell_left(tell, folder, data)
     train_to_end(learn, folder)
+    _tell_left(tell, folder, data, told)
     check(not learn.diverged, 'the loss', f'not finite at step {learn.diverged}', 'finite: lower the learning rate')
     model = model.cpu()
     n, trained = count_parameters(model), trained_parameters(learn.model)
@@ -252,11 +256,21 @@ def _trained(root, folder, config, tell, seconds, grad_accum, watch):
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
     return read_json(folder/'result.json')
 
+# %% ../../nbs/experiments/vision_stages.ipynb #cc762530
 def _keep(folder, model, processor):
     new = folder/'.model.tmp'
     for old in (new, folder/'model'): shutil.rmtree(old, ignore_errors=True)
     with quiet_bars(): model.requires_grad_(True).eval().save_pretrained(new); processor.save_pretrained(new)
     new.rename(folder/'model')
+
+# %% ../../nbs/experiments/vision_stages.ipynb #37a58c89
+def _tell_left(tell, folder, data, before=()):
+    "Say what a stage is not trained on, and keep the names; the lines, so that none is told twice"
+    lines = str(data.left_out).splitlines() if len(data.left_out) else []
+    if data.cut: lines.append(f'{len(data)} samples, {told_cut(data.cut)}')
+    if new := [l for l in lines if l not in before]: tell('left_out', folder.name, lines=new)
+    if len(data.left_out): write_json(folder/'left_out.json', {w: [*n] for w, n in data.left_out.names.items()})
+    return lines
 
 # %% ../../nbs/experiments/vision_stages.ipynb #c1702a96
 def stage_learner(

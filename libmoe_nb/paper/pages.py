@@ -56,7 +56,7 @@ _columns = ('regime recipe variant seed step progress layer depth expert other k
 def _those(df, **where):
     "Rows whose columns have a value, or one of several"
     for c, v in where.items():
-        if v is not None: df = df[df[c].isin(list(v) if isinstance(v, (list, tuple, dict)) else [v])]
+        if v is not None: df = df[df[c].isin([v] if isinstance(v, (str, int, float)) else list(v))]
     return df
 
 @patch
@@ -84,7 +84,8 @@ def runs_for(
     need = [(g.variant, r, s) for g in kept.scale.groups if names & {*g.figures} and g.regime == regime
             for s in g.seeds for r in g.recipes]
     keys = ['variant', 'recipe', 'seed']
-    there = {k for t in kept.tables.values() for k in t.loc[t.regime == regime, keys].itertuples(index=False, name=None)}
+    there = {k for t in kept.tables.values()
+             for k in t.loc[t.regime == regime, keys].itertuples(index=False, name=None)}
     return pd.DataFrame([(*k, k in there) for k in dict.fromkeys(need)], columns=[*keys, 'there'])
 
 # %% ../../nbs/paper/pages.ipynb #37c5d1e0
@@ -120,7 +121,7 @@ def effect_text(
     row, # of `verdict_table`
 )->str:
     "Effect, unit and interval in words."
-    if not row.seeds: return row.why
+    if not row.seeds: return 'nothing'
     level = 95 if row.kind == 'above' else 90
     known = row.seeds > 1 and abs(row.low) < math.inf
     between = f'{level} % interval {_number(row.low)} to {_number(row.high)}' if known else 'no interval'
@@ -144,7 +145,8 @@ class VerdictBox:
 
     def facts(self, row):
         "Names and texts of what is said about a claim"
-        shown = dict(found=effect_text(row), asked=bound_text(row), paper=row.paper, newer=row.newer)
+        shown = dict(found=effect_text(row) if row.seeds else '', why=row.why, asked=bound_text(row), paper=row.paper,
+                     newer=row.newer)
         return {k: v for k, v in shown.items() if v}
 
     def __repr__(self):
@@ -154,7 +156,7 @@ class VerdictBox:
         return '\n'.join([*res, *(f'runs, {t}' for t in self.runs)])
 
 # %% ../../nbs/paper/pages.ipynb #616d5a4b
-_names = dict(found='Found', asked='Asked for', paper='Paper', newer='Newer work')
+_names = dict(found='Found', why='Why', asked='Asked for', paper='Paper', newer='Newer work')
 _soft = 'opacity:.75; font-size:.85em'
 
 @patch

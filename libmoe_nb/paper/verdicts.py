@@ -73,7 +73,8 @@ class Evidence:
 
     def rows(self, name:str, **where)->pd.DataFrame:
         "Rows of a table; `where` gives a value, or a list of values, for some columns"
-        df = self.tables.get(name, pd.DataFrame())
+        if name not in self.tables: raise NotThere(name)
+        df = self.tables[name]
         for c, v in where.items():
             if c not in df: raise NotThere(f'{name} by {c}')
             df = df[df[c].isin(v) if isinstance(v, (list, tuple)) else df[c] == v]

@@ -12,7 +12,7 @@ import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from textwrap import fill
 from matplotlib.colors import Normalize
 from .routing import plot_by_layer
-from .style import in_style, make_axes, plain_legend
+from .style import in_style, make_axes, plain_legend, recipe_title, recipes_of
 
 # %% ../../nbs/plots/experts.ipynb #5d0ce096
 def _load_grid(df):
@@ -96,8 +96,7 @@ def _heat(ax, grid, rows, columns, **kw):
     return image
 
 def _scale(image, ax, label, **kw):
-    fig = (ax[0] if isinstance(ax, list) else ax).figure
-    bar = fig.colorbar(image, ax=ax, shrink=.9, aspect=16, pad=.02, **kw)
+    bar = ax.figure.colorbar(image, ax=ax, shrink=.9, aspect=16, pad=.02, **kw)
     bar.outline.set_visible(False); _fit_label(bar, label)
     return bar
 
@@ -140,26 +139,36 @@ def _pair_by_chance(d):
 # %% ../../nbs/plots/experts.ipynb #47ec15d4
 @in_style()
 def plot_pairs(
-    df:pd.DataFrame,              # columns layer, expert, other, `x` and `value`; of one run, the strongest expert first
+    df:pd.DataFrame,              # columns `by`, layer, expert, other, `x` and `value`; the strongest expert first
     value:str='co_activation',
     x:str='step',                 # what tells checkpoints apart
-    title:str=None,
+    by:str='recipe',              # what tells models apart
 ):                                # Figure
-    "Matrices of the experts that are active together, over training."
-    layers, steps = sorted(df.layer.unique()), sorted(df[x].unique())
-    fig = plt.figure(figsize=(2.75 * len(steps) + 1, 2.7 * len(layers) + .4 * bool(title)), layout='constrained')
-    axes, norm = fig.subplots(len(layers), len(steps), squeeze=False), Normalize(0, df[value].max())
-    for row, l in zip(axes, layers):
-        order = list(dict.fromkeys(df.expert[(df.layer == l) & (df[x] == steps[-1])]))
-        for ax, s in zip(row, steps):
-            d = df[(df.layer == l) & (df[x] == s)].pivot(index='expert', columns='other', values=value)
-            grid = d.reindex(index=order, columns=order).to_numpy(dtype=float)
-            image = _heat(ax, grid, order, order, cmap='Blues', norm=norm)
-            ax.set_aspect('equal'); ax.tick_params(labelsize=6.5)
-            ax.set_title(f'layer {l}, {x} {s}', fontweight='normal', fontsize=9)
-    if title: fig.suptitle(title, fontweight='bold', fontsize=10, x=.01, ha='left', parse_math=False)
-    _scale(image, list(np.ravel(axes)), "share of the row's tokens")
+    "Matrices of the experts that are active together, over training: a row a model."
+    names, panels = (recipes_of(df) if by == 'recipe' else list(df[by].unique()),
+                     list(df[['layer', x]].drop_duplicates().sort_values(['layer', x]).itertuples(index=False)))
+    fig, axes = plt.subplots(len(names), len(panels), squeeze=False,
+                             figsize=(1.6 * len(panels) + .9, 1.6 * len(names) + .3))
+    fig.subplots_adjust(left=.05, right=.93, bottom=.01, top=1 - .3 / fig.get_figheight(), wspace=.06, hspace=.06)
+    norm = Normalize(0, df[value].max())
+    for row, name in zip(axes, names):
+        row[0].set_ylabel(recipe_title(name), fontsize=8.5)
+        for ax, (layer, step) in zip(row, panels):
+            image = _pairs_panel(ax, df[(df[by] == name) & (df.layer == layer)], value, x, step, norm)
+            title = f'layer {layer}, {x} {step}' if name == names[0] else ''
+            ax.set_title(title, fontweight='normal', fontsize=8.5, loc='center')
+    high = min(2.6 / fig.get_figheight(), .8)
+    bar = fig.colorbar(image, cax=fig.add_axes([.945, .49 - high / 2, .012, high]))
+    bar.set_label("share of the row's tokens", fontsize=8); bar.outline.set_visible(False)
     return fig
+
+# %% ../../nbs/plots/experts.ipynb #5d0c1a77
+def _pairs_panel(ax, d, value, x, step, norm):
+    "One checkpoint, its experts in the order of the last"
+    order = list(dict.fromkeys(d.expert[d[x] == d[x].max()]))
+    ax.grid(False); ax.spines[:].set_visible(False); ax.set(xticks=[], yticks=[], facecolor='#d9d9d9')
+    grid = d[d[x] == step].pivot(index='expert', columns='other', values=value).reindex(index=order, columns=order)
+    return ax.imshow(np.ma.masked_invalid(grid.to_numpy(dtype=float)), cmap='Blues', norm=norm)
 
 # %% ../../nbs/plots/experts.ipynb #1cb5f831
 _pair_colours = '#0060c0', '#d1500a', '#11774f', '#a0459a'

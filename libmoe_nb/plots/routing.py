@@ -10,7 +10,7 @@ __all__ = ['plot_by_layer', 'plot_over_checkpoints', 'plot_panels', 'plot_alloca
 # %% ../../nbs/plots/routing.ipynb #a6a86b5e
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap, Normalize
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from ..core.errors import check
 from .style import (axis_label, in_style, make_axes, plain_legend, recipe_style, recipe_title,
                                    recipes_of, spread_over_seeds)
@@ -134,6 +134,7 @@ def plot_by_layer(
     "A metric over depth, with the spread over seeds."
     ax = _plot_lines(df, value, 'layer', by, dash, random, ax)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    if df.layer.nunique() == 1: ax.set_xticks(df.layer.unique())
     return ax
 
 # %% ../../nbs/plots/routing.ipynb #e191cde3
@@ -169,6 +170,7 @@ def plot_panels(
 ):                    # Figure
     "Tables beside each other, with the spread over seeds and one legend."
     rows = -(-len(panels) // (columns := min(columns, len(panels))))
+    if not any(len(df) for df, *_ in panels.values()): height = 1.1
     fig, ends = plt.figure(figsize=(width * columns + 1.4, height * rows), layout='constrained'), {}
     axes = np.ravel(fig.subplots(rows, columns, squeeze=False))
     for ax, (title, (df, y, *own)) in zip(axes, panels.items()):
@@ -183,22 +185,32 @@ def plot_panels(
 def _panel(ax, df, x, y, by, dash, title, log):
     "One table; returns the ends of its lines by what the legend calls them"
     ax.set_title(title, fontweight='normal', fontsize=9, parse_math=False); ax.set_xlabel(axis_label(x))
-    if log: ax.set_yscale('log')
     if not len(df):
-        ax.text(.5, .5, 'not run yet', transform=ax.transAxes, ha='center', color='#777777')
+        ax.text(.5, .5, 'not run yet', transform=ax.transAxes, ha='center', va='center', color='#777777')
         ax.set(xticks=[], yticks=[])
         return {}
+    if log: _plain_log(ax)
+    if x == 'layer': ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     by, dash = _by(df, by), dash if dash in df else None
-    return {_name(by, n): e for n, e in _lines(ax, df, x, y, by, dash).items()}
+    return {_name(by, n) if by else '': e for n, e in _lines(ax, df, x, y, by, dash).items()}
+
+def _plain_log(ax):
+    ax.set_yscale('log')
+    ax.yaxis.set_major_formatter('{x:g}'); ax.yaxis.set_minor_formatter('{x:g}')
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    ax.tick_params(axis='y', which='minor', labelsize='small')
 
 def _one_key(fig, ends, by, dashes):
-    "A legend of all panels, beside them"
+    "A legend of all panels: beside them, or below them where names are long"
     chance = ends.pop('random', None)
-    pairs = [(e[1], n) for n, e in ends.items()] if len(ends) > 1 or not dashes else []
+    pairs = [(e[1], n) for n, e in ends.items() if n]
     pairs += [(plt.Line2D([], [], color='#555555', ls=_dashes[i % 4]), str(d))
               for i, d in enumerate(dict.fromkeys(dashes))]
     if chance: pairs.append((chance[1], 'by chance'))
-    if len(pairs) > 1 or chance: plain_legend(fig.legend(*zip(*pairs), loc='outside right center', handlelength=2.6))
+    if not pairs: return
+    wide = max(len(n) for _, n in pairs) > 18
+    where = dict(loc='outside lower center', ncols=4) if wide else dict(loc='outside right center')
+    plain_legend(fig.legend(*zip(*pairs), **where, handlelength=2.6))
 
 # %% ../../nbs/plots/routing.ipynb #07728b7d
 @in_style()
@@ -255,6 +267,7 @@ def plot_perturbation(
     if by is not None: plain_legend(ax.legend(loc='center left', bbox_to_anchor=(1, .5)))
     ax.axvline(0, color='#555555', lw=1)
     ax.set_yticks(range(len(groups)), groups, parse_math=False); ax.invert_yaxis(); ax.grid(axis='y', visible=False)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.set_xlabel(axis_label(value)); ax.tick_params(axis='y', length=0)
     return ax
 

@@ -33,7 +33,8 @@ def tables_of(recipe, variant, seed):
         imbalance=pd.DataFrame([dict(value=1.5 + lift)]), speed=pd.DataFrame([dict(value=5000 + 100 * lift)]))
     if variant.startswith('init_'): res['balance'] = res['balance_curve'] = res['balance_curve'].assign(
         init_std=float(variant[5:]))
-    if recipe == 'dense': return res | _accuracy(g, variant, lift)
+    if recipe == 'dense':
+        return {n: t for n, t in res.items() if n not in ('balance_curve', 'imbalance')} | _accuracy(g, variant, lift)
     checkpoints = STEPS[1:]
     res |= dict(
         change_rate=progress(frame(lambda t: .1 + .6 * late(t) + lift + n(t), step=checkpoints)),
@@ -53,14 +54,14 @@ def tables_of(recipe, variant, seed):
     res['margin_of_weights'] = res['margin'].assign(value=lambda t: t.value * 2)
     res['output_similarity_as_released'] = res['output_similarity'].assign(value=lambda t: t.value / 10)
     res['ablation'] = res['ablation'].assign(
-        **{c: g.uniform(0, 1, len(res['ablation'])) for c in ('load', 'weight', 'margin', 'partner', 'lift', 'similarity')})
+        **{c: g.uniform(0, 1, L * N) for c in ('load', 'weight', 'margin', 'partner', 'lift', 'similarity')})
     if variant == 'base' and seed == 0: res['pairs'] = pairs(g)
     return res | _accuracy(g, variant, lift)
 
 def _accuracy(g, variant, lift):
     if variant not in ('base', 'larger', 'faithful', 'control'): return {}
-    t = frame(lambda t: 30 + 20 * lift + g.normal(0, .5, len(t)), task=('cloze', 'last_word', 'minimal_pairs', 'recall'),
-              tau=(.1, 1., 10.), intervention=('none', 'drop_top1'))
+    t = frame(lambda t: 30 + 20 * lift + g.normal(0, .5, len(t)), tau=(.1, 1., 10.), intervention=('none', 'drop_top1'),
+              task=('cloze', 'continuation', 'last_word', 'minimal_pairs', 'recall'))
     return dict(accuracy=t[(t.tau == 1) | (t.intervention == 'none')].assign(n=50))
 
 def seen_tables(recipe, seed):
@@ -92,9 +93,9 @@ def write_made_results(
             made = seen_tables(who['recipe'], who['seed']) if g.regime == 'vision' else \
                 tables_of(who['recipe'], g.variant, who['seed'])
             for name, t in made.items(): tables.setdefault(name, []).append(t.assign(**who))
-            runs.append(dict(group=g.name, variant=g.variant, name='made up', recipe=who['recipe'], seed=who['seed'],
-                             steps=STEPS[-1], perplexity=100., parameters=10**6, active_parameters=10**6, tokens=2 * 10**6,
-                             seconds=300.))
+            runs.append(dict(group=g.name, name='made up', steps=STEPS[-1], perplexity=100., parameters=10**6,
+                             active_parameters=10**6, tokens=2 * 10**6, seconds=300.,
+                             **{c: who[c] for c in ('variant', 'recipe', 'seed')}))
     for name, ts in tables.items(): pd.concat(ts).to_csv(folder/f'{name}.csv', index=False)
     (folder/'runs.json').write_text(json.dumps(dict(command=f'libmoe reproduce --scale {scale.name}', scale=scale.name,
                                                     written='', versions={}, machine='', data=None, unigram=None,
