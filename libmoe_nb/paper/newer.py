@@ -164,7 +164,7 @@ def row(self:ClaimTable, r):
     newer = [ft.Div(ft.B(n.relation), ' ', ft.A(n.name, href=n.url), f': {n.says}') for n in newer_of(r.claim)]
     short = {'not testable at this scale': 'not testable'}.get(r.verdict, r.verdict)
     word = ft.Span(short, cls='word', style=f'background:{verdict_colours[r.verdict]}')
-    found = [ft.NotStr(effect_picture(r))] * bool(r.seeds) + [effect_text(r), ft.Small(asked)]
+    found = [ft.NotStr(effect_picture(r))] * bool(r.seeds) + [effect_text(r) if r.seeds else r.why, ft.Small(asked)]
     printed = [ft.Small(f'paper: {r.paper}')] * bool(r.paper)
     return ft.Tr(ft.Td(word), ft.Td(r.says, ' (', where, ')', *printed), ft.Td(*found, ft.Small(f'scale {self.scale}')),
                  ft.Td(*newer or '–'))
