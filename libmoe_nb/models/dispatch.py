@@ -49,21 +49,19 @@ def _gate(m):
     return True if type(m)._apply_gate.__name__ == '_default_apply_gate' else m._apply_gate
 
 # %% ../../nbs/models/dispatch.ipynb #05440427
-_few = 32  # choices, at most, that are run one by one
-
-def _one_by_one(b, x, index, weights):
-    "[T, d], a loop over the choices of a few tokens"
+def _one_token(b, x, index, weights):
+    "[1, d]: each chosen expert on the one token, matrix times vector"
     up, down, up_bias, down_bias = b.stacked
-    rows = []
-    for t, chosen in enumerate(index.tolist()):
-        es = [(k, e) for k, e in enumerate(chosen) if e < b.num_experts]
-        hs = [F.linear(x[t], up[e], None if up_bias is None else up_bias[e]) for _, e in es]
-        hs = [b.gated(h[None])[0] if callable(b.gated) else b.act(h[:len(h) // 2]) * h[len(h) // 2:] if b.gated
-              else b.act(h) for h in hs]
-        outs = [F.linear(h, down[e], None if down_bias is None else down_bias[e]) * weights[t, k]
-                for h, (k, e) in zip(hs, es)]
-        rows.append(sum(outs) if outs else x.new_zeros(b.output_size))
-    return torch.stack(rows)
+    at = [(k, e) for k, e in enumerate(index[0].tolist()) if e < b.num_experts]
+    if not at: return x.new_zeros(1, b.output_size)
+    ks, es = map(list, zip(*at))
+    p, y = x.new_empty(len(es), up.shape[1]), x.new_empty(len(es), b.output_size)
+    for row, e in zip(p, es): torch.mv(up[e], x[0], out=row)
+    if up_bias is not None: p += up_bias[es]
+    h = b.gated(p) if callable(b.gated) else b.act(p.chunk(2, -1)[0]) * p.chunk(2, -1)[1] if b.gated else b.act(p)
+    for row, hidden, e in zip(y, h, es): torch.mv(down[e], hidden, out=row)
+    if down_bias is not None: y += down_bias[es]
+    return weights[:, ks].to(x.dtype) @ y
 
 # %% ../../nbs/models/dispatch.ipynb #755ccf25
 def libmoe_experts(
@@ -75,12 +73,10 @@ def libmoe_experts(
     "Experts of transformers by our sorted kernel; what it cannot do is done by `grouped_mm`."
     if hidden_states.device.type != 'cpu' or torch.compiler.is_compiling() or self.has_post_expert_norm:
         return ALL_EXPERTS_FUNCTIONS['grouped_mm'](self, hidden_states, top_k_index, top_k_weights)
-    b = _Borrowed(_stacked(self), _act(self), _gate(self))
-    index, dtype = top_k_index.clamp(max=b.num_experts), hidden_states.dtype
-    x = hidden_states if torch.is_autocast_enabled('cpu') else hidden_states.to(b.stacked[0].dtype)
-    plain = not torch.is_grad_enabled() or not any(t is not None and t.requires_grad
-                                                   for t in (x, top_k_weights, *b.stacked))
-    run = _one_by_one if plain and index.numel() <= _few and not torch.is_autocast_enabled('cpu') else sorted_kernel
+    b, dtype, cast = _Borrowed(_stacked(self), _act(self), _gate(self)), hidden_states.dtype, torch.is_autocast_enabled('cpu')
+    index, x = top_k_index.clamp(max=b.num_experts), hidden_states if cast else hidden_states.to(b.stacked[0].dtype)
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, top_k_weights, *b.stacked))
+    run = _one_token if len(x) == 1 and not trained and not cast else sorted_kernel
     return run(b, x, index, top_k_weights).to(dtype)
 
 ALL_EXPERTS_FUNCTIONS.register('libmoe', libmoe_experts)

@@ -42,10 +42,12 @@ class _Block:
     @property
     def size(self): return self.count * self.rows
     @property
+    def slots(self): return slice(self.start, self.start + self.size)
+    @property
     def experts(self): return slice(self.first, self.first + self.count)
     def of(self, x):
         "[count, rows, ...]: its slots in those of the batch"
-        return x[self.start:self.start + self.size].view(self.count, self.rows, -1)
+        return x[self.slots].view(self.count, self.rows, -1)
 
 # %% ../../nbs/moe/kernels.ipynb #aabec690
 def _round_up(n, alone=False, half=False):
@@ -134,27 +136,25 @@ def _combine(plan, rows, weights=None):
     return torch.embedding_bag(rows, plan.slot, plan.offsets, False, 0, False, weights)[0]
 
 # %% ../../nbs/moe/kernels.ipynb #25bd9348
-def _few_rows(x, W): # [g, r, n], [g, n, m]: is it faster as (W' x')' ?
-    return x.dtype == torch.bfloat16 and x.shape[1] <= 32 and W.stride(1) == 1
-
-def _block_product(x, W, out, bias):
-    "out = x W + bias of a block: [g, r, n], [g, n, m], [g, r, m], [g, m] or None"
-    if _few_rows(x, W):
-        t = torch.bmm(W.mT, x.mT, out=_workspace('t', out, len(W), W.shape[2], x.shape[1])).mT
-        if bias is None: out.copy_(t)
-        else: torch.add(t, bias[:, None], out=out)
-    elif len(W) > 1:
-        if bias is None: torch.bmm(x, W, out=out)
-        else: torch.baddbmm(bias[:, None], x, W, out=out)
-    elif bias is None: torch.mm(x[0], W[0], out=out[0])
-    else: torch.addmm(bias[0], x[0], W[0], out=out[0])
+def _few_rows(b, x, stacked, out, bias):
+    "The product of a block as (W' x')'"
+    t = _workspace('t', out, b.count, out.shape[1], b.rows)
+    torch.bmm(stacked[b.experts].mT, b.of(x).mT, out=t)
+    if bias is None: b.of(out).copy_(t.mT)
+    else: torch.add(t.mT, bias[b.experts, None], out=b.of(out))
 
 # %% ../../nbs/moe/kernels.ipynb #52533bc6
 def _product(blocks, x, stacked, out, bias=None, transposed=False):
     "out = x W + bias, or x Wᵀ + bias, with each expert's own W, for the slots of a batch"
     if transposed: stacked = stacked.mT
+    packed = x.dtype == torch.bfloat16 and stacked.stride(1) == 1
     for b in blocks:
-        _block_product(b.of(x), stacked[b.experts], b.of(out), None if bias is None else bias[b.experts])
+        if packed and b.rows <= 32: _few_rows(b, x, stacked, out, bias)
+        elif b.count > 1:
+            if bias is None: torch.bmm(b.of(x), stacked[b.experts], out=b.of(out))
+            else: torch.baddbmm(bias[b.experts, None], b.of(x), stacked[b.experts], out=b.of(out))
+        elif bias is None: torch.mm(x[b.slots], stacked[b.first], out=out[b.slots])
+        else: torch.addmm(bias[b.first], x[b.slots], stacked[b.first], out=out[b.slots])
     return out
 
 # %% ../../nbs/moe/kernels.ipynb #9d86d0ab
@@ -295,7 +295,7 @@ def slots_per_block(
     d, o, h, half = experts.hidden_size, experts.output_size, experts.intermediate_size, dtype.itemsize < 4
     h_up = h * (1 + bool(experts.gated))
     return (int((40e6 if half else 20e6) / ((d + o + h_up + h) * dtype.itemsize)),
-            8 + int((1e7 if half else 2e6) / (d * h_up)))
+            8 + int(5e6 / (d * h_up)) if half else 2 + int(7e5 / (d * h_up)))
 
 # %% ../../nbs/moe/kernels.ipynb #c4d668c9
 @register_kernel('sorted', rule=lambda experts, hidden_states: hidden_states.device.type == 'cpu')
