@@ -60,7 +60,7 @@ def prefill(model, ids):
 @torch.no_grad()
 def decode(model, ids, steps):
     "One token after the other for each sequence of a batch whose first half is read already"
-    out, name = model.eval()(input_ids=ids[:, :16], use_cache=True), None
+    out = model.eval()(input_ids=ids[:, :16], use_cache=True)
     def run():
         o = out
         for i in range(16, 16 + steps):

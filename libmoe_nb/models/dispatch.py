@@ -1,4 +1,4 @@
-"""The sorted kernel of this library inside of transformers' own mixtures: one line, for training and for inference.
+"""The sorted kernel of this library inside of transformers' own mixtures, for training and for inference.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/models/dispatch.html.md"""
 
@@ -8,9 +8,8 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models/dispatch.html.md"""
 __all__ = ['libmoe_experts']
 
 # %% ../../nbs/models/dispatch.ipynb #527f9515
-import torch, torch.nn.functional as F
+import torch, torch.nn.functional as F, transformers
 from dataclasses import dataclass
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ..moe.kernels import sorted_kernel
 
 # %% ../../nbs/models/dispatch.ipynb #9b7a7f75
@@ -63,6 +62,13 @@ def _one_token(b, x, index, weights):
     if down_bias is not None: y += down_bias[es]
     return weights[:, ks].to(x.dtype) @ y
 
+# %% ../../nbs/models/dispatch.ipynb #13b11668
+def _too_few(m, b, x, index):
+    "Is `grouped_mm` as fast, and does it take these sizes and ids?"
+    rows = 16 if x.dtype == torch.float32 else int(m.is_transposed)
+    fits = all(n * x.element_size() % 16 == 0 for n in (b.hidden_size, b.output_size, *b.stacked[0].shape[1:]))
+    return fits and 0 < index.numel() < rows * b.num_experts and bool(index.max() < b.num_experts)
+
 # %% ../../nbs/models/dispatch.ipynb #755ccf25
 def libmoe_experts(
     self,                        # an experts module of transformers
@@ -71,12 +77,25 @@ def libmoe_experts(
     top_k_weights:torch.Tensor,  # [T, K]
 )->torch.Tensor:                 # [T, d]
     "Experts of transformers by our sorted kernel; what it cannot do is done by `grouped_mm`."
+    grouped = lambda: _registry()['grouped_mm'](self, hidden_states, top_k_index, top_k_weights)
     if hidden_states.device.type != 'cpu' or torch.compiler.is_compiling() or self.has_post_expert_norm:
-        return ALL_EXPERTS_FUNCTIONS['grouped_mm'](self, hidden_states, top_k_index, top_k_weights)
-    b, dtype, cast = _Borrowed(_stacked(self), _act(self), _gate(self)), hidden_states.dtype, torch.is_autocast_enabled('cpu')
+        return grouped()
+    b, dtype = _Borrowed(_stacked(self), _act(self), _gate(self)), hidden_states.dtype
+    cast = torch.is_autocast_enabled('cpu')
     index, x = top_k_index.clamp(max=b.num_experts), hidden_states if cast else hidden_states.to(b.stacked[0].dtype)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, top_k_weights, *b.stacked))
-    run = _one_token if len(x) == 1 and not trained and not cast else sorted_kernel
-    return run(b, x, index, top_k_weights).to(dtype)
+    if len(x) == 1 and not trained and not cast: return _one_token(b, x, index, top_k_weights).to(dtype)
+    if not cast and _too_few(self, b, x, index): return grouped()
+    return sorted_kernel(b, x, index, top_k_weights).to(dtype)
 
-ALL_EXPERTS_FUNCTIONS.register('libmoe', libmoe_experts)
+# %% ../../nbs/models/dispatch.ipynb #c5861f3f
+def _registry():
+    "transformers' implementations of experts by name, or an `ImportError` that says what to do"
+    try: from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:
+        raise ImportError("experts_implementation='libmoe' needs a transformers in which experts' implementations can be "
+                          "chosen, 5.16 or later, got {}: pip install -U transformers".format(transformers.__version__)
+                          ) from None
+    return ALL_EXPERTS_FUNCTIONS
+
+_registry().register('libmoe', libmoe_experts)
