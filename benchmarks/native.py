@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""transformers' own mixtures on a CPU: training steps, prefill and decoding under `eager`, `grouped_mm` and our `libmoe`.
+"""transformers' own mixtures on a CPU under `eager`, `grouped_mm` and our `libmoe`: training, prefill and decoding.
 
-    python benchmarks/native.py --json benchmarks/native.json   # all; rows of earlier runs that it does not measure stay
-    python benchmarks/native.py --models OLMoE --parts decode   # a part of it
+    python benchmarks/native.py --json benchmarks/native.json   # rows of earlier runs that it does not measure stay
+    python benchmarks/native.py --models OLMoE --parts train    # a part of it
     python benchmarks/native.py --tiny                          # the same path in seconds
+    python benchmarks/native.py --show benchmarks/native.json   # the table again
 
-The implementations of one model take turns in one process, in another order in every round. A ratio is taken inside of a
-round; its median and quartiles over the rounds are the result. With one thread (the default) the clock counts the
+The implementations of a model take turns in one process, in another order in every round. A ratio is taken inside of
+a round; its median and quartiles over the rounds are the result. With one thread (the default) the clock counts the
 process's own processor time, so that other work on the machine counts little. With more it is the clock on the wall.
 """
 import argparse, json, os, platform, sys, time
@@ -125,6 +126,7 @@ def cpu_flags():
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--json', type=Path, help='where the rows go')
+    p.add_argument('--show', type=Path, help='print the rows of this file, measure nothing')
     p.add_argument('--rounds', type=int, default=9)
     p.add_argument('--threads', type=int, default=1)
     p.add_argument('--tiny', action='store_true', help='short sequences, one round: only to see that it runs')
@@ -136,6 +138,7 @@ def main():
     transformers.logging.set_verbosity_error()
     if args.tiny: args.rounds = 1
     print(HEAD)
+    if args.show: return print('\n'.join(map(line, json.loads(args.show.read_text())['rows'])))
     for name in args.models:
         for dtype in args.dtypes:
             rows = []

@@ -1,9 +1,8 @@
-"transformers' mixtures run by our kernel in each dtype and situation, against their own loop; tiny modules, most without a model"
+"transformers' mixtures run by our kernel in each dtype and situation, against their own loop"
 import sys, types
 import pytest, torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from libmoe_nb.analysis.tiny_models import tiny_moe
-from libmoe_nb.core.errors import first_line
 from libmoe_nb.models import dispatch
 
 KINDS = ('mixtral olmoe qwen3_moe deepseek_v3 gpt_oss nemotron_h glm4_moe phimoe granitemoe ernie4_5_moe aria_text '
@@ -59,7 +58,7 @@ def test_as_eager_in_training_and_inference(experts, kernel, T, dtype, tol):
 def test_absent_experts_add_nothing(experts, T, dtype):
     m = experts.to(dtype)
     x, index, w = inputs(m, T, dtype)
-    index[::2, 1] = m.num_experts                                   # as expert parallelism marks those of other processes
+    index[::2, 1] = m.num_experts          # as expert parallelism marks those of other processes
     zero = w.clone(); zero[::2, 1] = 0
     present = index.clone(); present[::2, 1] = 0
     for train in (True, False):
@@ -89,7 +88,7 @@ def test_frozen_experts_and_adapters_get_only_the_gradients_that_are_wanted(expe
         for how in ('eager', 'libmoe'):
             m.config._experts_implementation_internal = how; m.zero_grad()
             m(x, index, w).sum().backward()
-            assert m.down_proj.grad is None and all(p.grad is not None for n, p in m.named_parameters() if n != 'down_proj')
+            assert {n for n, p in m.named_parameters() if p.grad is None} == {'down_proj'}
     finally: m.down_proj.requires_grad_()
 
 def test_few_tokens_are_grouped_mm_s_unless_sizes_are_odd(kernel):
@@ -120,6 +119,6 @@ def test_autocast_as_eager():
 def test_an_old_transformers_is_told_of_kindly(monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers.integrations.moe', types.ModuleType('moe'))
     monkeypatch.setattr(dispatch.transformers, '__version__', '4.57.0')
-    with pytest.raises(ImportError, match='5.16 or later, got 4.57.0: pip install -U transformers'): dispatch._registry()
+    with pytest.raises(ImportError, match='5.16 or later, got 4.57.0: pip install'): dispatch._registry()
 
 def test_the_name_is_in_the_registry(): assert ALL_EXPERTS_FUNCTIONS['libmoe'] is dispatch.libmoe_experts
