@@ -28,11 +28,11 @@ class _Borrowed:
     @property
     def intermediate_size(self): return self.stacked[1].shape[2]
 
+def _up(m, kind=''): return getattr(m, ('gate_up_proj' if m.has_gate else 'up_proj') + kind)
+
 def _stacked(m):
-    up = 'gate_up_proj' if m.has_gate else 'up_proj'
-    matrices = [getattr(m, n) for n in (up, 'down_proj')]
-    biases = [getattr(m, f'{n}_bias') if m.has_bias else None for n in (up, 'down_proj')]
-    return tuple(w.mT if m.is_transposed else w for w in matrices) + tuple(biases)
+    biases = (_up(m, '_bias'), m.down_proj_bias) if m.has_bias else (None, None)
+    return *(w.mT if m.is_transposed else w for w in (_up(m), m.down_proj)), *biases
 
 # %% ../../nbs/models/dispatch.ipynb #aa7f3fac
 # no GELU of torch: its tanh approximation has the same name
@@ -63,11 +63,12 @@ def _one_token(b, x, index, weights):
     return weights[:, ks].to(x.dtype) @ y
 
 # %% ../../nbs/models/dispatch.ipynb #13b11668
-def _too_few(m, b, x, index):
+def _too_few(m, x, index):
     "Is `grouped_mm` as fast, and does it take these sizes and ids?"
-    rows = 16 if x.dtype == torch.float32 else int(m.is_transposed)
-    fits = all(n * x.element_size() % 16 == 0 for n in (b.hidden_size, b.output_size, *b.stacked[0].shape[1:]))
-    return fits and 0 < index.numel() < rows * b.num_experts and bool(index.max() < b.num_experts)
+    rows, N, up = 16 if x.dtype == torch.float32 else int(m.is_transposed), len(m.down_proj), _up(m)
+    if not 0 < index.numel() < rows * N or x.dtype != up.dtype: return False
+    fits = all(n * x.element_size() % 16 == 0 for n in (*up.shape[1:], *m.down_proj.shape[1:]))
+    return fits and bool(index.max() < N)
 
 # %% ../../nbs/models/dispatch.ipynb #755ccf25
 def libmoe_experts(
@@ -77,25 +78,24 @@ def libmoe_experts(
     top_k_weights:torch.Tensor,  # [T, K]
 )->torch.Tensor:                 # [T, d]
     "Experts of transformers by our sorted kernel; what it cannot do is done by `grouped_mm`."
-    grouped = lambda: _registry()['grouped_mm'](self, hidden_states, top_k_index, top_k_weights)
-    if hidden_states.device.type != 'cpu' or torch.compiler.is_compiling() or self.has_post_expert_norm:
-        return grouped()
-    b, dtype = _Borrowed(_stacked(self), _act(self), _gate(self)), hidden_states.dtype
-    cast = torch.is_autocast_enabled('cpu')
-    index, x = top_k_index.clamp(max=b.num_experts), hidden_states if cast else hidden_states.to(b.stacked[0].dtype)
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, top_k_weights, *b.stacked))
-    if len(x) == 1 and not trained and not cast: return _one_token(b, x, index, top_k_weights).to(dtype)
-    if not cast and _too_few(self, b, x, index): return grouped()
-    return sorted_kernel(b, x, index, top_k_weights).to(dtype)
+    x, index, w, one = hidden_states, top_k_index, top_k_weights, len(hidden_states) == 1
+    other, cast = torch.compiler.is_compiling() or self.has_post_expert_norm, torch.is_autocast_enabled('cpu')
+    if x.device.type != 'cpu' or other or not (one or cast) and _too_few(self, x, index):
+        return _registry()['grouped_mm'](self, x, index, w)
+    b = _Borrowed(_stacked(self), _act(self), _gate(self))
+    if not cast: x = x.to(b.stacked[0].dtype)
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, *b.stacked))
+    run = _one_token if one and not trained and not cast else sorted_kernel
+    return run(b, x, index.clamp(max=b.num_experts), w).to(hidden_states.dtype)
 
 # %% ../../nbs/models/dispatch.ipynb #c5861f3f
 def _registry():
     "transformers' implementations of experts by name, or an `ImportError` that says what to do"
     try: from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError:
-        raise ImportError("experts_implementation='libmoe' needs a transformers in which experts' implementations can be "
-                          "chosen, 5.16 or later, got {}: pip install -U transformers".format(transformers.__version__)
-                          ) from None
+        got = transformers.__version__
+        raise ImportError(f"experts_implementation='libmoe' needs transformers 5.16 or later, where one can choose how "
+                          f"experts are run, got {got}: pip install -U transformers") from None
     return ALL_EXPERTS_FUNCTIONS
 
 _registry().register('libmoe', libmoe_experts)
