@@ -8,7 +8,10 @@ Four parts, each written to the JSON as soon as it ends:
 checks   every recipe and kernel, outputs and gradients, against the loop in float64 on the CPU; `libmoe compare` as a
          command
 kernels  our layer at the paper's shapes beside a dense FFN of the same active FLOPs and transformers' grouped_mm
-train    a preset for some seconds a recipe: tokens/s, memory, model FLOPs utilisation, the loss on validation text
+train    a preset for some seconds a recipe: tokens/s, memory, model FLOPs utilisation, the loss on validation text.
+         `peak_gb` is the peak of the whole fit. A batch with the text's last block, which is padded, has a mask, and at
+         a head size like 82 attention on a GPU then keeps all scores: `masked_steps` counts such batches, and
+         `unmasked_gb` is the peak before the first of them
 compile  the same model in a plain loop, as it is and under torch.compile
 Errors are ||a - b|| / ||b||. Times are medians between events of the device, implementations in turn, fresh routing in
 every round.
@@ -208,7 +211,11 @@ def train_row(recipe, preset, data, seconds, device, parts):
     from libmoe_nb.training.learner import Callback, moe_learner
     class Until(Callback):
         "Ends the fit after some seconds; the first three steps are not timed"
-        order = 90
+        order, masked, unmasked_gb = 90, 0, None
+        def before_batch(self):
+            if 'attention_mask' not in self.learn.xb[0]: return
+            if not self.masked: self.unmasked_gb = peak_gb(device)
+            self.masked += 1
         def after_batch(self):
             if self.learn.step == 3: synchronize(device); self.start = time.perf_counter()
             elif self.learn.step > 3 and time.perf_counter() - self.start > seconds:
@@ -230,6 +237,7 @@ def train_row(recipe, preset, data, seconds, device, parts):
                 steps=until.steps + 3, grad_accum=parts, seconds=round(until.time, 1),
                 tokens=(until.steps + 3) * preset.batch_size * preset.sequence_length, tokens_per_second=round(speed),
                 tflops=round(3 * flops * speed / 1e12, 2), peak_gb=memory,
+                masked_steps=until.masked, unmasked_gb=until.unmasked_gb if until.masked else memory,
                 train_loss=round(until.loss, 4), perplexity=round(valid['perplexity'], 2),
                 unigram_perplexity=round(data.unigram_perplexity(), 1))
 

@@ -41,7 +41,8 @@ def _where(
     grad_accum: Annotated[int, option('Parts in which a GPU computes its share of a step (default 1).')] = 1,
     checkpointing: Annotated[bool, option('Keep inputs of layers alone and compute the rest twice.',
                                           '--checkpointing')] = False,
-    utilisation: Annotated[float, option('Share of the peak that is reached (default 0.35).')] = .35,
+    utilisation: Annotated[float, option('Share of the peak that is reached (default 0.35; small models reach '
+                                         'less, paper-0.15b about 0.03 on an H100).')] = .35,
     bandwidth: Annotated[Optional[float], option("Gigabytes a second between GPUs, in one direction (default: the "
                                                  "GPU's).")] = None,
     hours: Annotated[Optional[float], option('Tell which share of the peak a run of so many hours reaches.')] = None,

@@ -48,7 +48,8 @@ def _vision(
                                                   'repeated.', metavar='[STAGE=]FOLDER')] = None,
     test: Annotated[Optional[Path], option('Questions to ask, in the same layout (default: test scenes).')] = None,
     steps: Annotated[Optional[int],
-                     option("Steps of each stage (default: the preset's; with --data, one epoch).")] = None,
+                     option("Steps of each stage (default: the preset's; with --data, one epoch). With easy-vqa: of "
+                            'the last stage alone.')] = None,
 ): ...
 
 # %% ../nbs/vision_commands.ipynb #0cdfeb99

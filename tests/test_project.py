@@ -305,6 +305,35 @@ def test_no_machine_is_named():
         assert not [h for h in hosts if h in text], name
         assert not re.search(r'(?<![\w.:/])/(home|root|Users|work)/\w', text), name
 
+# what lies in the repository
+
+PLACES = {'': r'[^/]+\.(md|toml|ini|py|in|yml|cff)|LICENSE|\.gitignore', '.ci': r'run',
+          '.github': r'workflows/[^/]+\.yml',
+          'benchmarks': r'[^/]+\.(py|sh|json)', 'libmoe_nb': r'([^/.]+/)*[^/.]+\.(py|yaml)',
+          'nbs': r'([^/.]+/)*[^/.]+\.(ipynb|yml|css|png|svg|csv)', 'results': r'([^/.][^/]*/)*[^/.][^/]*',
+          'tests': r'([^/.]+/)*[^/.]+\.py|fixtures/.*', 'tools': r'[^/]+\.py'}
+
+def out_of_place(names):
+    "Files that lie where no file of their kind belongs"
+    for name in names:
+        place, _, inside = name.partition('/') if '/' in name else ('', '', name)
+        if place not in PLACES or not re.fullmatch(PLACES[place], inside): yield name
+
+def test_nothing_that_notebooks_and_tests_leave_behind_is_kept():
+    "Neither in git nor beside it: notebooks run before this, and what a test leaves is found the next time"
+    found = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT,
+                           capture_output=True, text=True)
+    if found.returncode: pytest.skip('not a git checkout')
+    left = list(out_of_place(filter(None, found.stdout.split('\0'))))
+    assert not left, f'{len(left)} files, such as {left[:5]}: mend what leaves them, or list their place in PLACES'
+
+@pytest.mark.parametrize('name', ['nbs/reproduction/.owner', 'nbs/runs2/config.json', 'out/report.html',
+                                  'model.safetensors', 'tests/paper/scores.csv', 'results/mini/.lock',
+                                  'nbs/profile_default/startup/README', 'nbs/.hidden/a.ipynb'])
+def test_what_is_left_behind_is_found(name):
+    assert list(out_of_place([name, 'nbs/a/b.ipynb', 'README.md', 'tests/fixtures/runs/a.safetensors',
+                              'results/mini/a.csv'])) == [name]
+
 # the link check of the site
 
 SITE, SOURCE = 'https://example.org/site', 'https://github.com/a/b'

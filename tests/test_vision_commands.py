@@ -4,14 +4,10 @@ from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
+from cli_runner import libmoe
 from libmoe_nb import cli
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
-
-def libmoe(*args, code=0):
-    r = CliRunner().invoke(cli.app, [str(a) for a in args], prog_name='libmoe')
-    assert (r.exit_code, r.exception if r.exit_code not in (0, 2) else None) == (code, None), r.output
-    return r.stderr if code else r.stdout
 
 @pytest.fixture(scope='module')
 def real(tmp_path_factory):

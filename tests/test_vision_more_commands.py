@@ -5,17 +5,11 @@ from pathlib import Path
 
 import numpy as np, pytest, torch
 from PIL import Image
-from typer.testing import CliRunner
-from libmoe_nb import cli
+from cli_runner import libmoe
 sys.path.insert(0, str(Path(__file__).parent/'models'))
 from released_files import made_by_hand, release
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
-
-def libmoe(*args, code=0):
-    r = CliRunner().invoke(cli.app, [str(a) for a in args], prog_name='libmoe')
-    assert (r.exit_code, r.exception if r.exit_code not in (0, 2) else None) == (code, None), r.output
-    return r.stderr if code else r.stdout
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
@@ -86,19 +80,30 @@ def test_what_cannot_be_asked_is_left_out_by_name_and_counted(tiny):
         assert [r is None for r in res] == [True, False, True, False] and told[-1] == 2
     assert (len(left), [*left.names['an image is missing']]) == (2, ['gone.png'])
 
-def test_easy_vqa_is_balanced_and_joins_the_shared_stages_of_the_scenes(tmp_path, tiny):
+def test_easy_vqa_is_turned_and_joins_the_shared_stages_of_the_scenes(tmp_path, tiny):
+    from libmoe_nb.data.images import read_image
     from libmoe_nb.data.scenes import scene_words
-    from libmoe_nb.data.vision import easy_vqa_turns
-    from libmoe_nb.experiments.vision import test_questions as asked_of, vision_plan
+    from libmoe_nb.data.vision import easy_vqa_turns, turned
+    from libmoe_nb.experiments.vision import estimated_seconds, test_questions as asked_of, vision_plan
     from libmoe_nb.experiments.vision_stages import set_data
     found = easy_vqa_turns(1)
-    said = Counter(a for s in found for r, a in s.turns if r == 'assistant')
-    assert .95 < said['yes'] / said['no'] < 1.05 and len(found) == 4000
+    asked = [t for s in found for r, t in s.turns if r == 'user']
+    assert len(asked) == 38_575 and all(t.startswith('<image>\n') == (i == 0) for s in found[:500]
+                                        for i, (_, t) in enumerate(s.turns[::2]))
+    assert len({s.id for s in found}) == len(found) and max(len(s.turns) for s in found) == 6
+    corners = Image.fromarray(np.arange(4, dtype=np.uint8).reshape(2, 2) * 60)
+    assert len({turned(corners, k).tobytes() for k in range(8)}) == 8
+    assert read_image(found[0].images[0]).size == (64, 64) and found[0].images[0]().tobytes() in {
+        turned(found[0].images[0].args[0], k).tobytes() for k in range(8)}
     known = {*scene_words(easy_vqa=True), '<image>'}
     assert {w for s in found for _, t in s.turns for w in t.split()} <= known
     scenes, easy = (vision_plan(['dense'], 'tiny-vlm', tmp_path, **kw) for kw in
                     ({}, dict(data=dict(vit=set_data()), test=set_data())))
     assert easy.shared == scenes.shared and easy.last[0]['data'] == set_data()
+    assert estimated_seconds(easy) > 0
+    few = vision_plan(['dense'], 'tiny-vlm', tmp_path, data=dict(vit=set_data()), test=set_data(), steps=7)
+    assert few.shared == scenes.shared and {c['stage']['steps'] for c in few.last} == {7}     # of the last stage alone
+    assert easy.last[0]['stage']['steps'] > few.last[0]['stage']['steps'] != scenes.last[0]['stage']['steps']
     asked = asked_of(tmp_path, easy.test, 3)
     assert len(asked) == 18 and {q.tags['group'] for q in asked} == {'open', 'yes_no'}
     assert all(w in known for q in asked for w in q.tags['question'].split())

@@ -131,7 +131,8 @@ settings |= dict(
     depth_scaled_init=_flag, released_layout=_flag, aux_loss_reduction=_one_of('mean', 'sum', 'parts'))
 settings |= dict(
     steps=_whole(), batch_size=_size, grad_accum=_size, learning_rate=_positive, lr=_positive, warmup_steps=_whole(0),
-    final_lr_fraction=_share, weight_decay=_weight, betas=_pair(_below_one), grad_clip=_weight, bf16=_flag,
+    final_lr_fraction=_share, weight_decay=_weight, betas=_pair(_below_one), grad_clip=_weight,
+    released_schedule=_flag, bf16=_flag,
     expert_bias_rate=_weight, seed=_whole(0, 2**63 - 1), threads=_maybe(_whole(1, 1024)), jobs=_maybe(_whole(1, 1024)),
     valid_batch_size=_maybe(_size), valid_steps=_maybe(_whole()), valid_tokens=_maybe(_whole(1, 10**15)),
     checkpoint_seconds=_weight, dense=_flag, domains=_flag, keep_models=_flag)

@@ -122,8 +122,9 @@ def ranking_verdict(
     head = (f'{name(best)} has the highest mean accuracy ({100*means[best]:.1f} %). '
             + _how_many_differ(tests, sure, means, name))
     if S < 2:
-        return (head + 'Each algorithm was trained with one seed, so this speaks of these trained models only; another '
-                'seed may turn it round.')
+        return head + ('Each algorithm was trained with one seed, so this speaks of these trained models only; another '
+                       'seed may turn it round.' if tests.seeds.max() < 2 else 'Some pairs share only one seed: '
+                       'there this speaks of the trained models, and another seed may turn it round.')
     return (head + f'Seeds ({S} of each) and documents are both counted as chance; level {100*alpha:g} %'
             + (f', corrected for {len(tests)} pairs.' if len(tests) > 1 else '.'))
 

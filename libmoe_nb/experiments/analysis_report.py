@@ -272,7 +272,6 @@ def save(self:Analysis,
 @patch
 def to_dict(self:Analysis)->dict: # ready for JSON
     "Summary, findings and what was analysed."
-    rows = lambda df: [{k: None if pd.isna(v) else v for k, v in r.items()}
-                       for r in df.astype(object).to_dict('records')]
+    rows = lambda df: df.to_dict('records')
     return jsonable(dict(self.info, command=self.command(), findings=self.findings(), summary=rows(self.summary()),
                          by_layer=rows(self.by_layer())))

@@ -336,8 +336,9 @@ def _changed(self):
     "What is not as the preset and `text_data` have it"
     p, reading = self.config['preset'], self.info['data']['reading']
     base = json.loads(json.dumps(presets[p['name']].to_dict())) if p['name'] in presets else {}
+    flags = {k: False for k, v in base.items() if v is True and k not in p}  # not kept where they are off
     usual = dict(base, max_bytes=4_000_000, text_field='text', valid_tokens=65_536)
-    return {k: v for k, v in {**p, **self.config['layer'], **reading,
+    return {k: v for k, v in {**p, **flags, **self.config['layer'], **reading,
                               'valid_tokens': self.config['valid_tokens']}.items() if usual.get(k) != v and k != 'name'}
 
 def _num_examples(self): return self.evaluations[0]['suite']['options'].get('num_examples', 25)
@@ -374,8 +375,7 @@ def command(self:Comparison)->str:
 @patch
 def to_dict(self:Comparison)->dict: # ready for JSON
     "Table, runs and what there is to know of them."
-    rows = lambda df: [{k: None if pd.isna(v) else v for k, v in r.items()}
-                       for r in df.astype(object).to_dict('records')]
+    rows = lambda df: df.to_dict('records')
     scored = dict(scores=rows(self.scores), score_tests=rows(self.score_tests),
                   suite=self.evaluations[0]['suite']) if self.evaluations else {}
     return jsonable(dict(out=str(self.out), report=str(self.out/'report.html'), command=self.command(),

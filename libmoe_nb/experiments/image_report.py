@@ -85,7 +85,7 @@ def _answers_html(self:ImageAnalysis):
     if t is None: return ''
     ways = [c for c in t if c != 'questions']
     percent = lambda v: '–' if v != v else f'{100 * v:.0f}'
-    rows = [[s, str(int(r.questions)), *(percent(r[w]) for w in ways)] for s, r in t.iterrows()]
+    rows = [[s.replace('_', ' '), str(int(r.questions)), *(percent(r[w]) for w in ways)] for s, r in t.iterrows()]
     rows.append(['mean', str(int(t.questions.sum())), *(percent(t[w].mean()) for w in ways)])
     return ft.Section(ft.H2('Answers'), ft.P(_notes['answers'].format(n=int(t.questions.sum())), cls='soft'),
                       report_table(['', 'questions', *ways], rows))
@@ -118,7 +118,8 @@ def _groups_html(df, column):
     "Means over layers of a table of `measure_groups`"
     m = df.drop(columns='layer').groupby(column, sort=False).mean()
     cell = lambda r, k: f'{format_number(r[k], 3)} ({format_number(r[f"{k}_random"], 3)})'
-    rows = [[str(g), f'{r.tokens:,.0f}', *(cell(r, k) for k in _group_titles)] for g, r in m.iterrows()]
+    rows = [[str(g).replace('_', ' '), f'{r.tokens:,.0f}', *(cell(r, k) for k in _group_titles)]
+            for g, r in m.iterrows()]
     return [report_table([column, 'tokens', *_group_titles.values()], rows), ft.P(_notes['groups'], cls='soft')]
 
 def _demoted(element):
@@ -201,8 +202,7 @@ def save(self:ImageAnalysis,
 @patch
 def to_dict(self:ImageAnalysis)->dict: # ready for JSON
     "Summary, findings, scores and what was analysed."
-    rows = lambda df: [{k: None if pd.isna(v) else v for k, v in r.items()}
-                       for r in df.astype(object).to_dict('records')]
+    rows = lambda df: df.to_dict('records')
     groups = {c: [dict(part=p, **r) for p, a in self.parts.items() if f'by_{c}' in a.metrics
                   for r in rows(a.metrics[f'by_{c}'].rename(columns=dict(domain=c)))] for c in ('modality', 'subtask')}
     scores = [] if self.answers is None else rows(self.scores().reset_index())

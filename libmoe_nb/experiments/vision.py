@@ -10,10 +10,11 @@ __all__ = ['VisionPlan', 'vision_plan', 'vision_recipes', 'estimated_seconds', '
            'VisionComparison']
 
 # %% ../../nbs/experiments/vision.ipynb #9cf1c7fa
-import os, pandas as pd, time, warnings
+import os, pandas as pd, tempfile, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from fastcore.basics import patch
+from ..analysis.patches import trace_images
 from ..core.errors import check
 from ..core.files import (check_writable, jsonable, locked_folder, make_folder, read_json, write_atomic,
                                   write_json)
@@ -21,7 +22,8 @@ from ..core.machine import find_device, use_threads
 from ..core.modes import seeded
 from ..core.settings import read_setting, seed_list
 from ..core.words import format_duration
-from ..data.conversations import read_conversations
+from ..data.conversations import ConversationData, as_sample, read_conversations
+from ..data.images import read_image
 from ..data.scenes import subtasks, write_scenes
 from ..data.vision import easy_vqa
 from ..evaluation.answers import answer_questions, read_answers, single_questions, write_answers
@@ -30,9 +32,11 @@ from .vision_report import VisionResults, write_vision_report
 from .vision_stages import (after, data_of, fitting_stage, scene_data, shared_stages, stage_config,
                                                  stage_folder, stage_learner, stage_model, stage_name, stage_samples,
                                                  train_stage)
-from ..models.asking import ask_all, load_vision_language
+from ..models.asking import ask_all, image_tensor, load_vision_language
+from ..models.towers import image_places
 from ..models.vision import vision_size
 from ..moe.config import check_recipe, own_recipes
+from ..plots.patches import plot_expert_maps
 from ..plots.style import recipe_title
 from ..training.checkpoints import StepReporter
 from ..training.stages import VisionPreset, get_vision_preset
@@ -72,7 +76,7 @@ def vision_plan(
     start:dict=None,      # of `from_parts`; None: from scratch
     data:dict=None,       # name of a stage -> of `file_data`; None: the preset's scenes
     test:dict=None,       # of `file_data`: questions to be asked; None: the preset's test scenes
-    steps:int=None,       # of each stage; None: the preset's
+    steps:int=None,       # of each stage, or of the last alone where its data is a set; None: the preset's
     experts:dict=None,    # num_experts, top_k and what else `upcycle_parts` takes; None: the size's
     bf16:bool=False, device=None,
 )->VisionPlan:
@@ -159,6 +163,7 @@ def _seconds_a_step(plan, config):
 
 # %% ../../nbs/experiments/vision.ipynb #b1d0e5a2
 def _question_count(plan):
+    if 'set' in plan.test: return len(test_questions(plan.root, plan.test, plan.per_subtask))
     n = plan.test['samples'] if 'file' in plan.test else plan.test['scenes'] * plan.test['questions']
     return min(n, plan.per_subtask * len(subtasks))
 
@@ -360,7 +365,7 @@ def save(self:VisionComparison):
     write_json(self.out/'results.json', self.to_dict())
     write_atomic(self.out/'results.csv', self.results.to_csv(index=False))
     write_atomic(self.out/'subtasks.csv', self.by_subtask().reset_index().to_csv(index=False))
-    try: write_vision_report(self.for_report(), self.out/'report')
+    try: write_vision_report(self.for_report(), self.out/'report', maps=self.expert_maps())
     except ValueError as e: warnings.warn(f'no report is written: {e}')
 
 @patch
@@ -371,3 +376,28 @@ def for_report(self:VisionComparison)->VisionResults:
     return VisionResults(self.out,
                          *[a[(a.model == 'question_only') == c].reset_index(drop=True) for c in (False, True)],
                          [i for i in infos if not i['control']], dict(gate=gate) if gate else {})
+
+# %% ../../nbs/experiments/vision.ipynb #e1b00011
+@patch
+def expert_maps(self:VisionComparison, pictures:int=2, recipes:int=3)->dict: # title -> figure
+    "Maps of some pictures that were asked about, by part of the model; {} without experts or pictures."
+    asked, named = self.answers[self.answers.condition == 'own'].drop_duplicates('subtask').head(pictures), {}
+    for f in self.folders:
+        about = read_json(f/'answers'/'results.json')
+        if about['model'] not in ('dense', 'question_only') and len(named) < recipes:
+            named.setdefault(about['model'], (f, f/'answers'/about['images']))
+    found = [(r, next(iter(named.values()))[1]/r.image) for r in asked.itertuples() if named and r.image]
+    samples = [as_sample(dict(id=r.id, image=p, question=r.question, answer=r.answer))
+               for r, p in found if p.is_file()]
+    with tempfile.TemporaryDirectory() as tmp:
+        traces = {n: _traces(f, samples, Path(tmp)/n, n) for n, (f, _) in named.items() if samples}
+        parts = list(dict.fromkeys(p for t in traces.values() for p in t))
+        shown = [read_image(s.images[0]) for s in samples]
+        return {f'experts of the {p}': plot_expert_maps({n: t[p] for n, t in traces.items()}, pictures=shown)
+                for p in parts}
+
+# %% ../../nbs/experiments/vision.ipynb #e1b00012
+def _traces(folder, samples, to, recipe):
+    model, processor = load_vision_language(folder/'model', device='cpu')
+    data = ConversationData(samples, processor.tokenizer, image_tensor(processor), image_places(model))
+    return trace_images(model, data, to, recipe=recipe)

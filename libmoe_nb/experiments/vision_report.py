@@ -82,7 +82,7 @@ _notes = dict(
     'cannot say of an '
          'image it cannot answer about.',
     changed='Routers decide otherwise while the model answers: change in points, summed over subtasks.',
-    maps='Which expert took which patch.',
+    maps='The first expert of each patch, by layer: the stronger its colour, the more it weighs.',
     pictures='Answers of {title}, drawn at random: where there are, one right and one wrong of each subtask. In '
     'brackets what it says '
              'when it is shown another image.')
@@ -129,16 +129,21 @@ def _floor(results):
     return floor | ({'trained without images': alone.groupby('subtask').right.mean().mean()} if len(alone) else {})
 
 def _recipes_html(results):
-    n = results.answers.seed.nunique()
+    few, n = (f(results.answers.groupby('model').seed.nunique().tolist()) for f in (min, max))
     rows = {by: table_rows(recipe_scores(results, by), recipe_title, errors=by == 'group')
             for by in ('group', 'subtask')}
     fig = report_figure(plot_recipe_accuracy(_run_means(results.answers), _floor(results)), 'mean accuracy by recipe',
-                        'Mean accuracy over subtasks. Dots are seeds, lines are the controls.')
+                        'Mean accuracy over subtasks. ' + 'Dots are seeds. ' * (n > 1) + 'Lines are the controls.')
     return ft.Section(ft.H2('Recipes'), _verdict(results), report_table(*_split(rows['group']), cls='wide'),
-                      _note('groups', seeds=f' and {n} seeds' * (n > 1)), fig,
-                      report_table(*_split(rows['subtask'])), _note('subtasks'))
+                      _note('groups', seeds=f' and {"up to " * (few < n)}{n} seeds' * (n > 1)), fig,
+                      report_table(*_turned(rows['subtask'])), _note('subtasks'))
 
 def _split(rows): return rows[0], rows[1:]
+
+def _turned(rows):
+    "Recipes as columns, since there are more subtasks"
+    recipes, *columns = zip(*rows)
+    return ['subtask', *recipes[1:]], [[*c] for c in columns]
 
 # %% ../../nbs/experiments/vision_report.ipynb #0997b0d5
 def best_model(
@@ -176,14 +181,17 @@ def _controls_html(results, margin=.1):
     return ft.Section(ft.H2('What is learned from the image'), fig, _control_table(mine),
                       _note('controls', margin=margin, blank=_notes['blank'] if 'blank' in t else ''), count, grid)
 
+# %% ../../nbs/experiments/vision_report.ipynb #e1d00002
 def _control_table(t):
     cols = [c for c in ('own', 'shuffled', 'question_only', 'blank', 'above') if c in t]
     d = t.groupby(['group', 'subtask'],
                   sort=False)[[*cols]].mean().join(t.groupby(['group', 'subtask'], sort=False).beats.sum())
-    rows = [[s.replace('_', ' '), g, *[format_number(r[c], 3) for c in cols], f'{int(r.beats)} of {t.seed.nunique()}']
+    groups = list(dict.fromkeys(t.group))
+    d = d.sort_index(level='group', key=lambda k: k.map(groups.index), kind='stable', sort_remaining=False)
+    rows = [[g, s.replace('_', ' '), *[format_number(r[c], 3) for c in cols], f'{int(r.beats)} of {t.seed.nunique()}']
             for (g, s), r in d.iterrows()]
     names = dict(question_only='trained without images', own='own image')
-    return report_table(['subtask', 'group', *[names.get(c, c) for c in cols], 'above both'], rows, 2)
+    return report_table(['group', 'subtask', *[names.get(c, c) for c in cols], 'above both'], rows, 2)
 
 # %% ../../nbs/experiments/vision_report.ipynb #bccc8ec8
 def _mean_over_seeds(df, keys, value): return df.groupby(keys, sort=False)[value].mean()

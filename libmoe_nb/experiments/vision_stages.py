@@ -49,7 +49,7 @@ def stage_config(
     sparse = stage.experts and recipe != 'dense'
     how = dict(recipe=recipe, experts=experts if sparse else {}) if stage.experts else {}
     return json.loads(json.dumps(dict(
-        format=1, stage=dataclasses.asdict(stage), start=start, data=data, seed=seed, bf16=bf16, device=device,
+        format=1, stage=stage.to_dict(), start=start, data=data, seed=seed, bf16=bf16, device=device,
         **how, **({} if images else dict(images=False)))))
 
 def from_size(name:str, seed:int=0)->dict: return dict(size=name, seed=seed)
@@ -98,23 +98,24 @@ def file_data(
     return dict(file=str(path.resolve()), images=str(images.resolve()), digest=file_digest(path), samples=len(found))
 
 # %% ../../nbs/experiments/vision_stages.ipynb #ff9fa26d
+vision_data_sets = {'easy-vqa': dict(steps=1500, warmup_steps=75, learning_rate=1e-3)} # how a small model learns each
+
 def set_data(name:str='easy-vqa')->dict:
     "The training pictures and questions of easy-vqa, which a model of ours can go on with."
     if name not in vision_data_sets: raise ValueError(did_you_mean('set', name, vision_data_sets))
-    return dict(set=name, rounds=6)
-
-vision_data_sets = 'easy-vqa',
+    return dict(set=name, rounds=3, together=3)
 
 # %% ../../nbs/experiments/vision_stages.ipynb #7f6f02ae
 def shared_stages(
     preset:VisionPreset,
     *, start:dict=None,  # None: `from_size`
     data:dict=None,      # name of a stage -> of `file_data`; None: the preset's scenes
-    steps:int=None,      # of each stage; None: the stage's own, or one epoch of a file
+    steps:int=None,      # of each; None: the stage's own, or one epoch of a file; where a set follows, its alone
     **kwargs,            # for `stage_config`: seed, bf16, device
 )->list:                 # of configurations, in order
     "The stages before the last one, each after the other."
     start, res = start or from_size(preset.size), []
+    if any('set' in d for d in (data or {}).values()): steps = None
     for stage in preset.stages[:-1]:
         d = data_of(preset, stage, data)
         res.append(stage_config(fitting_stage(stage, d, steps), start, d, **kwargs))
@@ -137,10 +138,10 @@ def data_of(
 def fitting_stage(
     stage,           # a `Stage`
     data:dict,
-    steps:int=None,  # None: the stage's own, or one epoch of a file
+    steps:int=None,  # None: the stage's own, one epoch of a file, or what a set brings
 ):                   # a `Stage`
     "A stage with as many steps as this data gives."
-    if 'set' in data: stage = dataclasses.replace(stage, steps=800, warmup_steps=40, learning_rate=1.5e-3)
+    stage = dataclasses.replace(stage, **vision_data_sets.get(data.get('set'), {}))
     if steps is None: return one_epoch(stage, data['samples']) if 'file' in data else stage
     return dataclasses.replace(stage, steps=steps, warmup_steps=min(stage.warmup_steps, max(steps // 20, 1)))
 
@@ -152,7 +153,7 @@ def stage_samples(
     split:str='train',
 )->tuple:                # list of `Sample`, and `LeftOut`
     "What a stage is trained on."
-    if 'set' in data: found = easy_vqa_turns(data['rounds']); left = found.left_out
+    if 'set' in data: found = easy_vqa_turns(data['rounds'], data['together']); left = found.left_out
     elif 'file' in data: found, left = read_conversations(data['file'], data['images'])
     else: found, left = [s for i in range(data['scenes']) for s in _scene_samples(data, i, kind, split)], LeftOut()
     return (found if images else [without_image(s) for s in found]), left

@@ -176,6 +176,7 @@ class TrainingBudget(_Checked):
     weight_decay: float = 0.01
     betas: tuple = (0.9, 0.999)
     grad_clip: float = 1.        # largest norm of the gradient
+    released_schedule: bool = False  # warm-up and cosine as the paper's code has them, see below
 
 # %% ../../nbs/moe/config.ipynb #617ffe47
 @dataclass(frozen=True)
@@ -185,9 +186,9 @@ class Preset(ModelSize, TrainingBudget):
 
 # %% ../../nbs/moe/config.ipynb #0a5adbdf
 @patch
-def to_dict(self:ModelSize)->dict:
+def to_dict(self:ModelSize|TrainingBudget)->dict:
     "As JSON can hold it, without fields added later that say nothing"
-    return {k: v for k, v in dataclasses.asdict(self).items() if v or k != 'released_layout'}
+    return {k: v for k, v in dataclasses.asdict(self).items() if v or k not in ('released_layout', 'released_schedule')}
 
 # %% ../../nbs/moe/config.ipynb #b94980d4
 def _init_stds(p:ModelSize):
@@ -238,16 +239,18 @@ presets = {p.name: p for p in [
     Preset('paper-faithful', hidden_size=128, num_hidden_layers=4, num_attention_heads=4, head_dim=32,
            num_experts=16, top_k=4, num_shared_experts=1, moe_intermediate_size=64, vocab_size=4096,
            aux_loss_reduction='sum', partial_rotary_factor=0.5, depth_scaled_init=True, released_layout=True,
-           sequence_length=256, batch_size=2, steps=400, learning_rate=3e-3, warmup_steps=20, grad_clip=0.1),
+           sequence_length=256, batch_size=2, steps=400, learning_rate=3e-3, warmup_steps=20, grad_clip=0.1,
+           released_schedule=True),
     Preset('paper-0.15b', hidden_size=512, num_hidden_layers=16, num_attention_heads=4, head_dim=82,
            num_experts=66, top_k=8, num_shared_experts=2, moe_intermediate_size=128, vocab_size=8000,
            aux_loss_reduction='sum', partial_rotary_factor=0.5, depth_scaled_init=True, released_layout=True,
-           sequence_length=1024, batch_size=64, steps=100_000, learning_rate=2.5e-4, grad_clip=0.1),
+           sequence_length=1024, batch_size=64, steps=100_000, learning_rate=2.5e-4, grad_clip=0.1,
+           released_schedule=True),
     Preset('paper-0.68b', hidden_size=1024, num_hidden_layers=18, num_attention_heads=4, head_dim=128,
            num_experts=66, top_k=8, num_shared_experts=2, moe_intermediate_size=256, vocab_size=8000,
            aux_loss_reduction='sum', partial_rotary_factor=0.5, depth_scaled_init=True, released_layout=True,
            sequence_length=1024, batch_size=64, steps=400_000, learning_rate=2.5e-4, warmup_steps=4000,
-           grad_clip=0.25)]}
+           grad_clip=0.25, released_schedule=True)]}
 
 # %% ../../nbs/moe/config.ipynb #b6a96f75
 def get_preset(

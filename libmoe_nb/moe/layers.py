@@ -52,7 +52,7 @@ _registered = grouped_mm_kernel, sorted_kernel
 released_losses = dict( # name -> (keywords of the balance loss, of the z-loss), both for the recipe `name`
     vision=lambda name: (dict(first_only=True, share_of='softmax')
                          | (dict(group='micro_batch') if name == 'tcmoe' else {}), dict(plain=True)),
-    language=lambda name: (dict(share_of='raw') if name == 'sharede_v3' else {}, {}))
+    language=lambda name: (dict(sharede_v3=dict(share_of='raw'), tcmoe=dict(group='micro_batch')).get(name, {}), {}))
 
 def default_losses(
     spec:MoESpec,

@@ -124,7 +124,7 @@ scales = {s.name: s for s in [
                            *_vision((0, 1), 'mini-vlm', minutes=6., priority=5),
                            *_losses((0, 1, 2), (.02, .04, .06), (.005, .2, 1.), dict(steps=1000)),
                            *_questions((0, 1), 4096), *_sizes((0, 1), _larger, (0,))],
-          dict(steps=2000, batch_size=4)),
+          dict(steps=2000, batch_size=4, warmup_steps=200)),
     Scale('paper', 'paper-0.15b', [*_language((0,), (1, 2), (0,)),
                                    *_losses((0,), (.02, .04, .06), (), dict(steps=1000)),
                                    *_questions((0,), 8000)], traces=65_536, examples=500, probe=65_536,

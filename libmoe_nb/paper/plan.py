@@ -201,8 +201,10 @@ def _size(b): return f'{b/1e9:.1f} GB' if b >= 1e9 else f'{b/1e6:.1f} MB'
 @patch
 def advice(self:RunPlan)->str:
     "One sentence: it fits, or what would make it fit."
-    said = f'{_size(self.peak_memory())} at the worst moment, of {self.setup.machine.memory/1e9:.0f} GB'
+    there = self.setup.machine.memory
+    said = f'{_size(self.peak_memory())} at the worst moment, of {there/1e9:.0f} GB'
     if self.fits(): return f'It fits: {said}.'
+    if self.peak_memory() <= there: said += ', some of which must stay free for what a plan leaves out'
     for more in _changes(self):
         if more.get('sharding') == 'fsdp' and more.get('gpus', self.setup.gpus) == 1: continue
         better = dataclasses.replace(self, setup=dataclasses.replace(self.setup, **more))

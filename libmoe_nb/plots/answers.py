@@ -31,8 +31,8 @@ def plot_controls(
     "Accuracy on each subtask beside that of the controls; rows of one subtask are averaged."
     d = _ordered(df)
     ax, y = make_axes(ax, 6.2, .8 + .24 * len(d)), np.arange(len(d))[::-1]
-    for c, (label, colour, mark) in _controls.items():
-        if c in d: ax.plot(d[c], y, ls='', marker=mark, color=colour, label=label, ms=5.5, alpha=.9)
+    for (c, (label, colour, mark)), up in zip(_controls.items(), (.2, -.2, 0)):    # side by side where they agree
+        if c in d: ax.plot(d[c], y + up, ls='', marker=mark, color=colour, label=label, ms=5.5, alpha=.9)
     ax.errorbar(d.own, y, xerr=d.stderr, fmt='o', color='#0060c0', ms=6, lw=1.6, label='own image')
     for a, b, at in zip(d.group, d.group[1:], y): ax.axhline(at - .5, color='#bbbbbb', lw=.8) if a != b else None
     ax.set_yticks(y, [t.replace('_', ' ') for t in d.subtask], parse_math=False)

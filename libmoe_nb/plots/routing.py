@@ -134,6 +134,7 @@ def plot_by_layer(
     "A metric over depth, with the spread over seeds."
     ax = _plot_lines(df, value, 'layer', by, dash, random, ax)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    if df.layer.nunique() == 1: ax.set_xticks(df.layer.unique())
     return ax
 
 # %% ../../nbs/plots/routing.ipynb #e191cde3
@@ -209,6 +210,7 @@ def plot_perturbation(
     if by is not None: plain_legend(ax.legend(loc='center left', bbox_to_anchor=(1, .5)))
     ax.axvline(0, color='#555555', lw=1)
     ax.set_yticks(range(len(groups)), groups, parse_math=False); ax.invert_yaxis(); ax.grid(axis='y', visible=False)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.set_xlabel(axis_label(value)); ax.tick_params(axis='y', length=0)
     return ax
 

@@ -294,6 +294,7 @@ def moe_learner(
     grad_clip:float=None,           # largest norm of the gradient; 0: no clipping
     warmup_steps:int=None,          # of `fit_cosine`
     final_lr_fraction:float=None,   # of `fit_cosine`
+    released_schedule:bool=None,    # of `fit_cosine`
     grad_accum:int=1,               # parts in which a step is computed
     bf16:bool=False,                # autocast to bfloat16
     expert_bias_rate:float=1e-3,    # γ of loss-free balancing, where routers have an expert bias
@@ -308,7 +309,8 @@ def moe_learner(
     "A fastai learner for a language model and text."
     device = default_device() if device is None else find_device(device)
     spent = _spent(_budget(preset, data), lr, batch_size=batch_size, steps=steps, weight_decay=weight_decay,
-                   betas=betas, grad_clip=grad_clip, warmup_steps=warmup_steps, final_lr_fraction=final_lr_fraction)
+                   betas=betas, grad_clip=grad_clip, warmup_steps=warmup_steps, final_lr_fraction=final_lr_fraction,
+                   released_schedule=released_schedule)
     s = AttrDict(read_settings(spent | dict(
         grad_accum=grad_accum, bf16=bf16, expert_bias_rate=expert_bias_rate, seed=seed,
         valid_batch_size=valid_batch_size, valid_steps=valid_steps, domains=domains)))
@@ -316,7 +318,8 @@ def moe_learner(
     _check_model(model, data)
     learn = MoELearner(_loaders(data, s, device), model, grad_accum=s.grad_accum, bf16=s.bf16, seed=s.seed,
                        opt_func=_adamw(s, device), lr=s.lr, wd=s.weight_decay, **kwargs)
-    learn.schedule, learn.fingerprint = (s.warmup_steps, s.final_lr_fraction), getattr(data, 'fingerprint', None)
+    learn.schedule = {n: s[n] for n in ('warmup_steps', 'final_lr_fraction', 'released_schedule')}
+    learn.fingerprint = getattr(data, 'fingerprint', None)
     return _equip(learn, data, s, cbs)
 
 # %% ../../nbs/training/learner.ipynb #c7b62d33
@@ -347,11 +350,12 @@ def fit_cosine(self:MoELearner,
     final_lr_fraction:float=None,  # None: the learner's
     wd:float=None,                 # weight decay; None: the learner's
     cbs=None,
+    released_schedule:bool=None,   # as in `warmup_cosine`; None: the learner's
 ):
     "Fit with linear warm-up and a cosine."
-    own = dict(zip(('lr', 'warmup_steps', 'final_lr_fraction'), (self.lr, *self.schedule)))
-    given = dict(lr=lr, warmup_steps=warmup_steps, final_lr_fraction=final_lr_fraction)
-    told = read_settings(own | {n: v for n, v in given.items() if v is not None})
+    given = dict(lr=lr, warmup_steps=warmup_steps, final_lr_fraction=final_lr_fraction,
+                 released_schedule=released_schedule)
+    told = read_settings(dict(lr=self.lr, **self.schedule) | {n: v for n, v in given.items() if v is not None})
     sched = StepScheduler(dict(lr=warmup_cosine(steps=n_epoch * len(self.dls.train), **told)))
     sched.told = told
     self.fit(n_epoch, told['lr'], wd=wd, cbs=[sched, *L(cbs)])

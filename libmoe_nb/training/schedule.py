@@ -23,11 +23,13 @@ def warmup_cosine(
     steps:int,                    # n
     warmup_steps:int=0,           # w
     final_lr_fraction:float=0.1,  # f
+    released_schedule:bool=False, # as the paper's code has it, see below
 ):                                # function of the step s
     "Learning rate by step: linear warm-up, then a cosine."
     up, down = SchedLin(0., lr), SchedCos(lr, lr * final_lr_fraction)
-    return lambda s: (up((s + 1) / (warmup_steps + 1)) if s < warmup_steps
-                      else down(min((s - warmup_steps) / max(steps - 1 - warmup_steps, 1), 1.)))
+    rise, fall = ((warmup_steps, steps) if released_schedule
+                  else (warmup_steps + 1, max(steps - 1 - warmup_steps, 1)))
+    return lambda s: up((s + 1) / rise) if s < warmup_steps else down(min((s - warmup_steps) / fall, 1.))
 
 # %% ../../nbs/training/schedule.ipynb #24d238d7
 class StepScheduler(ParamScheduler):

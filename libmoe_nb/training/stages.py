@@ -6,7 +6,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/training/stages.html.md"""
 
 # %% auto #0
 __all__ = ['part_names', 'data_kinds', 'paper_stages', 'vision_presets', 'Stage', 'one_epoch', 'VisionPreset',
-           'get_vision_preset', 'part_parameters', 'trained_parameters', 'train_only', 'check_trained',
+           'get_vision_preset', 'part_parameters', 'trained_parameters', 'train_only', 'check_trained', 'weigh_losses',
            'without_gradient', 'TrainsOnly', 'StageData', 'data_fingerprint', 'pair_loss', 'ContrastiveModel',
            'forward', 'PairData', 'vision_learner']
 
@@ -21,10 +21,13 @@ from ..core.errors import check, did_you_mean
 from ..core.modes import seeded, unwrap
 from ..core.ranks import sum_over_ranks
 from ..core.words import join_some
-from ..data.conversations import image_token
+from ..data.conversations import encode, image_token
+from ..models.configuration import plain_spec
 from ..models.frozen import take_features
+from ..models.swapping import layer_at, own_layers
 from ..models.towers import model_parts
 from ..moe.config import TrainingBudget
+from ..moe.layers import default_losses
 from .batches import as_batch
 from .learner import MoELearner, moe_learner
 
@@ -169,6 +172,23 @@ def check_trained(
              if p.requires_grad != (part in names or part == 'text_encoder')]
     check(not wrong, 'trained parameters', join_some(wrong or ['']), f'those of {", ".join(names)} and no others')
 
+# %% ../../nbs/training/stages.ipynb #b7e1c0a1
+def weigh_losses(
+    model,       # a LLaVA, changed in place
+    stage:Stage,
+):
+    "Let the balance and z-loss of the experts weigh what the stage says, in training and in what is saved."
+    told = {n: getattr(stage, n) for n in ('router_aux_loss_coef', 'router_z_loss_coef')}
+    layers = [l for n, m in model_parts(model).items() if n in stage.experts for l in own_layers(m).values()]
+    changed = [l for l in layers if any(getattr(l.spec, n) != v for n, v in told.items())]
+    for l in changed:
+        l.spec = dataclasses.replace(l.spec, **told)
+        own = {n: f for n, (_, f) in l.losses.items()}
+        l.losses = {n: (w, own.get(n, f)) for n, (w, f) in default_losses(l.spec).items()}
+    if changed and getattr(model.config, 'libmoe', None):
+        model.config.libmoe = {n: plain_spec(l.spec) if (l := layer_at(model, n)) in changed else s
+                               for n, s in model.config.libmoe.items()}
+
 # %% ../../nbs/training/stages.ipynb #20348960
 def without_gradient(
     model,
@@ -217,16 +237,16 @@ def _bits(model):
 
 # %% ../../nbs/training/stages.ipynb #137f66cb
 class StageData:
-    "`ConversationData` as the learner reads it."
+    "Conversations as the learner reads them."
     def __init__(self,
-        data,       # a `ConversationData`
+        data,       # a `ConversationData` or a `StreamedData`
     ): self.data, self.mark = data, image_token(data.tokenizer)
-    def __len__(self): return len(self.data)
+    def __len__(self): return len(self.data) if hasattr(self.data, 'encoded') else self.data.buffer
     def batches(self, batch_size:int, seed:int=0, start:int=0):
         "As those of the data, with `num_images` [B]."
         return (self.counted(b) for b in self.data.batches(batch_size, seed, start))
     def epoch(self, batch_size:int):
-        "Each sample once, in one order."
+        "Each sample once, in one order; of a stream, as many as it holds at once."
         return islice(self.batches(batch_size), -(-len(self) // batch_size))
     def counted(self, b):
         held, marks = (next((b[k] for k in ('pixel_values', 'image_features') if k in b), ()),
@@ -235,14 +255,20 @@ class StageData:
 
 # %% ../../nbs/training/stages.ipynb #9cbaafb7
 def data_fingerprint(
-    data, # a `ConversationData`
+    data, # a `ConversationData` or a `StreamedData`
 )->str:   # 16 hexadecimal digits
-    "The same for the same samples, encoded the same way."
+    "The same for the same samples, encoded the same way; of a stream, for the same first ones."
     h = blake2b(digest_size=8)
-    for s, e in zip(data.samples, data.encoded):
+    for s, e in zip(data.samples, data.encoded) if hasattr(data, 'encoded') else _first_of(data):
         h.update(f'{s.id} {[str(f) if isinstance(f, str) else getattr(f, "name", "") for f in s.images]}'.encode())
         h.update(np.asarray([e['input_ids'], e['labels']], dtype=np.int64).tobytes())
     return h.hexdigest()
+
+def _first_of(stream, many=64):
+    "Pairs of a sample and its tokens, of those that can be used"
+    for s in islice(stream.samples, many):
+        try: yield s, encode(s, stream.tokenizer, stream.image_tokens, stream.max_length, stream.chat_template)
+        except ValueError: continue
 
 # %% ../../nbs/training/stages.ipynb #73374514
 def pair_loss(
@@ -312,7 +338,7 @@ class PairData(StageData):
 # %% ../../nbs/training/stages.ipynb #1f987e3b
 def vision_learner(
     model,            # a LLaVA, changed in place
-    data,             # a `ConversationData`
+    data,             # a `ConversationData`, or a `StreamedData`
     stage:Stage,
     *, valid=None,    # a `ConversationData` to validate on; None: one batch of `data`
     seed:int=0,       # of the order of data, and of dropout
@@ -322,9 +348,8 @@ def vision_learner(
     pairs = stage.data == 'pairs'
     check(not pairs or kwargs.get('grad_accum', 1) == 1, 'grad_accum', kwargs.get('grad_accum'),
           "1 where data='pairs': each phrase is held against all pictures of the batch")
-    longest = max(len(e['input_ids']) for e in data.encoded)
-    check(longest <= stage.sequence_length, 'sequence_length of the stage', stage.sequence_length,
-          f'at least that of the longest sample, {longest}')
+    _check_lengths(data, stage)
+    weigh_losses(model, stage)
     with seeded(seed): model = ContrastiveModel(model) if pairs else model
     train_only(model, stage.train)
     if getattr(data, 'features', None) is not None: take_features(model, stage.train)
@@ -335,6 +360,11 @@ def vision_learner(
 
 # %% ../../nbs/training/stages.ipynb #c08d8160
 def _listed(cbs): return [] if cbs is None else list(cbs) if isinstance(cbs, (list, tuple)) else [cbs]
+
+def _check_lengths(data, stage):
+    if hasattr(data, 'encoded'): n, what = max(len(e['input_ids']) for e in data.encoded), 'that of the longest sample'
+    else: n, what = data.max_length, 'max_length of the stream'
+    check(n <= stage.sequence_length, 'sequence_length of the stage', stage.sequence_length, f'at least {what}, {n}')
 
 def _as_text(train, valid, stage):
     "What `moe_learner` asks of a `TextData`"

@@ -101,6 +101,11 @@ def test_verdict_says_what_the_tests_say():
     alone = ranking_verdict(paired_test(simulate([.9, .89, .1], docs=100)))
     assert 'Not told apart from the first: ' in alone and 'one seed' in alone
 
+def test_verdict_of_models_with_unequal_numbers_of_seeds():
+    d = simulate([.6, .5, .5], docs=50, seeds=3)
+    few = ranking_verdict(paired_test(d[(d.model != d.model.unique()[2]) | (d.seed == 0)]))
+    assert 'Some pairs share only one seed' in few and 'Each algorithm' not in few
+
 def test_total_score_change():
     df = simulate([.8, .6], tasks=3, docs=100)
     worse = df.assign(value=df.value * (df.doc % 2), intervention='drop_top1')

@@ -37,7 +37,7 @@ def files(folder):
     return dict(result=result, told=told, **{str(k): v for k, v in same.items()})
 
 def test_interrupted_failed_and_the_same_to_the_bit(data, at_once, tmp_path):
-    kw = dict(SMALL, data=data, threads=1, out=tmp_path/'runs')
+    kw = dict(SMALL, data=data, threads=1, out=tmp_path/'runs', released_losses='vision', released_schedule=True)
     plain = compare('dense,smoe,xmoe', jobs=1, progress=None, **dict(kw, out=tmp_path/'plain'))
     (alien := tmp_path/'runs'/names(plain)[0]).mkdir(parents=True)
     (alien/'thesis.txt').write_text('years of work')

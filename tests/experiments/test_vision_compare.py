@@ -41,6 +41,16 @@ def test_a_comparison_from_nothing(compared):
     own = res.answers[res.answers.model == 'smoe']
     assert own[own.condition == 'own'].id.tolist() == own[own.condition == 'shuffled'].id.tolist()
 
+def test_the_page_shows_which_expert_took_which_patch(compared, tmp_path):
+    root, res = compared
+    page = (root/'report'/'report.html').read_text()
+    assert 'Where experts look' in page and 'experts of the tower' in page and 'experts of the projector' in page
+    maps = res.expert_maps(pictures=1, recipes=2)
+    assert [*maps] == ['experts of the tower', 'experts of the projector']
+    assert len(maps['experts of the projector'].axes) == 2 * 2             # a row a recipe: the picture, one layer
+    dense = vision.VisionComparison([f for f in res.folders if 'dense' in f.name], tmp_path)
+    assert dense.expert_maps() == {}
+
 def test_shared_stages_are_trained_once(compared, few, monkeypatch):
     root, res = compared
     told = []

@@ -1,4 +1,5 @@
 """The losses against `naive.py`, their reference values, and who counts in them."""
+import copy, itertools, pickle
 from dataclasses import replace
 
 import pytest, torch
@@ -367,7 +368,7 @@ def test_z_loss_of_plain_logits(name, logit):
     if name != 'smoe': assert (layer.aux_losses(r)['router_z_loss'] - router_z_loss(r)).abs() > .01
 
 
-@pytest.mark.parametrize('form, names', [('vision', SPARSE), ('language', ['sharede_v3'])])
+@pytest.mark.parametrize('form, names', [('vision', SPARSE), ('language', ['sharede_v3', 'tcmoe'])])
 def test_released_losses_differ_where_they_should(form, names):
     for n in SPARSE:
         kw = dict(hidden_size=8, num_experts=6, top_k=3, num_shared_experts=1, moe_intermediate_size=4,
@@ -379,6 +380,32 @@ def test_released_losses_differ_where_they_should(form, names):
         x = rand(3, 5, 8).float()
         a, b = (l.aux_losses(l.router(x))['load_balancing_loss'] for l in layers)
         assert (abs(a - b) > 1e-4) == (n in names), n
+
+
+def test_language_loss_of_the_released_ternary_router():
+    "Each sequence of a batch of B is told the counts of all of them, and nothing multiplies by N"
+    N, B, S = 6, 3, 5
+    layer = build_layer(MoESpec('tcmoe', hidden_size=8, num_experts=N, top_k=2, moe_intermediate_size=4,
+                                router_init_std=.5, released_losses='language'))
+    r = layer.router(rand(B, S, 8).float())
+    assert (r.top_k_index < 2 * N).all()     # no null was chosen
+    counts = torch.bincount((r.top_k_index % N).flatten(), minlength=N).float()
+    p = r.scores[:, :2 * N] / r.scores[:, :2 * N].sum(-1, keepdim=True)
+    p = (p[:, :N] + p[:, N:]).view(B, S, N).mean(1)
+    theirs = (counts / (2 * S) * p).sum(-1).mean()
+    close(layer.aux_losses(r)['load_balancing_loss'] * B / N, theirs)
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=['copied', 'pickled'])
+def test_layers_and_specs_with_released_losses_can_be_copied(copied):
+    for form, n in itertools.product(('vision', 'language'), SPARSE):
+        spec = MoESpec(n, hidden_size=8, num_experts=6, top_k=3, num_shared_experts=1, moe_intermediate_size=4,
+                       router_init_std=.5, router_z_loss_coef=.1, released_losses=form)
+        layer, x = build_layer(spec), rand(3, 5, 8).float()
+        assert copied(spec) == spec
+        again, there = copied(layer), layer.aux_losses(layer.router(x))
+        here = again.aux_losses(again.router(x))
+        assert there.keys() == here.keys() and all(torch.equal(there[k], here[k]) for k in there), (form, n)
 
 
 def test_a_spec_without_released_losses_is_saved_as_before():

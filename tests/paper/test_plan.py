@@ -194,6 +194,9 @@ def test_advice_fits():
     p = plan('paper-vlm', 'smoe', Setup(gpus=4))
     assert not p.fits() and 'It would with --sharding fsdp --grad-accum 4' in p.advice()
     assert plan('paper-vlm', 'smoe', Setup(gpus=4, sharding='fsdp', grad_accum=4)).fits()
+    tight = plan('paper-0.68b', 'smoe')     # less than there is, and yet too much
+    assert not tight.fits() and tight.peak_memory() < tight.setup.machine.memory
+    assert 'some of which must stay free for what a plan leaves out. It would with --grad-accum 2' in tight.advice()
     long = plan('paper-0.15b', 'dense', Setup(gpu='laptop'), batch_size=1, sequence_length=400_000)
     assert 'nor 64 GPUs' in long.advice()
 

@@ -227,3 +227,43 @@ def test_the_papers_numbers():
 def test_commands_know_the_stages_of_all_presets():
     from libmoe_nb.vision_commands import vision_preset_names
     assert vision_preset_names == {n: tuple(s.name for s in p.stages) for n, p in vision_presets.items()}
+
+# what the losses of experts weigh, and streams
+
+def weights_of(model):
+    from libmoe_nb.models.swapping import own_layers
+    return {tuple((n, w) for n, (w, _) in l.losses.items()) for l in own_layers(model).values()}
+
+def test_the_losses_of_experts_weigh_what_the_stage_says(data, tmp_path):
+    from transformers import AutoModelForImageTextToText
+    balance, both = (('load_balancing_loss', .01),), (('load_balancing_loss', .5), ('router_z_loss', .25))
+    told = dict(experts=('tower', 'projector'), router_aux_loss_coef=.5, router_z_loss_coef=.25)
+    plain, weighed = make_model('smoe'), make_model('smoe')
+    before = fit(vision_learner(plain, data, dataclasses.replace(STAGE, experts=told['experts'])))
+    assert weights_of(plain) == {balance}                              # the default is what a model has anyway
+    after = fit(vision_learner(weighed, data, dataclasses.replace(STAGE, **told)))
+    assert weights_of(weighed) == {both} and len(before.recorder.losses) == len(after.recorder.losses)
+    assert any(not torch.equal(p, q) for (n, p), (_, q) in zip(plain.named_parameters(), weighed.named_parameters())
+               if 'router' in n)
+    weighed.save_pretrained(tmp_path)
+    assert weights_of(AutoModelForImageTextToText.from_pretrained(tmp_path)) == {both}
+    vision_learner(weighed, data, STAGE)
+    assert weights_of(weighed) == {both}                               # a stage without experts has no say
+    only = make_model('smoe')
+    vision_learner(only, data, dataclasses.replace(STAGE, **told | dict(experts=('projector',))))
+    assert weights_of(only) == {balance, both}
+
+def test_a_stream_trains_as_the_same_samples_do_and_goes_on_where_it_stopped(data):
+    from libmoe_nb.data.streaming import StreamedData
+    from small_vision import PROCESSOR
+    stream = StreamedData(data.samples, PROCESSOR.tokenizer, data.image_tensor, 16, 128, buffer=12)
+    model, again = make_model(), make_model()
+    learn = fit(vision_learner(model, stream, STAGE))
+    assert learn.fingerprint == vision_learner(again, stream, STAGE).fingerprint
+    other = StreamedData(data.samples[1:], PROCESSOR.tokenizer, data.image_tensor, 16, 128, buffer=12)
+    assert learn.fingerprint != vision_learner(make_model(), other, STAGE).fingerprint
+    given = Given(data, [next(stream.batches(4, 0, k)) for k in range(3)])
+    for n, p in fit(vision_learner(again, given, STAGE)).model.named_parameters():
+        assert torch.equal(p, model.get_parameter(n)), n
+    with pytest.raises(ValueError, match='max_length of the stream, 128, got 64'):
+        vision_learner(make_model(), stream, dataclasses.replace(STAGE, sequence_length=64))
