@@ -204,10 +204,18 @@ def _hidden(p, act, gated, inplace=False):
     if not gated: return _act(act, p, _workspace('h', p, n, h))
     return torch.mul(_act(act, p[:, :h], _workspace('a', p, n, h)), p[:, h:], out=_workspace('h', p, n, h))
 
+def _hidden_and_back(p, act, gated):
+    "Hidden values, and the function that takes their gradient to that of pre-activations"
+    if not callable(gated): return _hidden(p, act, gated), lambda grad: _hidden_back(grad, p, act, gated)
+    with torch.enable_grad():
+        p = p.detach().requires_grad_()
+        h = gated(p)
+    return h.detach().contiguous(), lambda grad: torch.autograd.grad(h, p, grad)[0].contiguous()
+
 def _hidden_back(grad, p, act, gated):
     "Gradient of hidden values [n, h] to that of pre-activations; overwrites `grad`, wants the buffers of `_hidden`"
     out = _workspace('dp', p, *p.shape)
-    if not gated or callable(gated): return _act_back(gated or act, grad, p, out)
+    if not gated: return _act_back(act, grad, p, out)
     n, h = grad.shape
     torch.mul(grad, _workspace('a', p, n, h), out=out[:, h:])
     _act_back(act, grad.mul_(p[:, h:]), p[:, :h], out[:, :h])
@@ -272,13 +280,13 @@ def _sorted_backward(ctx, grad):
     grad, w, S = grad.to(x.dtype).contiguous(), _slot_weights(plan, weights, x), plan.num_slots
     dw, rows = x.new_zeros(S + 1), _workspace('rows', x, S + 1, x.shape[1])
     for s, blocks in plan.batches:
-        g, p, h = _gather(plan, grad, s, 'g'), pre[s], _hidden(pre[s], act, gated)
+        g, (h, back) = _gather(plan, grad, s, 'g'), _hidden_and_back(pre[s], act, gated)
         delta = _product(blocks, g, down, _workspace('dh', x, *h.shape))
         if need_w: _weight_gradient(blocks, h, delta, g, down_bias, dw[s])
         if g_down is not None: _outer(blocks, g, torch.mul(h, w[s], out=_workspace('scratch', x, *h.shape)), g_down)
         if g_down_bias is not None: _sums(blocks, g, g_down_bias, w[s])
         if not (need_x or g_up is not None or g_up_bias is not None): continue
-        dp = _hidden_back(delta.mul_(w[s]), p, act, gated)
+        dp = back(delta.mul_(w[s]))
         if g_up is not None: _outer(blocks, dp, _gather(plan, x, s, 'x'), g_up)
         if g_up_bias is not None: _sums(blocks, dp, g_up_bias)
         if need_x: _product(blocks, dp, up, rows[s])
