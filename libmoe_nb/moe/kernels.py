@@ -51,7 +51,7 @@ class _Block:
 
 # %% ../../nbs/moe/kernels.ipynb #aabec690
 def _round_up(n, alone=False, half=False):
-    "Rows for n tokens: multiples of 8 to 32 (half precision, more beyond 512) or 4 to 8 (full), or n itself for an expert alone"
+    "Rows for n tokens: multiples of 8 to 32 (half precision, more beyond 512), of 4 to 8 (full), or n for one alone"
     if half: step = max(32, 2**n.bit_length() >> 5) if n > 64 else 16 if n > 8 else 8
     else: step = 1 if alone or n <= 2 else 4 if n <= 32 else 8
     return -(-n//step) * step
