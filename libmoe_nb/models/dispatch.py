@@ -78,7 +78,8 @@ def libmoe_experts(
     top_k_weights:torch.Tensor,  # [T, K]
 )->torch.Tensor:                 # [T, d]
     "Experts of transformers by our sorted kernel; what it cannot do is done by `grouped_mm`."
-    x, index, w, one = hidden_states, top_k_index, top_k_weights, len(hidden_states) == 1
+    x, index, w = hidden_states, top_k_index, top_k_weights
+    one = len(x) == 1 and not (self.is_transposed and x.dtype.itemsize < 4) # such vectors are slow in half precision
     other, cast = torch.compiler.is_compiling() or self.has_post_expert_norm, torch.is_autocast_enabled('cpu')
     if x.device.type != 'cpu' or other or not (one or cast) and _too_few(self, x, index):
         return _registry()['grouped_mm'](self, x, index, w)
