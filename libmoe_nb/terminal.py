@@ -319,6 +319,8 @@ class VisionProgress(RunProgress):
     def on_gate(self, name, captions):
         from libmoe_nb.experiments.vision import tell_captions
         self.line(f'{name} tells the next word of a caption: {tell_captions(captions)}')
+    def on_left_out(self, name, lines):
+        for l in lines: self.line(f'{name}: {l}')
     def on_answer(self, name): self.line(f'{name} answers the test questions ...')
     def on_finish(self, name, result, reused):
         self.done += 1

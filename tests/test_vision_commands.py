@@ -1,6 +1,7 @@
 "`libmoe vlm` and `libmoe ask`, with scenes and with folders of real classes."
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -25,7 +26,22 @@ def real(tmp_path_factory):
                                eos_token_id=2)).save_pretrained(root/'phi3')
     tokenizer.save_pretrained(root/'phi3')
     for what in ('caption', 'questions'): write_scenes(root/what, 12, what=what, size=32)
+    with_bad_ones(root/'questions')
     return root
+
+def with_bad_ones(folder):
+    "The same conversations and some that cannot be used, in bad.json"
+    entries = json.loads((folder/'conversations.json').read_text())
+    picture = entries[0]['image']
+    (folder/'images'/'corrupt.png').write_bytes((folder/'images'/picture).read_bytes()[:60])
+    def bad(name, image, question, answer='red'):
+        turns = [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': answer}]
+        return dict(id=name, image=image, conversations=turns, subtasks=['color'])
+    asked = '<image>\nwhat color is it ?'
+    entries += [bad('corrupt', 'corrupt.png', asked), bad('gone', 'gone.png', asked), bad('empty', picture, asked, ''),
+                bad('no mark', picture, 'what color is it ?'), bad('two marks', picture, f'<image> {asked}'),
+                bad('too long', picture, asked + ' what' * 5000)]
+    (folder/'bad.json').write_text(json.dumps(entries))
 
 def test_the_papers_stages_on_folders_of_real_classes(real, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
@@ -35,8 +51,19 @@ def test_the_papers_stages_on_folders_of_real_classes(real, tmp_path, monkeypatc
     res = json.loads(libmoe('vlm', 'pretrain', *where, *data, '--json'))
     assert [(s['stage'], s['steps']) for s in res['stages']] == [('pt', 1), ('pft', 1)]    # one epoch of 12 samples
     moe = ('--num-experts', 4, '--top-k', 2)
-    res = json.loads(libmoe('vlm', 'finetune', 'smoe', *where, *data, *moe, '--test',
-                            real/'questions'/'conversations.json', '--json'))
+    data[-1] = f"vit={real/'questions'/'bad.json'}"
+    r = CliRunner().invoke(cli.app, [*map(str, ('vlm', 'finetune', 'smoe', *where, *data, *moe, '--test',
+                                                real/'questions'/'bad.json', '--json'))])
+    assert r.exit_code == 0, r.output
+    res, said = json.loads(r.stdout), ' '.join(r.stderr.split())
+    for why in ('an answer is empty (empty)', '0 image marks for 1 image (no mark)',
+                '2 image marks for 1 image (two marks)', 'an image cannot be read (corrupt)',
+                'an image is missing (gone)', 'no answer begins within max_length=2048 (too long)',
+                'question and answer must fit into 4096 tokens'):
+        assert f'1 sample left out: {why}' in said, why
+    names = json.loads((Path(res['stages'][0]['model']).parent/'left_out.json').read_text())
+    assert sorted(n for some in names.values() for n in some) == ['corrupt', 'empty', 'gone', 'no mark', 'too long',
+                                                                  'two marks']
     assert (res['results'][0]['recipe'] == 'smoe'
             and res['stages'][0]['parameters'] > res['stages'][0]['active_parameters'])
     picture, model = next((real/'questions'/'images').glob('*.png')), res['stages'][0]['model']

@@ -10,8 +10,8 @@ __all__ = ['StreamedData', 'batches']
 # %% ../../nbs/data/streaming.ipynb #de8f185a
 from itertools import chain, islice
 from ..core.errors import check
-from .conversations import LeftOut, collate, encode, grouped_batches, padding_id, told_cut, with_images
-from .images import BadImage
+from .conversations import (LeftOut, check_found, collate, encoded_samples, grouped_batches, padding_id,
+                                          readable_samples, told_cut)
 
 # %% ../../nbs/data/streaming.ipynb #2195a4ca
 class StreamedData:
@@ -40,9 +40,8 @@ class StreamedData:
 # %% ../../nbs/data/streaming.ipynb #656a4729
 def _encoded(self):
     "Pairs of a sample and its tokens"
-    for s in self.samples:
-        try: e = encode(s, self.tokenizer, self.image_tokens, self.max_length, self.chat_template)
-        except ValueError as why: self.left_out.add(s.id, why); continue
+    for s, e in encoded_samples(self.samples, self.left_out, self.tokenizer, self.image_tokens, self.max_length,
+                                self.chat_template):
         if e['cut']: self.cut[s.id] = True
         yield s, e
 
@@ -62,11 +61,7 @@ def _windows(self, size, seed, epoch, mixed):
 # %% ../../nbs/data/streaming.ipynb #fbd8ada4
 def _readable(self, pairs, most=None):
     "Those of some samples whose images can be read, the first so many"
-    def read():
-        for s, e in pairs:
-            try: yield with_images(e, s, self.image_tensor, self.features)
-            except BadImage as why: self.left_out.add(s.id, f'an image {why.kind}')
-    return list(islice(read(), most))
+    return readable_samples(pairs, self.left_out, self.image_tensor, self.features, most)
 
 # %% ../../nbs/data/streaming.ipynb #e65fab02
 def batches(
@@ -88,7 +83,7 @@ def batches(
                 if found := _readable(self, [held[i] for i in b]) or _readable(self, held, 1):
                     given = True
                     yield collate(found, self.pad)
-        check(n > first and (given or n <= start), 'samples', self.left_out, 'of at least one that can be used')
+        check_found(n > first and (given or n <= start), 'samples', self.left_out)
         epoch += 1
         # each pass has as many batches, so those before the start need no reading
         if n < start: n, epoch = n + (start - n) // (n - first) * (n - first), epoch + (start - n) // (n - first)

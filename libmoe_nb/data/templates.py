@@ -17,9 +17,9 @@ from ..core.errors import first_line
 image_mark = '<image>'
 
 # %% ../../nbs/data/templates.ipynb #bbd58cbb
+# for tokenizers without one
 plain_template = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}ASSISTANT: "
     "{{ m['content'] + eos_token + ' ' }}"
-    # for tokenizers without one
     "{% else %}{{ (m['role'].upper() + ': ' if m['role'] == 'user' else '') + m['content'] + ' ' }}{% endif %}{% "
     "endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 

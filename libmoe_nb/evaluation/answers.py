@@ -19,7 +19,7 @@ from ..analysis.tracing import intervene
 from ..core.errors import check, shown
 from ..core.files import jsonable, make_folder, read_json, write_atomic, write_json
 from ..core.words import plural
-from ..data.conversations import LeftOut, Sample, image_mark
+from ..data.conversations import LeftOut, Sample, check_found, image_mark
 from ..data.images import BadImage, read_image
 from ..data.scenes import subtasks
 from .perturbations import named_interventions
@@ -182,7 +182,7 @@ def readable_questions(
     for q in questions:
         if q.tags['image'] in why: left.add(q.id, why[q.tags['image']])
     res = [q for q in questions if q.tags['image'] not in why]
-    check(res, 'questions', left, 'of at least one whose images can be read')
+    check_found(res, 'questions', left, 'one whose images can be read')
     return res
 
 # %% ../../nbs/evaluation/answers.ipynb #c1cbd0cc

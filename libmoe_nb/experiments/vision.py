@@ -22,7 +22,7 @@ from ..core.machine import find_device, use_threads
 from ..core.modes import seeded
 from ..core.settings import read_setting, seed_list
 from ..core.words import format_duration
-from ..data.conversations import ConversationData, as_sample, read_conversations
+from ..data.conversations import ConversationData, LeftOut, as_sample, read_conversations
 from ..data.images import read_image
 from ..data.scenes import subtasks, write_scenes
 from ..data.vision import easy_vqa
@@ -32,7 +32,7 @@ from .vision_report import VisionResults, write_vision_report
 from .vision_stages import (after, data_of, fitting_stage, scene_data, shared_stages, stage_config,
                                                  stage_folder, stage_learner, stage_model, stage_name, stage_samples,
                                                  train_stage)
-from ..models.asking import ask_all, image_tensor, load_vision_language
+from ..models.asking import ask_all, askable, image_tensor, load_vision_language
 from ..models.towers import image_places
 from ..models.vision import vision_size
 from ..moe.config import check_recipe, own_recipes
@@ -189,9 +189,11 @@ def train_and_answer(
     tell('answer', folder.name)
     sees = config.get('images', True)
     model, processor = load_vision_language(folder/'model', device=config['device'])
-    answers = answer_questions(model, processor, test_questions(root, test, per_subtask),
-                               images=('own', 'shuffled', 'blank') if sees else ('none',), batch_size=64,
-                               max_new_tokens=8)
+    questions = test_questions(root, test, per_subtask, left := LeftOut())
+    if 'file' in test: questions = askable(model, processor, questions, 8, left)
+    answers = answer_questions(model, processor, questions, images=('own', 'shuffled', 'blank') if sees else ('none',),
+                               batch_size=64, max_new_tokens=8, left_out=left)
+    if len(left): tell('left_out', folder.name, lines=str(left).splitlines())
     write_answers(folder/'answers', answers, config['recipe'] if sees else 'question_only', config['seed'],
                   control=not sees, active=result['active_parameters'],
                   images=os.path.relpath(_pictures(root, test), folder/'answers'),
@@ -203,12 +205,16 @@ def test_questions(
     root,              # folder of all stages
     test:dict,         # of `scene_data` or `file_data`
     per_subtask:int=200, # at most
+    left_out:LeftOut=None, # gets conversations of a file that cannot be used
 )->list:               # of `Sample`
     "The questions of a comparison; the pictures of test scenes are in the folder `test`."
     if 'set' in test: return _at_most(single_questions(_spaced(easy_vqa('test'))), per_subtask)
     where = (test['file'], test['images']) if 'file' in test else (Path(root)/'test'/'conversations.json', None)
-    return _at_most(single_questions(read_conversations(*where)[0]), per_subtask)
+    found, left = read_conversations(*where)
+    if left_out is not None: left_out.update(left)
+    return _at_most(single_questions(found), per_subtask)
 
+# %% ../../nbs/experiments/vision.ipynb #dcc92ccc
 def _at_most(questions, per_subtask):
     seen, res = {}, []
     for q in questions:
@@ -292,6 +298,7 @@ def print_vision(event, name=None, result=None, reused=False, captions=None, sec
     "One line a stage."
     if event == 'plan' and seconds: print(f'about {format_duration(seconds)} of training', flush=True)
     if event == 'gate': print('captions: ' + tell_captions(captions), flush=True)
+    if event == 'left_out': print(*(f'{name}: {l}' for l in facts['lines']), sep='\n', flush=True)
     if event == 'finish':
         print(f"{name}: loss {result['loss']:.2f}, "
               + ('finished before' if reused else f"{result['seconds']:.0f} s of training"), flush=True)

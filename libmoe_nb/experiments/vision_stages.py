@@ -18,7 +18,8 @@ from ..core.errors import check, did_you_mean, first_line
 from ..core.files import file_digest, locked_folder, read_json, write_json
 from ..core.machine import find_device
 from ..core.modes import evaluating, quiet_bars
-from ..data.conversations import ConversationData, LeftOut, Sample, as_sample, image_mark, read_conversations
+from ..data.conversations import (ConversationData, LeftOut, Sample, as_sample, check_found, image_mark,
+                                          read_conversations, told_cut)
 from ..data.scenes import Scene, colours, conversation, places, scene_words, shapes, sizes, write_scenes
 from ..data.vision import easy_vqa_turns
 from .run import claim_folder, run_hash, train_to_end, training_callbacks
@@ -94,7 +95,7 @@ def file_data(
     images = Path(images).expanduser() if images else path.parent/'images'
     check(images.is_dir(), 'images', str(images), 'a folder of images')
     found, left = read_conversations(path, images)
-    check(found, 'data', left, 'of at least one conversation that can be used')
+    check_found(found, 'data', left)
     return dict(file=str(path.resolve()), images=str(images.resolve()), digest=file_digest(path), samples=len(found))
 
 # %% ../../nbs/experiments/vision_stages.ipynb #ff9fa26d
@@ -130,7 +131,7 @@ def data_of(
 )->dict:
     "The data of a stage: a file of its own, or the preset's scenes."
     if data is not None and not (stage.name not in data and any('set' in d for d in data.values())):
-        check(stage.name in data, 'data', ', '.join(data), f'also given for the stage {stage.name!r}')
+        check(stage.name in data, 'data', ', '.join(data), f'given for the stage {stage.name!r} too')
         return data[stage.name]
     check(preset.scenes, 'data', data, f"given for preset '{preset.name}', which has no scenes of its own")
     return scene_data(preset.scenes, vision_size(preset.size).image_size, preset.questions)
@@ -238,7 +239,9 @@ def _trained(root, folder, config, tell, seconds, grad_accum, watch):
     more = watch(folder, config, model, processor) if watch else []
     data, learn = stage_learner(config, model, processor, grad_accum=grad_accum, cbs=[*more, *training_callbacks(
         folder, config['stage']['steps'], partial(tell, 'step', folder.name), seconds, at_end=False)])
+    told = _tell_left(tell, folder, data)
     train_to_end(learn, folder)
+    _tell_left(tell, folder, data, told)
     check(not learn.diverged, 'the loss', f'not finite at step {learn.diverged}', 'finite: lower the learning rate')
     model = model.cpu()
     n, trained = count_parameters(model), trained_parameters(learn.model)
@@ -253,11 +256,21 @@ def _trained(root, folder, config, tell, seconds, grad_accum, watch):
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
     return read_json(folder/'result.json')
 
+# %% ../../nbs/experiments/vision_stages.ipynb #cc762530
 def _keep(folder, model, processor):
     new = folder/'.model.tmp'
     for old in (new, folder/'model'): shutil.rmtree(old, ignore_errors=True)
     with quiet_bars(): model.requires_grad_(True).eval().save_pretrained(new); processor.save_pretrained(new)
     new.rename(folder/'model')
+
+# %% ../../nbs/experiments/vision_stages.ipynb #37a58c89
+def _tell_left(tell, folder, data, before=()):
+    "Say what a stage is not trained on, and keep the names; the lines, so that none is told twice"
+    lines = str(data.left_out).splitlines() if len(data.left_out) else []
+    if data.cut: lines.append(f'{len(data)} samples, {told_cut(data.cut)}')
+    if new := [l for l in lines if l not in before]: tell('left_out', folder.name, lines=new)
+    if len(data.left_out): write_json(folder/'left_out.json', {w: [*n] for w, n in data.left_out.names.items()})
+    return lines
 
 # %% ../../nbs/experiments/vision_stages.ipynb #c1702a96
 def stage_learner(

@@ -6,7 +6,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models/asking.html.md"""
 
 # %% auto #0
 __all__ = ['image_template', 'small_processor', 'with_words', 'image_tensor', 'write_turns', 'prompt_ids', 'end_tokens',
-           'with_images', 'ask_all', 'ask', 'check_processor', 'load_vision_language']
+           'with_images', 'askable', 'ask_all', 'ask', 'check_processor', 'load_vision_language']
 
 # %% ../../nbs/models/asking.ipynb #9aeaabfb
 import torch, transformers
@@ -183,20 +183,39 @@ def with_images(
     return [replace(s, images=(_grey(),) * len(s.images)) for s in samples] if images == 'blank' else list(samples)
 
 # %% ../../nbs/models/asking.ipynb #afaae7b8
+def _fitting(model, processor, s, places, new):
+    "Ids of the question, if there is room for them and for an answer"
+    marks, room = sum(t.count(image_mark) for _, t in s.turns), _room(model)
+    if marks != len(s.images):
+        raise ValueError(f'has {plural(marks, "image mark")} for {plural(len(s.images), "image")}')
+    ids = prompt_ids(processor, s.turns, places)
+    if room and len(ids) + new > room:
+        raise ValueError(f'question and answer must fit into {room} tokens, got {len(ids)} of the question and '
+                         f'max_new_tokens={new}')
+    return ids
+
 def _asked(model, processor, s, places, new):
-    "Ids of the question, or a `ValueError` that names the sample"
-    try:
-        marks, room = sum(t.count(image_mark) for _, t in s.turns), _room(model)
-        if marks != len(s.images):
-            raise ValueError(f'has {plural(marks, "image mark")} for {plural(len(s.images), "image")}')
-        ids = prompt_ids(processor, s.turns, places)
-        if room and len(ids) + new > room:
-            raise ValueError(f'must fit into {room} tokens, got {len(ids)} of the question and max_new_tokens={new}')
-        return ids
+    "The same; the `ValueError` names the sample"
+    try: return _fitting(model, processor, s, places, new)
     except (ValueError, IndexError) as e:
         raise ValueError(f'sample {s.id!r} cannot be asked: {first_line(e)}') from None
 
 def _room(model): return getattr(model.config.get_text_config(), 'max_position_embeddings', None)
+
+# %% ../../nbs/models/asking.ipynb #8e205b68
+def askable(
+    model, processor,
+    samples,                # list of `Sample`
+    max_new_tokens:int=32,
+    left_out=None,          # a `LeftOut`: gets the others, with the reason
+)->list:                    # of `Sample`
+    "Samples whose question fits into the model together with an answer."
+    places, res = image_places(model), []
+    for s in samples:
+        try: _fitting(model, processor, s, places, max_new_tokens)
+        except (ValueError, IndexError) as e: left_out is None or left_out.add(s.id, first_line(e))
+        else: res.append(s)
+    return res
 
 # %% ../../nbs/models/asking.ipynb #bf4897c1
 def _pictures(s, seen):
@@ -271,6 +290,15 @@ def ask_all(
             if progress: progress(sum(r is not None for r in res))
     return res
 
+# %% ../../nbs/models/asking.ipynb #d893b57f
+@contextmanager
+def _alone(sample):
+    "Errors about the only sample there is, which nobody needs to be told the name of"
+    try: yield
+    except ValueError as e:
+        said = str(e).removeprefix(f'sample {sample.id!r} cannot be asked: ')
+        raise (BadImage(said, e.kind) if isinstance(e, BadImage) else ValueError(said)) from None
+
 # %% ../../nbs/models/asking.ipynb #2a1252f4
 def ask(
     model,
@@ -288,7 +316,7 @@ def ask(
         turns[first] = turns[first][0], f'{image_mark} ' * len(images) + turns[first][1]
     said = [dict(role=r, content=t) for r, t in turns]
     sample = as_sample(dict(id='question', images=images, messages=[*said, dict(role='assistant', content='?')]))
-    return ask_all(model, processor, [sample], 1, max_new_tokens, **kwargs)[0]
+    with _alone(sample): return ask_all(model, processor, [sample], 1, max_new_tokens, **kwargs)[0]
 
 # %% ../../nbs/models/asking.ipynb #2bc0c82b
 def _check_llava(folder, name):

@@ -8,8 +8,9 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models/causal.html.md"""
 __all__ = ['MoEForCausalLM', 'MoECausalLMOutput', 'from_scratch']
 
 # %% ../../nbs/models/causal.ipynb #6b56d180
-import copy, dataclasses, inspect, os, tempfile, torch
+import copy, dataclasses, inspect, torch
 from contextlib import nullcontext
+from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
@@ -20,7 +21,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from ..core.errors import did_you_mean
 from ..core.modes import seeded
 from .balancing import label_shares, model_aux_loss, padding_mask, routed_checkpoint
-from .cards import upload_folder, write_card
+from .cards import push_with_card, save_with_card
 from .configuration import MoEConfig
 from .ffns import find_ffns, is_linear, linear_weight
 from .swapping import (as_built, draw_missing, fit_plans, keep_in_float32, layer_at, mark_initialized,
@@ -356,33 +357,17 @@ def _budget(recipe, p, base, overrides):
     return p, p.spec(recipe, options=options, **{k: v for k, v in overrides.items() if k in _spec_fields})
 
 # %% ../../nbs/models/causal.ipynb #fd0d8fed
-_hub_args = 'repo_id private revision create_pr commit_message commit_description'.split()
-
 @patch
 def save_pretrained(self:MoEForCausalLM, save_directory, is_main_process=True, push_to_hub=False, tags=(), **kwargs):
     "As in transformers; a model card goes with the weights."
-    hub = {k: kwargs.pop(k) for k in _hub_args if k in kwargs and push_to_hub}
-    if 'token' in kwargs: hub['token'] = kwargs['token']
-    name = hub.pop('repo_id', None) or os.path.basename(os.path.abspath(save_directory))
-    PreTrainedModel.save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
-    if is_main_process and os.path.isdir(save_directory):
-        write_card(self, save_directory, name=name if push_to_hub else 'FOLDER_OR_NAME', tags=tags)
-        if push_to_hub: return upload_folder(save_directory, name, **hub)
+    return save_with_card(self, save_directory, partial(PreTrainedModel.save_pretrained, self), is_main_process,
+                          push_to_hub, tags, **kwargs)
 
 # %% ../../nbs/models/causal.ipynb #0c27d16a
 @patch
 def push_to_hub(self:MoEForCausalLM,
-    repo_id:str,     # 'name' or 'organization/name'
-    *,
-    private=None,    # a private repository, where a new one is made
-    token=None,      # by default that of `hf auth login`
-    revision=None, create_pr=False, commit_message='Upload model', commit_description=None, # as in transformers
-    tags=(),         # further tags of the card
-    **kwargs,        # for `save_pretrained`
+    repo_id:str, # 'name' or 'organization/name'
+    **kwargs,    # for `push_with_card`: private, token, revision, tags, and so on
 ):
     "Save, and upload what was saved."
-    with tempfile.TemporaryDirectory() as folder:
-        PreTrainedModel.save_pretrained(self, folder, **kwargs)
-        write_card(self, folder, name=repo_id, tags=tags)
-        return upload_folder(folder, repo_id, private=private, token=token, revision=revision, create_pr=create_pr,
-                             commit_message=commit_message, commit_description=commit_description)
+    return push_with_card(self, partial(PreTrainedModel.save_pretrained, self), repo_id, **kwargs)

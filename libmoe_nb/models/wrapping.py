@@ -10,7 +10,7 @@ __all__ = ['UpcycledConfig', 'upcycled_config', 'UpcycledMixin', 'upcycled_class
 # %% ../../nbs/models/wrapping.ipynb #14017ca4
 import dataclasses, inspect, os, re, shutil, torch, transformers
 from collections import Counter
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, CONFIG_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from ..core.errors import check
 from .balancing import label_shares, model_aux_loss, routed_checkpoint
+from .cards import push_with_card, save_with_card
 from .configuration import plain_spec
 from .ffns import module_at
 from .swapping import (as_built, draw_missing, fit_plans, keep_in_float32, layer_at, mark_initialized,
@@ -197,15 +198,24 @@ def _set_gradient_checkpointing(self:UpcycledMixin, enable=True, gradient_checkp
 # %% ../../nbs/models/wrapping.ipynb #1d6c5eb1
 _variant = 'libmoe'
 
-@patch
-def save_pretrained(self:UpcycledMixin, save_directory, *args, **kwargs):
-    "As in transformers, in files of the variant 'libmoe'."
-    checkpoint = re.fullmatch(r'checkpoint-\d+', Path(save_directory).name)
+def _save(self, folder, **kwargs):
+    checkpoint = re.fullmatch(r'checkpoint-\d+', Path(folder).name)
     more = dict(save_original_format=False) if checkpoint else {}
-    out = super(UpcycledMixin, self).save_pretrained(save_directory, *args, **dict(variant=_variant) | more | kwargs)
-    if checkpoint: _link_for_trainer(Path(save_directory))
-    return out
+    super(UpcycledMixin, self).save_pretrained(folder, **dict(variant=_variant) | more | kwargs)
+    if checkpoint: _link_for_trainer(Path(folder))
 
+# %% ../../nbs/models/wrapping.ipynb #3f9527a3
+@patch
+def save_pretrained(self:UpcycledMixin, save_directory, is_main_process=True, push_to_hub=False, tags=(), **kwargs):
+    "As in transformers, in files of the variant 'libmoe', with a model card."
+    return save_with_card(self, save_directory, partial(_save, self), is_main_process, push_to_hub, tags, **kwargs)
+
+@patch
+def push_to_hub(self:UpcycledMixin, repo_id:str, **kwargs):
+    "Save, and upload what was saved, the model card included."
+    return push_with_card(self, partial(_save, self), repo_id, **kwargs)
+
+# %% ../../nbs/models/wrapping.ipynb #0396786a
 def _link_for_trainer(folder):
     "Other names for the weights of a trainer's checkpoint, by which it finds them when it resumes"
     for ours, theirs in ((f'model.{_variant}.safetensors', 'model.safetensors'),
@@ -288,7 +298,7 @@ def as_upcycled(
     dense = getattr(type(model), 'dense_class', type(model))
     cls, old = upcycled_class(dense), model.config
     config = cls.config_class.__new__(cls.config_class)
-    config.__dict__.update(old.__dict__)
+    config.__dict__.update({k: v for k, v in old.__dict__.items() if k != 'model_type'})
     config.libmoe = {n: plain_spec(s) for n, s in specs.items()}
     if reduction is not None: config.aux_loss_reduction = reduction
     new = cls.__new__(cls)

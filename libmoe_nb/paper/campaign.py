@@ -10,7 +10,7 @@ __all__ = ['sparse_recipes', 'scales', 'Group', 'Scale', 'figure_names', 'get_sc
 
 # %% ../../nbs/paper/campaign.ipynb #e70c8579
 import pandas as pd, re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from pathlib import Path
 from ..core.errors import check, did_you_mean
@@ -94,11 +94,14 @@ def _sizes(faithful, second, second_seeds, **kw):
                    variant='larger', settings=second, minutes=12., priority=4, **kw)]
 
 # %% ../../nbs/paper/campaign.ipynb #d5fcb092
-def _vision(seeds, preset, **kw):
-    "The stages of a vision-language model; the last one by each recipe"
-    return [Group('vision', 'Stages of the vision-language model',
-                  ('fig2', 'fig4', 'fig5', 'fig6', 'fig7', 'fig9', 'table1', 'table11'), sparse_recipes, seeds,
-                  regime='vision', preset=preset, **kw)]
+_seen = 'fig2', 'fig4', 'fig5', 'fig6', 'fig7', 'fig9', 'table1', 'table11', 'harm'
+
+def _vision(seeds, more, **kw):
+    "The stages of a vision-language model; the last one by each recipe, and again by some"
+    g = lambda name, says, recipes, seeds: Group(name, says, _seen, ('dense', *recipes), seeds, regime='vision', **kw)
+    return [g('vision', 'Stages of the vision-language model', sparse_recipes, seeds),
+            g('vision, more seeds', 'Its last stage by some recipes again', ('smoe', 'sharede_v3', 'moe_plus_plus'),
+              more)]
 
 # %% ../../nbs/paper/campaign.ipynb #add2789c
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ scales = {s.name: s for s in [
                            *_language((), few=(0,), minutes=.1)[1:3]],
           dict(steps=10, batch_size=2, sequence_length=64), 1024, 2, 512, 512, dict(max_bytes=150_000)),
     Scale('mini', 'mini', [*_language((0, 1, 2), (3, 4), (0, 1, 2)),
-                           *_vision((0, 1), 'mini-vlm', minutes=6., priority=5),
+                           *_vision((0,), (1, 2), preset='mini-vlm', minutes=6., priority=5),
                            *_losses((0, 1, 2), (.02, .04, .06), (.005, .2, 1.), dict(steps=1000)),
                            *_questions((0, 1), 4096), *_sizes((0, 1), _larger, (0,))],
           dict(steps=2000, batch_size=4, warmup_steps=200)),
@@ -212,7 +215,9 @@ def plan_campaign(
     for f in look_in: check(Path(f).is_dir(), 'look_in', str(f), 'a folder')
     for g in c.groups:
         if g.regime != 'vision': continue
-        c.vision = vision_plan(list(g.recipes), g.preset, c.out/'vision', list(g.seeds), device=device)
+        plan = vision_plan(list(g.recipes), g.preset, c.out/'vision', list(g.seeds), device=device)
+        known = c.vision.last if c.vision else []
+        c.vision = replace(plan, last=[*known, *(s for s in plan.last if s not in known)])
     language = [g for g in c.groups if g.regime == 'language']
     if language: _plan_language(c, language, data, [c.out/'runs', *map(Path, look_in)], device, threads, tell)
     return c

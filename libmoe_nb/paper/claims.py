@@ -35,9 +35,11 @@ def _all(e, name, *by, regime='language', **where):
     return e.wide(name, *by, regime=regime, **as_they_are, **where)
 
 def _there(t, name, recipes):
-    "The table, if it has all of the recipes"
-    if missing := [r for r in recipes if r not in t]: raise NotThere(f'{name} of {", ".join(missing)}')
-    return t
+    "The seeds of the table that have all of the recipes"
+    if missing := [r for r in recipes if r not in t]: raise NotThere(f'{name} of {", ".join(map(str, missing))}')
+    whole = t[recipes].notna().groupby('seed').any().all(axis=1)
+    if not whole.any(): raise NotThere(f'seed with {name} of {", ".join(map(str, recipes))}')
+    return t[t.index.get_level_values('seed').isin(whole[whole].index)]
 
 def _base(e, name, *by, **where): return _there(_all(e, name, *by, **where), name, _sparse)
 
@@ -96,9 +98,8 @@ def shared_experts_stabler_on_vision(e):
 # %% ../../nbs/paper/claims.ipynb #fc945df6
 def _upcyc(e, table, by):
     "SharedE-V2 and its variant whose shared experts come from a trained model"
-    t = (e.wide(table, by, regime='language', variant=['base']),
-         e.wide(table, by, regime='language', variant=['shared_upcycled']))
-    return tuple(x[['sharede_v2']] for x in t)
+    t = ((v, e.wide(table, by, regime='language', variant=[v])) for v in ('base', 'shared_upcycled'))
+    return tuple(_there(x, f'{table}, {v},', ['sharede_v2'])[['sharede_v2']] for v, x in t)
 
 @claim('fig. 3', 'Shared experts from a trained checkpoint lower the change rate', 'share of choices', above=.01,
        newer='upcycling laws [2502.03009], drop-upcycling [2502.19261]: where upcycling pays')
@@ -276,14 +277,13 @@ def outer_layers_more_alike(e):
 def smaller_start_balances(e):
     t = e.rows('balance', regime='language').query('step <= 50').pivot_table(index='seed', columns='init_std',
                                                                              values='value')
-    return t[[.02, .04, .06]].diff(axis=1).iloc[:, 1:].min(axis=1)
+    return _there(t, 'balance', [.02, .04, .06])[[.02, .04, .06]].diff(axis=1).iloc[:, 1:].min(axis=1)
 
 def _variants(e, table, *names, **kw):
     "Of SMoE, a column for each variant"
     t = e.rows(table, regime='language', recipe='smoe', variant=list(names),
                **kw).pivot_table(index='seed', columns='variant', values='value')
-    if missing := [n for n in names if n not in t]: raise NotThere(f'{table} of {", ".join(missing)}')
-    return t
+    return _there(t, table, list(names))
 
 @claim('fig. 16, table 10', 'The balance loss changes perplexity little', 'log of perplexity', within=.02,
        paper='13.63 with, 13.69 without',

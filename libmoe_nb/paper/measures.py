@@ -257,17 +257,19 @@ def ablation(f):
         ways = {str(e): ban_experts([e], weights='zero') for e in range(f.traces[-1].meta['num_experts'][i])}
         t = routing_perturbation(f.model, batches, ways, layers=[name]).iloc[1:]
         rows += [dict(layer=i, expert=int(e), value=v) for e, v in zip(t.intervention, t.loss_change)]
-    return pd.DataFrame(rows).merge(expert_statistics(f), on=['layer', 'expert'])
+    return pd.DataFrame(rows).merge(expert_statistics(f.traces[-1], f.model), on=['layer', 'expert'])
 
 # %% ../../nbs/paper/measures.ipynb #60833fa5
 def expert_statistics(
-    f, # a `Finished`
+    t,           # a `Trace`
+    model,       # that was traced
+    layers=None, # names of the layers that were; None: all
 )->pd.DataFrame: # a row an expert: load, weight, margin, partner, lift, similarity
-    "What the routing of the last checkpoint and the parameters say of each expert."
-    t, keys = f.traces[-1], ['layer', 'expert']
+    "What the routing and the parameters say of each expert."
+    keys = ['layer', 'expert']
     most = lambda df, c: df.groupby(keys)[c].max()
     own = pd.DataFrame([r for i, l in enumerate(t) for r in _of_each_expert(i, l)]).set_index(keys)
-    p = expert_parameter_similarity(f.model)
+    p = expert_parameter_similarity(model, layers)
     both = pd.concat([p, p.rename(columns=dict(expert='other', other='expert'))])
     return own.assign(partner=most(co_activation(t), 'co_activation'), lift=most(domain_specialisation(t), 'lift'),
                       similarity=both.groupby(keys).similarity.mean()).reset_index()

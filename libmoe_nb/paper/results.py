@@ -131,12 +131,13 @@ def _measure(c, pairs, folder, suite, jobs, threads, tell):
     values_of(side_by_side(tasks, jobs, threads), 'measurements')
 
 # %% ../../nbs/paper/results.ipynb #2ebf4ee9
-def _see(c, folder, jobs, threads, tell):
-    "Train the stages of vision and measure the last ones"
-    compare_plan(c.vision, jobs, threads, lambda event, name=None, **kw: event == 'plan' or tell(event, name, **kw),
-                 watch=image_traces)
+def _see(c, folder, jobs, threads, tell, train=True):
+    "Train the stages of vision, or take those that are finished, and measure the last ones"
+    if train: compare_plan(c.vision, jobs, threads, watch=image_traces,
+                           progress=lambda event, name=None, **kw: event == 'plan' or tell(event, name, **kw))
     how = dict(root=str(c.vision.root), test=c.vision.test, folder=folder)
-    tasks = [Task(stage_name(s), keep_vision, dict(how, config=s)) for s in _sighted(c)]
+    tasks = [Task(stage_name(s), keep_vision, dict(how, config=s)) for s in _sighted(c)
+             if c.vision.finished(s) and not vision_tables(s, folder)]
     if tasks: tell('measure', f'{len(tasks)} models that see')
     values_of(side_by_side(tasks, jobs, threads), 'measurements')
 
@@ -173,7 +174,7 @@ def reproduce(
             if train: c.train(pairs, jobs, threads, tell)
             _measure(c, pairs, *how)
             write_results(c, out/'measures', where, _command(only, scale))
-        if c.vision and train: _see(c, out/'measures', jobs, threads, tell)
+        if c.vision: _see(c, out/'measures', jobs, threads, tell, train)
         tables = write_results(c, out/'measures', where, _command(only, scale))
     names = {n for g in c.groups for n in claims_of(g)}
     return verdict_table(Evidence(tables), [k for n, k in claims.items() if n in names])

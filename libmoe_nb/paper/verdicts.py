@@ -73,7 +73,8 @@ class Evidence:
 
     def rows(self, name:str, **where)->pd.DataFrame:
         "Rows of a table; `where` gives a value, or a list of values, for some columns"
-        df = self.tables.get(name, pd.DataFrame())
+        if name not in self.tables: raise NotThere(name)
+        df = self.tables[name]
         for c, v in where.items():
             if c not in df: raise NotThere(f'{name} by {c}')
             df = df[df[c].isin(v) if isinstance(v, (list, tuple)) else df[c] == v]
@@ -118,11 +119,11 @@ def claim(
     return register
 
 def verdict_of(c:Claim, evidence:Evidence)->Verdict:
-    "The verdict on one claim."
+    "The verdict on one claim; seeds without an effect, for which a part is missing, do not count."
     if c.untestable: return Verdict('not testable at this scale', why=c.untestable)
-    try: effects = c.measure(evidence)
+    try: effects = pd.Series(c.measure(evidence), dtype=float).dropna()
     except NotThere as e: return Verdict('not run', why=f'no {e}')
-    return judge(effects, c.kind, c.bound)
+    return judge(effects, c.kind, c.bound) if len(effects) else Verdict('not run', why='no seed that has all parts')
 
 # %% ../../nbs/paper/verdicts.ipynb #6b3c3f74
 def verdict_table(

@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 from ..analysis.metrics import (expert_allocation_entropy, expert_change_rate, expert_weight_entropy,
                                         over_checkpoints, router_margin, router_saturation)
-from ..analysis.model_metrics import expert_output_similarity
+from ..analysis.interventions import ban_experts
+from ..analysis.model_metrics import expert_output_similarity, routing_perturbation
 from ..analysis.patches import one_question_each, read_image_traces, trace_images
 from ..analysis.tracing import moe_layers, part_of
 from ..core.files import make_folder, read_json, write_atomic
@@ -25,7 +26,7 @@ from ..experiments.vision import test_questions
 from ..experiments.vision_stages import stage_folder, stage_name, stage_samples
 from ..models.asking import image_tensor, load_vision_language
 from ..models.towers import image_places
-from .measures import as_released, slot_change_rate
+from .measures import as_released, expert_statistics, slot_change_rate
 from ..training.stages import StageData
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')
@@ -85,6 +86,16 @@ def _where(trace):
     m = router_margin(trace).rename(columns=dict(margin='value'))
     return dict(allocation_entropy=a, weight_entropy=w, margin=_depth(m[['layer', 'value']]))
 
+def _ablation(model, data, trace):
+    "Loss on answers without each expert of the tower minus the loss, and what the trace says of the expert"
+    names, rows = [n for n in moe_layers(model) if part_of(n) == 'tower'], []
+    batches = [*islice(StageData(data).epoch(16), 8)]
+    for i, name in enumerate(names):
+        ways = {str(e): ban_experts([e], weights='zero') for e in range(trace.meta['num_experts'][i])}
+        t = routing_perturbation(model, batches, ways, layers=[name]).iloc[1:]
+        rows += [dict(layer=i, expert=int(e), value=v) for e, v in zip(t.intervention, t.loss_change)]
+    return dict(ablation=pd.DataFrame(rows).merge(expert_statistics(trace, model, names), on=['layer', 'expert']))
+
 def _depth(t): return t.assign(depth=(t.layer / max(t.layer.max(), 1)).round(4))
 
 def _similarity(model, data):
@@ -122,7 +133,7 @@ def measure_vision(
     if not moe_layers(model): return res
     data = _probe(test, model, processor, scenes)
     trace = trace_images(model, data, folder/'probe')['tower']
-    return res | _where(trace) | _similarity(model, data) | _stability(_traces(folder), result['steps'])
+    return res | _where(trace) | _similarity(model, data) | _ablation(model, data, trace) | _stability(_traces(folder), result['steps'])
 
 # %% ../../nbs/paper/vision_measures.ipynb #46f5ef9d
 def keep_vision(
@@ -130,7 +141,7 @@ def keep_vision(
     progress=None, **sizes,               # for `measure_vision`
 )->int: # tables that were computed
     "The tables of a last stage, computed once, for `side_by_side`."
-    folder = Path(folder)/f'{stage_name(config)}-{run_hash(dict(sizes, version=1))}'
+    folder = Path(folder)/f'{stage_name(config)}-{run_hash(dict(sizes, version=2))}'
     if (folder/'accuracy.csv').exists(): return 0
     make_folder(folder)
     tables = measure_vision(root, config, test, **sizes)
@@ -143,5 +154,5 @@ def vision_tables(
     **sizes,
 )->dict: # name -> table; {}: not measured yet
     "The tables that `keep_vision` has kept."
-    folder = Path(folder)/f'{stage_name(config)}-{run_hash(dict(sizes, version=1))}'
+    folder = Path(folder)/f'{stage_name(config)}-{run_hash(dict(sizes, version=2))}'
     return {p.stem: pd.read_csv(p) for p in sorted(folder.glob('*.csv'))} if (folder/'accuracy.csv').exists() else {}

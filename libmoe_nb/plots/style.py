@@ -117,7 +117,8 @@ def make_axes(
 
 _labels = dict(valid_perplexity='validation perplexity', valid_loss='validation loss (nats per token)',
     train_loss='training loss (nats per token)', train_perplexity='training perplexity', tokens='training tokens',
-    step='steps', perplexity='validation perplexity', load_max_mean='busiest expert / mean load',
+    step='steps', progress='share of training',
+    perplexity='validation perplexity', load_max_mean='busiest expert / mean load',
     margin='router margin (best − second score)', change_rate='expert change rate (0: nothing changed)',
     saturation='router saturation (1: as at the end)', loss_change='change of loss (nats per token)',
     accuracy_change='change of accuracy', entropy='entropy of load (1: uniform)',

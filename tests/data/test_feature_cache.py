@@ -6,31 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-    SiglipVisionConfig,
-)
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from word_tokens import FIRST, word_tokenizer
 
 from libmoe_nb.data.conversations import ConversationData, Sample
 from libmoe_nb.data.features import FeatureCache, tower_digest
 from libmoe_nb.data.streaming import StreamedData
-
-WORDS = ['<pad>', '<s>', '</s>', '<unk>', '<image>', 'USER', 'ASSISTANT', ':', 'what', '?', *'abcdefgh']
-
-
-def tokenizer():
-    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token='<unk>'))
-    t.pre_tokenizer = pre_tokenizers.Whitespace()
-    t.add_special_tokens(['<pad>', '<s>', '</s>', '<image>'])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=t, pad_token='<pad>', bos_token='<s>', eos_token='</s>', unk_token='<unk>'
-    )
-
 
 def llava():
     torch.manual_seed(0)
@@ -38,7 +20,7 @@ def llava():
     return LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=SiglipVisionConfig(**small, image_size=16, patch_size=8, vision_use_head=False),
-            text_config=LlamaConfig(**small, vocab_size=len(WORDS)),
+            text_config=LlamaConfig(**small, vocab_size=len(FIRST) + 8),
             image_token_index=4,
             vision_feature_layer=-1,
             vision_feature_select_strategy='full',
@@ -87,7 +69,7 @@ def trained(kind, folder=None, data_class=ConversationData, seed=3):
     for n, p in model.named_parameters():
         p.requires_grad_('multi_modal_projector' in n)
     cache = FeatureCache(folder, tower_of(model), model.model.vision_tower) if kind == 'cache' else None
-    data = data_class(SAMPLES, tokenizer(), pixels, 4, features=cache)
+    data = data_class(SAMPLES, word_tokenizer('abcdefgh'), pixels, 4, features=cache)
     opt = torch.optim.AdamW(model.model.multi_modal_projector.parameters(), 1e-2)
     for b, _ in zip(data.batches(4, seed=seed), range(9)):
         kept = b.pop('image_features', None)
@@ -210,7 +192,7 @@ def test_broken_images_are_left_out_by_name(tmp_path):
         Sample('broken', SAMPLES[1].turns, (b'no picture',)),
         Sample('gone', SAMPLES[1].turns, ('none.png',)),
     ]
-    data = ConversationData(some, tokenizer(), pixels, 16, features=cache)
+    data = ConversationData(some, word_tokenizer('abcdefgh'), pixels, 16, features=cache)
     for b, _ in zip(data.batches(2), range(8)):
         n = (b['input_ids'] == 4).sum().item()
         assert n == 16 * len(b['image_features']) if n else 'image_features' not in b

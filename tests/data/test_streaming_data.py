@@ -7,24 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from word_tokens import word_tokenizer
 
 from libmoe_nb.data.conversations import ConversationData
 from libmoe_nb.data.streaming import StreamedData
 from libmoe_nb.data.vision import vision_data
 
-WORDS = ['<pad>', '<s>', '</s>', '<unk>', '<image>', 'USER', 'ASSISTANT', ':', 'what', '?', *map(str, range(100))]
-
 
 @pytest.fixture(scope='module')
 def tok():
-    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token='<unk>'))
-    t.pre_tokenizer = pre_tokenizers.Whitespace()
-    t.add_special_tokens(['<pad>', '<s>', '</s>', '<image>'])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=t, pad_token='<pad>', bos_token='<s>', eos_token='</s>', unk_token='<unk>'
-    )
+    return word_tokenizer(map(str, range(100)))
 
 
 def pixels(im):

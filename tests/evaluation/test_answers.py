@@ -81,7 +81,7 @@ def test_bad_image_is_left_out_by_name_under_every_condition(questions, tmp_path
                           left_out=left)
     assert df.groupby('condition').id.apply(list).map(lambda ids: ids == [q.id for q in questions[:9]]).all()
     assert len(left) == 1 and 'broken.png' in repr(left) and 'bad' in repr(left)
-    with pytest.raises(ValueError, match='of at least one whose images can be read'): readable_questions([bad])
+    with pytest.raises(ValueError, match='hold at least one whose images can be read'): readable_questions([bad])
 
 def test_text_survives_the_disk(questions, tmp_path):
     said = ['NA', 'None', '', 'a\nb', 'say "no", please', 'null', ' x ', 'ü\r\n<b>', 'True']

@@ -1,9 +1,8 @@
 "Models as Hugging Face models: files, processes, families, trainers. What a reader need not see in the chapter."
-import copy, json, pickle, types
+import copy, json, pickle
 import pytest, torch, transformers
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError
-from pathlib import Path
+from hub_made import hub_in_place
 from processes import run_forked
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
@@ -158,27 +157,8 @@ def test_card_names_the_base_model(tmp_path):
     m.config.base_config._name_or_path = str(tmp_path)
     assert model_card(m).data.base_model is None
 
-class Hub:
-    "Stands in for the Hugging Face hub"
-    def __init__(self, card=None): self.card, self.calls = card, []
-    def create_repo(self, api, repo_id, **kw):
-        self.calls.append(('create', repo_id, kw))
-        return types.SimpleNamespace(repo_id=f'me/{repo_id}')
-    def upload_folder(self, api, *, folder_path, repo_id, ignore_patterns=None, **kw):
-        self.files = {f.name: f.read_bytes() for f in Path(folder_path).iterdir()
-                      if f.name not in (ignore_patterns or [])}
-        self.calls.append(('upload', repo_id, kw))
-    def load(self, repo_id, **kw):
-        if self.card is None: raise EntryNotFoundError('no card')
-        return ModelCard(self.card)
-
 @pytest.fixture
-def hub(monkeypatch):
-    hub = Hub()
-    monkeypatch.setattr('huggingface_hub.HfApi.create_repo', lambda api, *a, **k: hub.create_repo(api, *a, **k))
-    monkeypatch.setattr('huggingface_hub.HfApi.upload_folder', lambda api, **k: hub.upload_folder(api, **k))
-    monkeypatch.setattr('huggingface_hub.ModelCard.load', lambda *a, **k: hub.load(*a, **k))
-    return hub
+def hub(monkeypatch): return hub_in_place(monkeypatch)
 
 def unpack(hub, folder):
     for n, b in hub.files.items(): (folder/n).write_bytes(b)

@@ -5,8 +5,8 @@ from PIL import Image
 from released_files import N, D_V, D_T, LAYERS, made_by_hand, release
 from libmoe_nb.core.files import read_json, write_json
 from libmoe_nb.models.asking import ask, load_vision_language
-from libmoe_nb.models.released import (TensorFiles, import_released, load_projector, load_released, published,
-                                       recipe_of)
+from libmoe_nb.models.released import (TensorFiles, empty_released, import_released, load_projector, load_released,
+                                       published, recipe_of, released_specs, slots_of)
 
 RECIPES = [r for r in published if r != 'smoe_sigmoidgating']
 IDS = torch.tensor([[1, 4, 4, 4, 4, 7, 8, 9]])
@@ -72,6 +72,50 @@ def test_layers_compute_what_the_released_code_does(loaded, recipe):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     kept = {n for n in t if 'gate_transform' in n or recipe == 'xmoe' and n.endswith('gate.weight')}
     assert set(names['unread']) == kept and not names['absent']
+
+class ByFormula(torch.nn.Module):
+    "A layer of experts of which nothing is ours"
+    def __init__(self, *about): super().__init__(); self.about = about
+    def forward(self, x):
+        recipe, t, home, *rest = self.about
+        return by_formula(recipe, t, home, x.flatten(0, -2), *rest).unflatten(0, x.shape[:-1])
+
+@torch.no_grad()
+def whole_by_hand(recipe, t, config, ids, pixels):
+    "Logits of the whole released model: transformers' attention and Phi-3, and all else written out"
+    from transformers import Phi3ForCausalLM, SiglipVisionModel
+    v, side, grid = 'model.vision_tower.vision_model.', 8, 2
+    tower = SiglipVisionModel(config.vision_config).eval()
+    for i, l in enumerate(tower.encoder.layers):
+        l.mlp = ByFormula(recipe, t, f'{v}encoder.layers.{i}.moelayer', 'fc1', 'fc2',
+                          lambda h: F.gelu(h, approximate='tanh'))
+    dense = {n.removeprefix(v): w for n, w in t.items() if n.startswith(v) and 'moelayer' not in n}
+    lost = tower.load_state_dict(dense, strict=False)
+    assert not lost.unexpected_keys and {n.split('.')[0] for n in lost.missing_keys} <= {'post_layernorm', 'head'}
+    seen = lambda x: tower(x, output_hidden_states=True).hidden_states[-2][0].view(grid, grid, D_V)
+    big, mosaic = F.interpolate(pixels, scale_factor=3, mode='bicubic', align_corners=False), torch.zeros(6, 6, D_V)
+    for i in range(3):
+        for j in range(3):
+            crop = big[:, :, side*i:side*i + side, side*j:side*j + side]
+            mosaic[grid*i:grid*i + grid, grid*j:grid*j + grid] = seen(crop)
+    means = torch.stack([mosaic[3*i:3*i + 3, 3*j:3*j + 3].mean((0, 1)) for i in range(grid) for j in range(grid)])
+    x = torch.cat([seen(pixels).flatten(0, 1), means], -1)
+    image = by_formula(recipe, t, 'model.mm_projector.moelayer', x, '0', '2', F.gelu)
+    phi = Phi3ForCausalLM(config.text_config).eval()
+    phi.load_state_dict({n: w for n, w in t.items() if 'vision_tower' not in n and 'mm_projector' not in n})
+    words = phi.model.embed_tokens(ids)
+    words[ids == 4] = image
+    return phi(inputs_embeds=words).logits
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_a_whole_model_equals_the_released_one_written_out(loaded, recipe):
+    t, model, *_ = loaded(recipe)
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    theirs = whole_by_hand(recipe, t, model.config, IDS, pixels)
+    torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-4)
+    flipped = {n: w.flip(0) for n, w in t.items() if 'experts.0' in n}
+    other = whole_by_hand(recipe, t | flipped, model.config, IDS, pixels)
+    assert not torch.allclose(other, theirs, atol=1e-3)   # the experts have a say in what is compared
 
 def set_by_hand(model, t):
     "The same weights, each written where a person would write it"
@@ -219,7 +263,6 @@ def test_constants_that_a_file_lacks_are_zero_and_listed(tmp_path):
 
 def test_the_paper_size_is_counted_without_memory():
     from transformers import Phi3Config, SiglipVisionConfig
-    from libmoe_nb.models.released import _empty_model, _slots, _specs
     from libmoe_nb.models.vision import joined_config
     tower = SiglipVisionConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
                                image_size=224, patch_size=14, vision_use_head=False)
@@ -231,9 +274,9 @@ def test_the_paper_size_is_counted_without_memory():
                                            ('tcmoe', 1_752_359_328, 99_161_856),
                                            # without what nothing reads
                                            ('moe_plus_plus', 1_752_236_640 - 27 * 64, 99_141_120)):
-        specs = _specs({}, recipe, 6, 3, tower, text, (1, 3))
-        model = _empty_model(joined_config(tower, text, 32011, -2, (1, 3)), specs)
-        count = lambda part: sum(torch.Size(s).numel() for (n, _), s in _slots(model).items() if f'.{part}.' in n)
+        specs = released_specs(recipe, 6, 3, tower, text, (1, 3))
+        model = empty_released(joined_config(tower, text, 32011, -2, (1, 3)), specs)
+        count = lambda part: sum(torch.Size(s).numel() for (n, _), s in slots_of(model).items() if f'.{part}.' in n)
         assert all(p.is_meta for p in model.parameters())
         assert (count('vision_tower'), count('multi_modal_projector')) == (of_tower, of_projector), recipe
-    assert sum(torch.Size(s).numel() for s in _slots(model).values()) == of_tower + of_projector + 3_821_079_552
+    assert sum(torch.Size(s).numel() for s in slots_of(model).values()) == of_tower + of_projector + 3_821_079_552

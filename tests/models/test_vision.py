@@ -9,6 +9,7 @@ from transformers import (AutoConfig, AutoModelForImageTextToText, CLIPVisionCon
                           TrainingArguments)
 from libmoe_nb.analysis.tracing import record_routing
 from libmoe_nb.data.templates import plain_template
+from libmoe_nb.models.cards import model_card
 from libmoe_nb.models.loading import load_model
 from libmoe_nb.models.lora import add_lora
 from libmoe_nb.models.scales import (ScaledLlavaConfig, ScaledLlavaForConditionalGeneration, crops, pixel_side)
@@ -18,6 +19,7 @@ from libmoe_nb.models.upcycling import upcycle
 from libmoe_nb.models.vision import *
 from libmoe_nb.models.wrapping import UpcycledMixin, load_upcycled
 from dataclasses import replace
+from hub_made import hub_in_place
 from processes import run_forked
 
 SPARSE = [r for r in ('smoe', 'smoe_sigmoid', 'xmoe', 'sharede_v2', 'sharede_v3', 'tcmoe', 'moe_plus_plus')]
@@ -348,18 +350,20 @@ def test_two_scales_are_a_class_of_its_own(scaled, recipe, tmp_path):
 
 FRESH = '''
 import sys, torch, transformers, libmoe_nb.models.wrapping
-want = torch.load(sys.argv[1] + '/want.pt')
-model = transformers.AutoModelForImageTextToText.from_pretrained(sys.argv[1]).eval()
-with torch.no_grad(): print(type(model).__name__, torch.equal(model(**want['inputs']).logits, want['logits']))
+for folder in sys.argv[1:]:
+    want = torch.load(folder + '/want.pt')
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+    with torch.no_grad(): print(type(model).__name__, torch.equal(model(**want['inputs']).logits, want['logits']))
 '''
 def test_a_fresh_process_gives_the_same_answers(scaled, tmp_path):
     if scaled.config.scale_source == 'original': pytest.skip('one is enough')
-    moe = upcycle_parts(scaled, 'xmoe', PARTS, seed=0)
-    moe.save_pretrained(tmp_path)
-    b = {k: v for k, v in batch(moe).items() if k != 'labels'}
-    torch.save(dict(inputs=b, logits=logits(moe, b)), tmp_path/'want.pt')
-    p = run_forked(FRESH, tmp_path)
-    assert p.stdout.split() == ['MoEScaledLlavaForConditionalGeneration', 'True'], p.stderr[-1500:]
+    for name, model in ('moe', upcycle_parts(scaled, 'xmoe', PARTS, seed=0)), ('dense', scaled):
+        model.save_pretrained(tmp_path/name)
+        b = {k: v for k, v in batch(model).items() if k != 'labels'}
+        torch.save(dict(inputs=b, logits=logits(model, b)), tmp_path/name/'want.pt')
+    p = run_forked(FRESH, tmp_path/'moe', tmp_path/'dense')
+    assert p.stdout.split() == ['MoEScaledLlavaForConditionalGeneration', 'True',
+                                'ScaledLlavaForConditionalGeneration', 'True'], p.stderr[-1500:]
 
 # transformers' own tools
 
@@ -443,18 +447,21 @@ def test_adapters(scaled, recipe, tmp_path):
     assert type(merged) is type(base)
     torch.testing.assert_close(logits(merged, b), after, atol=1e-3, rtol=1e-3)
 
-def test_pushed_as_it_is_saved(scaled, monkeypatch, tmp_path):
-    from types import SimpleNamespace
-    sent, moe = {}, upcycle_parts(scaled, seed=0)
-    monkeypatch.setattr(type(moe), '_upload_modified_files', lambda self, folder, repo_id, *a, **kw: sent.update(
-        repo=repo_id, files=set(__import__('os').listdir(folder))))
-    monkeypatch.setattr('huggingface_hub.HfApi.create_repo',
-                        lambda self, repo_id, **kw: SimpleNamespace(repo_id=repo_id))
-    for place in 'modeling_utils', 'utils.hub':
-        monkeypatch.setattr(f'transformers.{place}.create_and_tag_model_card',
-                            lambda *a, **kw: SimpleNamespace(save=lambda path: None))
-    moe.push_to_hub('me/llava')
-    assert sent['repo'] == 'me/llava' and {'config.json', 'model.libmoe.safetensors'} <= sent['files']
+def test_pushed_as_it_is_saved(scaled, monkeypatch):
+    hub, moe = hub_in_place(monkeypatch), upcycle_parts(scaled, seed=0)
+    moe.push_to_hub('llava')
+    assert hub.calls[-1][:2] == ('upload', 'me/llava') and {'config.json', 'model.libmoe.safetensors'} <= {*hub.files}
+    assert b'libmoe ask picture.png' in hub.files['README.md']
+
+def test_a_card_tells_the_recipe_and_the_size_of_each_part(dense):
+    moe = upcycle_parts(upcycle_parts(dense, 'smoe', 'tower', seed=0), 'sharede_v3', 'projector', 4, 2, seed=0)
+    card, counts = str(model_card(moe, 'me/llava')), count_parts(moe)
+    for row in ('| model.vision_tower.encoder.layers | 2 | `smoe` | 6 | 3 | 0 |',
+                '| model.multi_modal_projector | 1 | `sharede_v3` | 4 | 2 | 1 |',
+                "load_vision_language('me/llava')", "pipeline_tag: image-text-to-text"): assert row in card
+    number = lambda n: f'{n:,}' if n > 9999 else str(n)
+    for block, part in ('model.vision_tower', 'tower'), ('model.multi_modal_projector', 'projector'), ('all', 'all'):
+        assert f"| {block} | {number(counts[part]['total'])} | {number(counts[part]['active'])} |" in card
 
 # the paper's size
 

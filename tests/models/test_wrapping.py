@@ -1,7 +1,6 @@
 "Upcycled models of any class: a masked language model, a translator, vision models, images with text."
 import copy, json, pickle
 from pathlib import Path
-from types import SimpleNamespace
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification,
@@ -10,6 +9,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
                           BertForMaskedLM,
                           CLIPVisionModel, LlavaForConditionalGeneration, T5ForConditionalGeneration, Trainer,
                           TrainingArguments, ViTForImageClassification)
+from hub_made import hub_in_place
 from processes import run_forked
 from test_upcycling import IDS, SMALL, T5, WHOLE, error, rough, tiny_llava
 from libmoe_nb.moe.config import MoESpec
@@ -204,22 +204,25 @@ def test_dtype_and_device_map(case, tmp_path):
         assert l.experts.down_proj.dtype == torch.bfloat16 and l.router.expert_bias.dtype == torch.float32
 
 def test_pushed_as_it_is_saved(monkeypatch, tmp_path):
-    sent, moe = {}, Case('bert').upcycled()
-    def take(self, folder, repo_id, *args, **kw):
-        sent.update(repo=repo_id, files={p.name for p in Path(folder).iterdir()},
-                    config=json.loads((Path(folder)/'config.json').read_text()))
-    monkeypatch.setattr(type(moe), '_upload_modified_files', take)
-    monkeypatch.setattr('huggingface_hub.HfApi.create_repo',
-                        lambda self, repo_id, **kw: SimpleNamespace(repo_id=repo_id))
-    card = SimpleNamespace(save=lambda path: None)
-    for place in 'modeling_utils', 'utils.hub':
-        monkeypatch.setattr(f'transformers.{place}.create_and_tag_model_card', lambda *args, **kw: card)
-    for push in (lambda: moe.save_pretrained(tmp_path/'a', push_to_hub=True, repo_id='me/bert'),
-                 lambda: moe.push_to_hub('me/bert')):
-        sent.clear()
+    hub, moe = hub_in_place(monkeypatch), Case('bert').upcycled()
+    for push in (lambda: moe.save_pretrained(tmp_path/'a', push_to_hub=True, repo_id='bert', private=True),
+                 lambda: moe.push_to_hub('bert', private=True)):
+        hub.calls.clear()
         push()
-        assert sent['repo'] == 'me/bert' and {'config.json', 'model.libmoe.safetensors'} <= sent['files']
-        assert sent['config']['model_type'] == 'libmoe_bert'
+        assert [(c[0], c[1]) for c in hub.calls] == [('create', 'bert'), ('upload', 'me/bert')]
+        assert hub.calls[0][2]['private'] and {'config.json', 'model.libmoe.safetensors'} <= {*hub.files}
+        assert json.loads(hub.files['config.json'])['model_type'] == 'libmoe_bert'
+        assert b"load_upcycled('bert')" in hub.files['README.md']
+
+def test_a_card_is_written_by_the_main_process_and_over_no_card_of_yours(tmp_path):
+    moe = Case('bert').upcycled()
+    moe.save_pretrained(tmp_path/'a', is_main_process=False)
+    assert not (tmp_path/'a'/'README.md').exists()
+    moe.save_pretrained(tmp_path/'b')
+    assert '| `smoe` |' in (tmp_path/'b'/'README.md').read_text()
+    (tmp_path/'b'/'README.md').write_text('mine')
+    moe.save_pretrained(tmp_path/'b')
+    assert (tmp_path/'b'/'README.md').read_text() == 'mine'
 
 def test_a_part_of_a_checkpoint(tmp_path):
     "The body without its head, and another head: names differ by the body's prefix"
