@@ -39,11 +39,13 @@ _works = {'2604.14419': 'Equifinality of routers', '2412.14711': 'ReMoE', '2408.
           '2603.11114': 'Routing signatures', '2502.03009': 'Upcycling laws', '2502.19261': 'Drop-upcycling',
           '2507.01351': 'Long-tailed routing', '2PAe0L8PME': 'Geometry at initialisation'}
 
-# %% ../../nbs/paper/newer.ipynb #d2b13cd8
-_settles = [('agrees', '2409.02060', 'routing saturates early'), ('agrees', '2601.08383', 'the importance of experts locks early')]
+# %% ../../nbs/paper/newer.ipynb #f1e8d12e
+_settles = [('agrees', '2409.02060', 'routing saturates early'),
+            ('agrees', '2601.08383', 'the importance of experts locks early')]
 _upcycles = [('qualifies', '2502.03009', 'says where upcycling pays'),
              ('qualifies', '2502.19261', 'drawing a share of the neurons anew changes the outcome')]
-_balanced = ('qualifies', '2408.15664', 'a bias in place of the loss has lower perplexity and more even loads, at 1B and 3B')
+_balanced = ('qualifies', '2408.15664',
+             'a bias in place of the loss has lower perplexity and more even loads, at 1B and 3B')
 
 _remarks = dict(
     change_rate_falls=_settles, choices_settle_early=_settles,
@@ -58,18 +60,22 @@ _remarks = dict(
                           ('qualifies', '2603.11114', 'a task can be read off the routing with 92.5 %')],
     outputs_differ=[('disagrees', '2603.05806', 'the best expert has a cosine of up to 0.95 with the mixture')])
 
-# %% ../../nbs/paper/newer.ipynb #5dac07a6
+# %% ../../nbs/paper/newer.ipynb #697dfde7
 _remarks |= dict(
-    smaller_start_balances=[('qualifies', '2PAe0L8PME', 'imbalance comes from the geometry of hidden states, and 1/√L helps')],
-    balance_loss_changes_little=[('qualifies', '2501.11873', 'balanced over the global batch, perplexity gets better, up to 42.8B'),
-                                 _balanced],
-    balance_loss_evens_load=[_balanced, ('qualifies', '2605.12476', 'it makes the rows of a router three times more alike')],
+    smaller_start_balances=[('qualifies', '2PAe0L8PME',
+                             'imbalance comes from the geometry of hidden states, and 1/√L helps')],
+    balance_loss_changes_little=[
+        ('qualifies', '2501.11873', 'balanced over the global batch, perplexity gets better, up to 42.8B'), _balanced],
+    balance_loss_evens_load=[_balanced,
+                             ('qualifies', '2605.12476', 'it makes the rows of a router three times more alike')],
     perplexities_close=[
         ('agrees', '2604.14419', 'five cosine routers lie within 1 of perplexity by two one-sided tests, over 62 runs'),
         ('disagrees', '2412.14711', 'ReLU routing beats top-k at every size that was tried'), _balanced],
-    xmoe_last=[('agrees', '2604.14419', 'a linear router has 32.8, cosine routers have 33.9 to 34.7, with fewer parameters')],
+    xmoe_last=[('agrees', '2604.14419',
+                'a linear router has 32.8, cosine routers have 33.9 to 34.7, with fewer parameters')],
     sharede_v2_ranks_first=[('disagrees', '2409.02060', 'a shared expert was slightly worse')],
-    behaviour_differs=[('qualifies', '2606.10703', 'no routing statistic predicts which expert matters, over 60 combinations')])
+    behaviour_differs=[('qualifies', '2606.10703',
+                        'no routing statistic predicts which expert matters, over 60 combinations')])
 
 # %% ../../nbs/paper/newer.ipynb #ca4b0427
 def newer_of(
@@ -114,7 +120,19 @@ def _shown_by(path, folder):
         regime = re.search(r"regime='(\w+)'", rest)
         yield path, figure_names(names), regime and regime[1], path.relative_to(folder).with_suffix('.html').as_posix()
 
-# %% ../../nbs/paper/newer.ipynb #04f8db93
+# %% ../../nbs/paper/newer.ipynb #5ee7c0de
+_sheet = """.claims table {border-collapse: collapse; width: 100%; font-size: .86em; line-height: 1.35;}
+.claims th, .claims td {text-align: left; vertical-align: top; padding: .45em .6em; border: 0; white-space: normal;}
+.claims tr {border-bottom: 1px solid rgba(128,128,128,.3); background: none;}
+.claims .part th {font-size: 1.15em; padding-top: 1em;} .claims small {opacity: .75; display: block;}
+.claims .word {color: #fff; border-radius: 3px; padding: .1em .45em; font-weight: 600; white-space: nowrap;}
+.claims td:nth-child(1) {width: 8.5em;} .claims td:nth-child(2) {width: 34%;}
+.claims td:nth-child(4) {width: 27%;}
+@media (max-width: 700px) {.claims thead {display: none;} .claims table, .claims tbody {display: block;}
+ .claims tr {display: block; padding: .5em 0;}
+ .claims tr td, .claims tr th {display: block; width: auto !important; padding: .15em 0;}}"""
+
+# %% ../../nbs/paper/newer.ipynb #9806be39
 class ClaimTable:
     "All claims, as HTML and as plain text."
     def __init__(self,
@@ -133,16 +151,8 @@ class ClaimTable:
         for regime, d in self.table.groupby('regime', sort=False):
             title = dict(language='Language models', vision='Vision-language models').get(regime, regime)
             body += [ft.Tr(ft.Th(title, colspan=4), cls='part'), *(self.row(r) for r in d.itertuples())]
-        return ft.to_xml(ft.Div(ft.Style(_sheet), ft.Table(ft.Thead(head), ft.Tbody(*body)), cls='claims'), indent=False)
-
-_sheet = """.claims table {border-collapse: collapse; width: 100%; font-size: .86em; line-height: 1.35; display: table;}
-.claims th, .claims td {text-align: left; vertical-align: top; padding: .45em .6em; border: 0; white-space: normal;}
-.claims tr {border-bottom: 1px solid rgba(128,128,128,.3); background: none;}
-.claims .part th {font-size: 1.15em; padding-top: 1em;} .claims small {opacity: .75; display: block;}
-.claims .word {color: #fff; border-radius: 3px; padding: .1em .45em; font-weight: 600; white-space: nowrap; font-size: .92em;}
-.claims td:nth-child(1) {width: 8.5em;} .claims td:nth-child(2) {width: 34%;} .claims td:nth-child(4) {width: 27%;}
-@media (max-width: 700px) {.claims thead {display: none;} .claims table, .claims tbody {display: block;}
- .claims tr {display: block; padding: .5em 0;} .claims tr td, .claims tr th {display: block; width: auto !important; padding: .15em 0;}}"""
+        table = ft.Table(ft.Thead(head), ft.Tbody(*body))
+        return ft.to_xml(ft.Div(ft.Style(_sheet), table, cls='claims'), indent=False)
 
 # %% ../../nbs/paper/newer.ipynb #6b900fbc
 @patch
@@ -159,7 +169,7 @@ def row(self:ClaimTable, r):
     return ft.Tr(ft.Td(word), ft.Td(r.says, ' (', where, ')', *printed), ft.Td(*found, ft.Small(f'scale {self.scale}')),
                  ft.Td(*newer or '–'))
 
-# %% ../../nbs/paper/newer.ipynb #83ee27bb
+# %% ../../nbs/paper/newer.ipynb #d08d9231
 def effect_picture(
     r, # a row of `verdict_table` with an effect
 )->str:
@@ -170,7 +180,8 @@ def effect_picture(
     line = lambda v, dash='': f'<line x1="{at(v):.1f}" x2="{at(v):.1f}" y1="1" y2="15" stroke="currentColor" {dash}/>'
     bounds = dict(above=[r.bound], below=[r.bound], within=[-r.bound, r.bound])[r.kind]
     colour, dash = verdict_colours[r.verdict], 'stroke-dasharray="2 2"'
-    bar = f'<rect x="{at(r.low):.1f}" width="{max(at(r.high) - at(r.low), 1):.1f}" y="6" height="4" fill="{colour}" opacity=".45"/>'
+    width = max(at(r.high) - at(r.low), 1)
+    bar = f'<rect x="{at(r.low):.1f}" width="{width:.1f}" y="6" height="4" fill="{colour}" opacity=".45"/>'
     ends = ''.join(f'<path d="M{x} 4l{d} 4l{-d} 4z" fill="{colour}"/>' for v, x, d in ((r.low, 4, -4), (r.high, 156, 4))
                    if not -2 <= v / unit <= 3)
     return (f'<svg width="160" height="16" role="img" aria-label="effect {r.effect:.3g}, bound {r.bound:.3g}">{line(0)}'

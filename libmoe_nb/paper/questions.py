@@ -41,7 +41,7 @@ def harm_correlations(
 
 def _corr(a, b): return np.corrcoef(a, b)[0, 1] if a.std() > 0 and b.std() > 0 else np.nan
 
-# %% ../../nbs/paper/questions.ipynb #c1723cb3
+# %% ../../nbs/paper/questions.ipynb #4a00085d
 def _predicted(r):
     "Harm from all statistics, by a fit on the other recipes of the regime"
     res, x = pd.Series(np.nan, r.index), r[[*harm_statistics]].to_numpy(float)
@@ -59,7 +59,7 @@ def harm_table(
     rows = []
     for (g, v, r, s), d in harm_correlations(table).groupby(['regime', 'variant', 'recipe', 'statistic'], sort=False):
         e = interval(d.correlation)
-        rows.append(dict(regime=g, variant=v, recipe=r, statistic=s, effect=e.estimate, low=e.low, high=e.high, blocks=e.n))
+        rows.append((g, v, r, s, e.estimate, e.low, e.high, e.n))
     return pd.DataFrame(rows, columns=['regime', 'variant', 'recipe', 'statistic', 'effect', 'low', 'high', 'blocks'])
 
 # %% ../../nbs/paper/questions.ipynb #83b9b777
@@ -100,7 +100,7 @@ def agreement(
     effects = {k: interval(v) for k, v in found.items() if v}
     return pd.DataFrame({k: dict(effect=e.estimate, low=e.low, high=e.high, n=e.n) for k, e in effects.items()}).T
 
-# %% ../../nbs/paper/questions.ipynb #823bba11
+# %% ../../nbs/paper/questions.ipynb #48a7f50a
 def two_by_two(
     wide,  # index seed; columns of the four variants
     first:str, second:str, both:str, base='base',
@@ -109,7 +109,8 @@ def two_by_two(
     missing = [c for c in (base, first, second, both) if c not in wide]
     check(not missing, 'wide', ', '.join(missing), 'no variant missing')
     d = wide.dropna()
-    effects = {first: (d[first] - d[base] + d[both] - d[second]) / 2, second: (d[second] - d[base] + d[both] - d[first]) / 2,
+    effects = {first: (d[first] - d[base] + d[both] - d[second]) / 2,
+               second: (d[second] - d[base] + d[both] - d[first]) / 2,
                'beyond their sum': d[both] - d[first] - d[second] + d[base]}
     found = {k: interval(v) for k, v in effects.items() if len(v)}
     return pd.DataFrame({k: dict(effect=e.estimate, low=e.low, high=e.high, seeds=e.n) for k, e in found.items()}).T

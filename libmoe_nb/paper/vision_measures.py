@@ -133,7 +133,8 @@ def measure_vision(
     if not moe_layers(model): return res
     data = _probe(test, model, processor, scenes)
     trace = trace_images(model, data, folder/'probe')['tower']
-    return res | _where(trace) | _similarity(model, data) | _ablation(model, data, trace) | _stability(_traces(folder), result['steps'])
+    res |= _where(trace) | _similarity(model, data) | _ablation(model, data, trace)
+    return res | _stability(_traces(folder), result['steps'])
 
 # %% ../../nbs/paper/vision_measures.ipynb #46f5ef9d
 def keep_vision(

@@ -35,7 +35,7 @@ def plot_verdicts(
     _counts(fig, df)
     return fig
 
-# %% ../../nbs/plots/verdicts.ipynb #0941de10
+# %% ../../nbs/plots/verdicts.ipynb #898309f3
 def _lines_of(df):
     "What each line shows: a heading alone, or figure, label and verdict"
     res = []
@@ -47,13 +47,14 @@ def _lines_of(df):
 def _claim_line(ax, column, y, figure, label, verdict):
     if label is None: return ax.text(column + .01, y, figure, fontsize=9.5, fontweight='bold', va='center')
     colour, sign = verdict_looks[verdict]
-    ax.text(column + .155, y, figure.split(',')[0], fontsize=7, color='#666666', va='center', ha='right', parse_math=False)
+    ax.text(column + .155, y, figure.split(',')[0], fontsize=7, color='#666666', va='center', ha='right',
+            parse_math=False)
     ax.plot(column + .19, y, 's', ms=9, color=colour, mew=0)
     ax.text(column + .19, y - .03, sign, fontsize=7, color='white', va='center', ha='center', fontweight='bold')
     ax.text(column + .225, y, label, fontsize=7.6, color='#222222' if verdict[:3] != 'not' else '#777777', va='center',
             parse_math=False)
 
-# %% ../../nbs/plots/verdicts.ipynb #b31f15a8
+# %% ../../nbs/plots/verdicts.ipynb #1b7a6412
 def _counts(fig, df):
     "How many claims have each verdict, on top"
     n = df.verdict.value_counts()
@@ -61,6 +62,6 @@ def _counts(fig, df):
     marks = [plt.Line2D([], [], marker=f'${verdict_looks[w][1]}$', ls='', color='white', ms=4) for w in there]
     backs = [plt.Line2D([], [], marker='s', ls='', color=verdict_looks[w][0], ms=9, mew=0) for w in there]
     from matplotlib.legend_handler import HandlerTuple
-    fig.legend([(b, m) for b, m in zip(backs, marks)], [f'{n[w]} {w}' for w in there], loc='upper center', ncols=len(there),
-               handler_map={tuple: HandlerTuple(ndivide=1, pad=0)}, handlelength=1, handletextpad=.4, columnspacing=1.6,
-               fontsize=9, borderpad=.1)
+    fig.legend([*zip(backs, marks)], [f'{n[w]} {w}' for w in there], loc='upper center', ncols=len(there), fontsize=9,
+               handler_map={tuple: HandlerTuple(ndivide=1, pad=0)}, handlelength=1, handletextpad=.4,
+               columnspacing=1.6, borderpad=.1)
