@@ -1,18 +1,23 @@
-"""transformers' own mixtures on a CPU: whole training steps and decoding under `eager`, `grouped_mm` and our `libmoe`.
+#!/usr/bin/env python3
+"""transformers' own mixtures on a CPU under `eager`, `grouped_mm` and our `libmoe`: training, prefill and decoding.
 
-    python benchmarks/native.py --json benchmarks/native.json      # about eight minutes on two cores
-    python benchmarks/native.py --tiny                             # the same path in seconds
+    python benchmarks/native.py --json benchmarks/native.json   # rows of earlier runs that it does not measure stay
+    python benchmarks/native.py --models OLMoE --parts train    # a part of it
+    python benchmarks/native.py --tiny                          # the same path in seconds
+    python benchmarks/native.py --show benchmarks/native.json   # the table again
 
-All implementations of one model run in one process, in turn, and their medians are compared: ratios, not seconds, are
-the result.
+The implementations of a model take turns in one process, in another order in every round. A ratio is taken inside of
+a round; its median and quartiles over the rounds are the result. With one thread (the default) the clock counts the
+process's own processor time, so that other work on the machine counts little. With more it is the clock on the wall.
 """
-import argparse, json, platform, statistics, sys, time
+import argparse, json, os, platform, sys, time
 from pathlib import Path
-import torch, transformers
+import numpy as np, torch, transformers
 from transformers import AutoModelForCausalLM, CONFIG_MAPPING
 import libmoe_nb.models.dispatch  # noqa: F401  adds 'libmoe'
 
 HOWS = 'libmoe', 'grouped_mm', 'eager'
+PARTS = 'train', 'prefill', 'decode 1', 'decode 4'
 # name -> model type, fields of the configuration: layers of the shape of published models, two of them, a small
 # vocabulary
 SHAPES = {
@@ -40,68 +45,105 @@ def make(kind, fields, dtype):
     common = dict(vocab_size=1000, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, pad_token_id=0,
                   bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**common | fields))
-    return model.to(dtype)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**common | fields)).to(dtype)
 
-def timed(f):
-    start = time.perf_counter(); f()
-    return time.perf_counter() - start
+def train(model, ids):
+    "A forward and a backward pass over a batch of sequences"
+    model.train().zero_grad()
+    return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
-def in_turn(jobs, rounds):
-    "name -> median seconds of functions that run one after the other, `rounds` times"
-    for f in jobs.values(): f()
-    seen = {n: [] for n in jobs}
-    for _ in range(rounds):
-        for n, f in jobs.items(): seen[n].append(timed(f))
-    return {n: statistics.median(v) for n, v in seen.items()}
+@torch.no_grad()
+def prefill(model, ids):
+    "A prompt read at once"
+    model.eval()
+    return torch.no_grad()(lambda: model(input_ids=ids[:1], use_cache=True))
 
-def step(model, how, ids):
+@torch.no_grad()
+def decode(model, ids, steps):
+    "One token after the other for each sequence of a batch whose first half is read already"
+    out = model.eval()(input_ids=ids[:, :16], use_cache=True)
     def run():
-        model.set_experts_implementation(how)
-        model(input_ids=ids, labels=ids).loss.backward(); model.zero_grad()
-    return run
+        o = out
+        for i in range(16, 16 + steps):
+            cache = 'cache' if 'cache' in o else 'past_key_values'
+            o = model(input_ids=ids[:, i:i+1], use_cache=True, **{cache: o[cache]})
+    return torch.no_grad()(run)
 
-def decode(model, how, ids, n):
-    def run():
-        model.set_experts_implementation(how)
-        with torch.no_grad(): model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False)
-    return run
+def prepared(part, model, ids, tiny):
+    "What one measurement runs, after what it needs has been computed"
+    if part == 'train': return train(model, ids)
+    if part == 'prefill': return prefill(model, ids)
+    return decode(model, ids[:int(part[-1])], 2 if tiny else 16)
 
-def rows(name, args):
+def times(part, model, ids, args):
+    "{implementation: seconds in each round}, nan in rounds without it"
+    clock, found = time.process_time if args.threads == 1 else time.perf_counter, []
+    for r in range(-1, args.rounds):                               # one round to warm up
+        row = dict.fromkeys(HOWS, float('nan'))
+        for how in np.roll(HOWS, r).tolist():
+            if how == 'eager' and r % 3: continue                  # slow, and not what we compare with
+            model.set_experts_implementation(how)
+            f = prepared(part, model, ids, args.tiny)
+            start = clock(); f()
+            row[how] = clock() - start
+        if r >= 0: found.append(row)
+    return {how: np.array([row[how] for row in found]) for how in HOWS}
+
+def measured(name, dtype, args):
     kind, fields = SHAPES[name]
-    for dtype in (torch.float32, torch.bfloat16):
-        model, g = make(kind, fields, dtype), torch.Generator().manual_seed(0)
-        ids = torch.randint(3, 1000, (4, 16 if args.tiny else 256), generator=g)
-        what = dict(train={h: step(model.train(), h, ids) for h in HOWS}) if not args.decode else {}
-        for part, jobs in what.items():
-            yield dict(part=part, model=name, dtype=str(dtype)[6:], tokens=ids.numel(), **in_turn(jobs, args.rounds))
-        model.eval()
-        for B in (1, 4):
-            jobs = {h: decode(model, h, ids[:B, :8], 2 if args.tiny else 16) for h in HOWS}
-            yield dict(part='decode', model=name, dtype=str(dtype)[6:], tokens=B,
-                       **in_turn(jobs, max(args.rounds // 2, 1)))
+    model, g = make(kind, fields, getattr(torch, dtype)), torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 1000, (4, 32 if args.tiny else 256), generator=g)
+    for part in args.parts:
+        ts = times(part, model, ids, args)
+        row = dict(model=name, part=part, dtype=dtype, threads=args.threads, rounds=args.rounds,
+                   libmoe_ms=round(1000 * float(np.median(ts['libmoe'])), 2))
+        for how in HOWS[1:]:
+            row[how] = [round(float(q), 3) for q in np.nanpercentile(ts[how] / ts['libmoe'], (50, 25, 75))]
+        yield row | dict(load=[round(l, 1) for l in os.getloadavg()])
+
+HEAD = f'{"":12} {"":9} {"":9}  libmoe [ms]   grouped_mm / libmoe       eager / libmoe'
+
+def line(row):
+    spread = '   '.join('{:6.2f} ({:5.2f}-{:5.2f})'.format(*row[how]) for how in HOWS[1:])
+    return f"{row['model']:12} {row['part']:9} {row['dtype']:9} {row['libmoe_ms']:12.1f}   {spread}"
+
+def save(path, rows):
+    "Rows that were measured take the place of the same ones of an earlier run"
+    key = lambda r: (r['model'], r['part'], r['dtype'], r['threads'])
+    old = json.loads(path.read_text())['rows'] if path.exists() else []
+    rows = {key(r): r for r in old} | {key(r): r for r in rows}
+    order = lambda k: (k[3], list(SHAPES).index(k[0]), PARTS.index(k[1]), k[2] == 'bfloat16')
+    machine = dict(torch=torch.__version__, transformers=transformers.__version__, machine=platform.machine(),
+                   cores=os.cpu_count(), bfloat16=[f for f in ('amx_bf16', 'avx512_bf16') if f in cpu_flags()])
+    lines = ',\n'.join('  ' + json.dumps(rows[k]) for k in sorted(rows, key=order))
+    path.with_suffix('.part').write_text(f'{{"machine": {json.dumps(machine)},\n "rows": [\n{lines}\n]}}\n')
+    path.with_suffix('.part').replace(path)
+
+def cpu_flags():
+    f = Path('/proc/cpuinfo')
+    return f.read_text().split() if f.exists() else []
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--json', help='where the result goes')
-    p.add_argument('--rounds', type=int, default=7)
-    p.add_argument('--threads', type=int, default=torch.get_num_threads())
-    p.add_argument('--tiny', action='store_true')
-    p.add_argument('--decode', action='store_true', help='decoding alone')
-    p.add_argument('--models', nargs='*', default=list(SHAPES))
+    p.add_argument('--json', type=Path, help='where the rows go')
+    p.add_argument('--show', type=Path, help='print the rows of this file, measure nothing')
+    p.add_argument('--rounds', type=int, default=5)
+    p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--tiny', action='store_true', help='short sequences, one round: only to see that it runs')
+    p.add_argument('--models', nargs='*', default=list(SHAPES), choices=list(SHAPES), metavar='MODEL')
+    p.add_argument('--parts', nargs='*', default=list(PARTS), choices=PARTS, metavar='PART')
+    p.add_argument('--dtypes', nargs='*', default=['float32', 'bfloat16'])
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     if args.tiny: args.rounds = 1
-    res = []
-    print(f'{"":12} {"":8} {"":9} {"":>6}   libmoe   against grouped_mm   eager')
+    print(HEAD)
+    if args.show: return print('\n'.join(map(line, json.loads(args.show.read_text())['rows'])))
     for name in args.models:
-        for r in rows(name, args):
-            res.append({k: round(v, 5) if isinstance(v, float) else v for k, v in r.items()})
-            print(f"{r['model']:12} {r['part']:8} {r['dtype']:9} {r['tokens']:6} {r['libmoe']*1000:7.1f} ms "
-                  f"{r['grouped_mm']/r['libmoe']:14.2f} {r['eager']/r['libmoe']:12.2f}", flush=True)
-    machine = dict(torch=torch.__version__, transformers=transformers.__version__, machine=platform.machine(),
-                   threads=args.threads)
-    if args.json: Path(args.json).write_text(json.dumps(dict(machine=machine, rows=res), indent=1) + '\n')
+        for dtype in args.dtypes:
+            rows = []
+            for row in measured(name, dtype, args):
+                rows.append(row); print(line(row), flush=True)
+            if args.json: save(args.json, rows)
 
 if __name__ == '__main__': sys.exit(main())

@@ -1,4 +1,4 @@
-"""The sorted kernel of this library inside of transformers' own mixtures: one line, for training and for inference.
+"""The sorted kernel of this library inside of transformers' own mixtures, for training and for inference.
 
 Docs: https://libmoe-nb.github.io/libmoe-nb/models/dispatch.html.md"""
 
@@ -8,9 +8,8 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/models/dispatch.html.md"""
 __all__ = ['libmoe_experts']
 
 # %% ../../nbs/models/dispatch.ipynb #527f9515
-import torch, torch.nn.functional as F
+import torch, torch.nn.functional as F, transformers
 from dataclasses import dataclass
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ..moe.kernels import sorted_kernel
 
 # %% ../../nbs/models/dispatch.ipynb #9b7a7f75
@@ -29,11 +28,11 @@ class _Borrowed:
     @property
     def intermediate_size(self): return self.stacked[1].shape[2]
 
+def _up(m, kind=''): return getattr(m, ('gate_up_proj' if m.has_gate else 'up_proj') + kind)
+
 def _stacked(m):
-    up = 'gate_up_proj' if m.has_gate else 'up_proj'
-    matrices = [getattr(m, n) for n in (up, 'down_proj')]
-    biases = [getattr(m, f'{n}_bias') if m.has_bias else None for n in (up, 'down_proj')]
-    return tuple(w.mT if m.is_transposed else w for w in matrices) + tuple(biases)
+    biases = (_up(m, '_bias'), m.down_proj_bias) if m.has_bias else (None, None)
+    return *(w.mT if m.is_transposed else w for w in (_up(m), m.down_proj)), *biases
 
 # %% ../../nbs/models/dispatch.ipynb #aa7f3fac
 # no GELU of torch: its tanh approximation has the same name
@@ -49,21 +48,27 @@ def _gate(m):
     return True if type(m)._apply_gate.__name__ == '_default_apply_gate' else m._apply_gate
 
 # %% ../../nbs/models/dispatch.ipynb #05440427
-_few = 32  # choices, at most, that are run one by one
-
-def _one_by_one(b, x, index, weights):
-    "[T, d], a loop over the choices of a few tokens"
+def _one_token(b, x, index, weights):
+    "[1, d]: each chosen expert on the one token, matrix times vector"
     up, down, up_bias, down_bias = b.stacked
-    rows = []
-    for t, chosen in enumerate(index.tolist()):
-        es = [(k, e) for k, e in enumerate(chosen) if e < b.num_experts]
-        hs = [F.linear(x[t], up[e], None if up_bias is None else up_bias[e]) for _, e in es]
-        hs = [b.gated(h[None])[0] if callable(b.gated) else b.act(h[:len(h) // 2]) * h[len(h) // 2:] if b.gated
-              else b.act(h) for h in hs]
-        outs = [F.linear(h, down[e], None if down_bias is None else down_bias[e]) * weights[t, k]
-                for h, (k, e) in zip(hs, es)]
-        rows.append(sum(outs) if outs else x.new_zeros(b.output_size))
-    return torch.stack(rows)
+    at = [(k, e) for k, e in enumerate(index[0].tolist()) if e < b.num_experts]
+    if not at: return x.new_zeros(1, b.output_size)
+    ks, es = map(list, zip(*at))
+    p, y = x.new_empty(len(es), up.shape[1]), x.new_empty(len(es), b.output_size)
+    for row, e in zip(p, es): torch.mv(up[e], x[0], out=row)
+    if up_bias is not None: p += up_bias[es]
+    h = b.gated(p) if callable(b.gated) else b.act(p.chunk(2, -1)[0]) * p.chunk(2, -1)[1] if b.gated else b.act(p)
+    for row, hidden, e in zip(y, h, es): torch.mv(down[e], hidden, out=row)
+    if down_bias is not None: y += down_bias[es]
+    return weights[:, ks].to(x.dtype) @ y
+
+# %% ../../nbs/models/dispatch.ipynb #13b11668
+def _too_few(m, x, index):
+    "Is `grouped_mm` as fast, and does it take these sizes and ids?"
+    rows, N, up = 16 if x.dtype == torch.float32 else int(m.is_transposed), len(m.down_proj), _up(m)
+    if not 0 < index.numel() < rows * N or x.dtype != up.dtype: return False
+    fits = all(n * x.element_size() % 16 == 0 for n in (*up.shape[1:], *m.down_proj.shape[1:]))
+    return fits and bool(index.max() < N)
 
 # %% ../../nbs/models/dispatch.ipynb #755ccf25
 def libmoe_experts(
@@ -73,14 +78,25 @@ def libmoe_experts(
     top_k_weights:torch.Tensor,  # [T, K]
 )->torch.Tensor:                 # [T, d]
     "Experts of transformers by our sorted kernel; what it cannot do is done by `grouped_mm`."
-    if hidden_states.device.type != 'cpu' or torch.compiler.is_compiling() or self.has_post_expert_norm:
-        return ALL_EXPERTS_FUNCTIONS['grouped_mm'](self, hidden_states, top_k_index, top_k_weights)
+    x, index, w = hidden_states, top_k_index, top_k_weights
+    one = len(x) == 1 and not (self.is_transposed and x.dtype.itemsize < 4) # such vectors are slow in half precision
+    other, cast = torch.compiler.is_compiling() or self.has_post_expert_norm, torch.is_autocast_enabled('cpu')
+    if x.device.type != 'cpu' or other or not (one or cast) and _too_few(self, x, index):
+        return _registry()['grouped_mm'](self, x, index, w)
     b = _Borrowed(_stacked(self), _act(self), _gate(self))
-    index, dtype = top_k_index.clamp(max=b.num_experts), hidden_states.dtype
-    x = hidden_states if torch.is_autocast_enabled('cpu') else hidden_states.to(b.stacked[0].dtype)
-    plain = not torch.is_grad_enabled() or not any(t is not None and t.requires_grad
-                                                   for t in (x, top_k_weights, *b.stacked))
-    run = _one_by_one if plain and index.numel() <= _few and not torch.is_autocast_enabled('cpu') else sorted_kernel
-    return run(b, x, index, top_k_weights).to(dtype)
+    if not cast: x = x.to(b.stacked[0].dtype)
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, *b.stacked))
+    run = _one_token if one and not trained and not cast else sorted_kernel
+    return run(b, x, index.clamp(max=b.num_experts), w).to(hidden_states.dtype)
 
-ALL_EXPERTS_FUNCTIONS.register('libmoe', libmoe_experts)
+# %% ../../nbs/models/dispatch.ipynb #c5861f3f
+def _registry():
+    "transformers' implementations of experts by name, or an `ImportError` that says what to do"
+    try: from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:
+        got = transformers.__version__
+        raise ImportError(f"experts_implementation='libmoe' needs transformers 5.16 or later, where one can choose how "
+                          f"experts are run, got {got}: pip install -U transformers") from None
+    return ALL_EXPERTS_FUNCTIONS
+
+_registry().register('libmoe', libmoe_experts)

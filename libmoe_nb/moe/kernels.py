@@ -33,61 +33,69 @@ def free_workspaces():
 # %% ../../nbs/moe/kernels.ipynb #c4c415fd
 @dataclass
 class _Block:
-    experts: list      # In order of their slots
+    first: int         # Expert; the others of the block follow it in memory
+    count: int         # Experts
     rows: int          # Slots of each expert, padding included
-    start: int = 0     # First slot
+    start: int = 0     # First slot, in its batch
     more: bool = False # Continues the expert of the block before?
 
     @property
-    def slots(self): return slice(self.start, self.start + len(self.experts)*self.rows)
+    def size(self): return self.count * self.rows
     @property
-    def neighbours(self):
-        "The experts as a slice of the stacked parameters, if they are one"
-        a, n = self.experts[0], len(self.experts)
-        return slice(a, a+n) if self.experts == list(range(a, a+n)) else None
+    def slots(self): return slice(self.start, self.start + self.size)
+    @property
+    def experts(self): return slice(self.first, self.first + self.count)
+    def of(self, x):
+        "[count, rows, ...]: its slots in those of the batch"
+        return x[self.slots].view(self.count, self.rows, -1)
 
 # %% ../../nbs/moe/kernels.ipynb #aabec690
 def _round_up(n, alone=False, half=False):
-    "Rows for n tokens: multiples of 32 (half precision, more beyond 512) or 8 (full), or n itself for an expert alone"
-    step = max(32, 2**n.bit_length() >> 5) if half else 1 if alone else 8
+    "Rows for n tokens: multiples of 8 to 32 (half precision, more beyond 512), of 4 to 8 (full), or n for one alone"
+    if half: step = max(32, 2**n.bit_length() >> 5) if n > 64 else 16 if n > 8 else 8
+    else: step = 1 if alone or n <= 2 else 4 if n <= 32 else 8
     return -(-n//step) * step
 
 # %% ../../nbs/moe/kernels.ipynb #6af048f5
-def _group(order, counts, cap, spare, half):
-    "Cut the experts of `order` into groups: [(experts, rows)]"
+def _group(used, counts, cap, spare, half):
+    "Cut the experts that are used into groups: [(first, count, rows)]"
     groups, i = [], 0
-    while i < len(order):
-        g, rows = 1, _round_up(counts[order[i]], True, half)
-        while i + 2*g <= len(order) and 2*g <= 16:
-            loads = [counts[e] for e in order[i:i+2*g]]
+    while i < len(used):
+        g, rows = 1, _round_up(counts[used[i]], True, half)
+        while i + 2*g <= len(used) and 2*g <= 16 and used[i + 2*g - 1] - used[i] == 2*g - 1:
+            loads = [counts[e] for e in used[i:i+2*g]]
             r = _round_up(max(loads), False, half)
             if 2*g*r > cap or 2*g*r > 1.25*sum(loads) + spare*g: break
             g, rows = 2*g, r
-        groups.append((order[i:i+g], rows))
+        groups.append((used[i], g, rows))
         i += g
     return groups
 
 # %% ../../nbs/moe/kernels.ipynb #b7930c07
 def _blocks(counts, cap, spare, half):
     "Blocks of at most about `cap` slots for the experts that have tokens"
-    used, size = [e for e, n in enumerate(counts) if n], lambda groups: sum(len(es)*rows for es, rows in groups)
-    groups = _group(used, counts, cap, spare, half)
-    if size(groups) > 1.15*sum(counts) or len(groups) > 1.5*size(groups)/cap + 1:
-        even = _group(sorted(used, key=lambda e: -counts[e]), counts, cap, spare, half)
-        if size(groups) > 1.1*size(even) or len(groups) > 1.5*len(even): groups = even
-    blocks, pos = [], 0
-    for es, rows in groups:
-        parts = -(-rows // max(cap, 1024)) if len(es) == 1 else 1
+    blocks = []
+    for first, count, rows in _group([e for e, n in enumerate(counts) if n], counts, cap, spare, half):
+        parts = -(-rows // max(cap, 1024)) if count == 1 else 1
         part = _round_up(-(-rows//parts), True, half)
-        for i in range(0, rows, part):
-            blocks.append(_Block(es, min(part, rows-i), pos, i>0))
-            pos += len(es)*blocks[-1].rows
+        blocks += [_Block(first, count, min(part, rows-i), more=i>0) for i in range(0, rows, part)]
     return blocks
+
+def _batches(blocks, cap):
+    "[(slots, blocks)]: blocks that run together, `cap` slots or one block"
+    batches, begin, size = [], 0, 0
+    for b in blocks:
+        if not batches or size + b.size > cap:
+            begin, size = begin + size, 0
+            batches.append((None, []))
+        b.start, size = size, size + b.size
+        batches[-1] = slice(begin, begin + size), batches[-1][1] + [b]
+    return batches
 
 # %% ../../nbs/moe/kernels.ipynb #05918dbb
 @dataclass
 class _Plan:
-    blocks: list
+    batches: list        # [(slots, blocks)]
     num_slots: int        # S
     padded: bool          # Are there slots of padding?
     token: torch.Tensor   # [S] int32: the token in each slot
@@ -103,11 +111,12 @@ def _plan(expert_index, num_experts, cap, spare, half):
     order = flat.astype(np.uint8 if N < 256 else np.int16 if N < 2**15 else np.int32).argsort(kind='stable')
     sorted_tokens = (order // max(K, 1)).astype(np.int32)
     blocks, real = _blocks(loads, cap, spare, half), sum(loads)
-    S = blocks[-1].slots.stop if blocks else 0
+    batches = _batches(blocks, cap)
+    S = batches[-1][0].stop if batches else 0
     slots, token = np.arange(T*K, dtype=np.int32), sorted_tokens[:real]
     if S > real:
         begins = np.cumsum(counts) - counts # of each expert in the sorted choices
-        es, rows = np.array([(e, b.rows) for b in blocks for e in b.experts]).T
+        es, rows = np.array([(e, b.rows) for b in blocks for e in range(b.first, b.first + b.count)]).T
         starts = dict(zip(es[::-1].tolist(), (np.cumsum(rows) - rows)[::-1].tolist())) # of each expert among the slots
         slots += np.repeat(np.array([starts.get(e, 0) for e in range(N+1)]) - begins, counts).astype(np.int32)
         token = np.repeat(sorted_tokens[begins[es]], rows)
@@ -115,7 +124,7 @@ def _plan(expert_index, num_experts, cap, spare, half):
     slots[real:] = S
     slot = np.empty(T*K, np.int32)
     slot[order] = slots
-    return _Plan(blocks, S, S > real, *map(torch.from_numpy, (token, slot, np.arange(T, dtype=np.int32)*K)))
+    return _Plan(batches, S, S > real, *map(torch.from_numpy, (token, slot, np.arange(T, dtype=np.int32)*K)))
 
 # %% ../../nbs/moe/kernels.ipynb #6e51f0cc
 def _gather(plan, x, s, name):
@@ -127,46 +136,43 @@ def _combine(plan, rows, weights=None):
     return torch.embedding_bag(rows, plan.slot, plan.offsets, False, 0, False, weights)[0]
 
 # %% ../../nbs/moe/kernels.ipynb #25bd9348
-def _of_block(b, stacked, name):
-    "The block's part of stacked parameters"
-    if b.neighbours: return stacked[b.neighbours]
-    return torch.index_select(stacked, 0, torch.tensor(b.experts),
-                              out=_workspace(name, stacked, len(b.experts), *stacked.shape[1:]))
-
-def _per_expert(b, x): return x.view(len(b.experts), b.rows, -1)
+def _few_rows(b, x, stacked, out, bias):
+    "The product of a block as (W' x')'"
+    t = _workspace('t', out, b.count, out.shape[1], b.rows)
+    torch.bmm(stacked[b.experts].mT, b.of(x).mT, out=t)
+    if bias is None: b.of(out).copy_(t.mT)
+    else: torch.add(t.mT, bias[b.experts, None], out=b.of(out))
 
 # %% ../../nbs/moe/kernels.ipynb #52533bc6
-def _product(b, x, stacked, out, bias=None, transposed=False):
-    "out = x W + bias, or x Wᵀ + bias, with each expert's own W"
-    if len(b.experts) == 1:
-        W = stacked[b.experts[0]]
-        if transposed: W = W.t()
-        return torch.mm(x, W, out=out) if bias is None else torch.addmm(bias[b.experts[0]], x, W, out=out)
-    W = _of_block(b, stacked, 'weights')
-    if transposed: W = W.mT
-    x, o = _per_expert(b, x), _per_expert(b, out)
-    if bias is None: torch.bmm(x, W, out=o)
-    else: torch.baddbmm(_of_block(b, bias, 'bias')[:, None], x, W, out=o)
+def _product(blocks, x, stacked, out, bias=None, transposed=False):
+    "out = x W + bias, or x Wᵀ + bias, with each expert's own W, for the slots of a batch"
+    if transposed: stacked = stacked.mT
+    packed = x.dtype == torch.bfloat16 and stacked.stride(1) == 1
+    for b in blocks:
+        if packed and b.rows <= 32: _few_rows(b, x, stacked, out, bias)
+        elif b.count > 1:
+            if bias is None: torch.bmm(b.of(x), stacked[b.experts], out=b.of(out))
+            else: torch.baddbmm(bias[b.experts, None], b.of(x), stacked[b.experts], out=b.of(out))
+        elif bias is None: torch.mm(x[b.slots], stacked[b.first], out=out[b.slots])
+        else: torch.addmm(bias[b.first], x[b.slots], stacked[b.first], out=out[b.slots])
     return out
 
 # %% ../../nbs/moe/kernels.ipynb #9d86d0ab
 def _gradient(b, grad, value):
     "Put the block's share into the gradient of stacked parameters; `value(out)` computes it into `out`"
-    if b.neighbours and not b.more: return value(grad[b.neighbours])
-    share = value(_workspace('share', grad, len(b.experts), *grad.shape[1:]))
-    if b.more: grad[b.experts[0]] += share[0]
-    else: grad.index_copy_(0, torch.tensor(b.experts), share)
+    if not b.more: return value(grad[b.experts])
+    grad[b.first] += value(_workspace('share', grad, 1, *grad.shape[1:]))[0]
 
-def _outer(b, left, right, grad):
+def _outer(blocks, left, right, grad):
     "Gradient of the matrices: leftᵀ right for each expert"
-    left, right = _per_expert(b, left).mT, _per_expert(b, right)
-    _gradient(b, grad, lambda out: torch.bmm(left, right, out=out))
+    if not grad.is_contiguous(): left, right, grad = right, left, grad.mT # stored transposed
+    for b in blocks: _gradient(b, grad, lambda out: torch.bmm(b.of(left).mT, b.of(right), out=out))
 
-def _sums(b, x, grad, w=None):
+def _sums(blocks, x, grad, w=None):
     "Gradient of the biases: each expert's rows added up (weighted)"
-    x = _per_expert(b, x)
-    if w is None: _gradient(b, grad, lambda out: torch.sum(x, 1, out=out))
-    else: _gradient(b, grad, lambda out: out.copy_((_per_expert(b, w).mT @ x)[:, 0]))
+    for b in blocks:
+        if w is None: _gradient(b, grad, lambda out: torch.sum(b.of(x), 1, out=out))
+        else: _gradient(b, grad, lambda out: out.copy_((b.of(w).mT @ b.of(x))[:, 0]))
 
 # %% ../../nbs/moe/kernels.ipynb #ff1ed5bc
 _aten, _gelu_tanh = torch.ops.aten, activations['gelu_pytorch_tanh']
@@ -192,16 +198,24 @@ def _act_back(act, grad, x, out):
 # %% ../../nbs/moe/kernels.ipynb #c9fbf752
 def _hidden(p, act, gated, inplace=False):
     "Pre-activations [n, h or 2h] to hidden values [n, h]; `gated` may be a function that does it"
-    if callable(gated): return gated(p)
+    if callable(gated): return gated(p).contiguous()
     if act is F.relu and not gated: return p.clamp_min_(0) if inplace else p
     n, h = len(p), p.shape[1] // (1+gated)
     if not gated: return _act(act, p, _workspace('h', p, n, h))
     return torch.mul(_act(act, p[:, :h], _workspace('a', p, n, h)), p[:, h:], out=_workspace('h', p, n, h))
 
+def _hidden_and_back(p, act, gated):
+    "Hidden values, and the function that takes their gradient to that of pre-activations"
+    if not callable(gated): return _hidden(p, act, gated), lambda grad: _hidden_back(grad, p, act, gated)
+    with torch.enable_grad():
+        p = p.detach().requires_grad_()
+        h = gated(p)
+    return h.detach().contiguous(), lambda grad: torch.autograd.grad(h, p, grad)[0].contiguous()
+
 def _hidden_back(grad, p, act, gated):
     "Gradient of hidden values [n, h] to that of pre-activations; overwrites `grad`, wants the buffers of `_hidden`"
     out = _workspace('dp', p, *p.shape)
-    if not gated or callable(gated): return _act_back(gated or act, grad, p, out)
+    if not gated: return _act_back(act, grad, p, out)
     n, h = grad.shape
     torch.mul(grad, _workspace('a', p, n, h), out=out[:, h:])
     _act_back(act, grad.mul_(p[:, h:]), p[:, :h], out[:, :h])
@@ -216,27 +230,30 @@ class _Sorted(torch.autograd.Function):
         S = plan.num_slots
         rows = _workspace('rows', x, S + 1, down.shape[1])
         pre = x.new_empty(S, up.shape[1]) if keep else None
-        for b in plan.blocks:
-            s = b.slots
+        for s, blocks in plan.batches:
             p = pre[s] if keep else _workspace('p', x, s.stop - s.start, up.shape[1])
-            _product(b, _gather(plan, x, s, 'x'), up, p, up_bias, transposed=True)
-            _product(b, _hidden(p, act, gated, inplace=True), down, rows[s], down_bias, transposed=True)
+            _product(blocks, _gather(plan, x, s, 'x'), up, p, up_bias, transposed=True)
+            _product(blocks, _hidden(p, act, gated, inplace=True), down, rows[s], down_bias, transposed=True)
         if keep:
             ctx.save_for_backward(x, weights, up, down, up_bias, down_bias, pre, plan.token, plan.slot, plan.offsets)
-            ctx.plan, ctx.act, ctx.gated = (plan.blocks, S, plan.padded), act, gated
+            ctx.plan, ctx.act, ctx.gated = (plan.batches, S, plan.padded), act, gated
         return _combine(plan, rows, weights.reshape(-1).to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad): return _sorted_backward(ctx, grad)
 
 # %% ../../nbs/moe/kernels.ipynb #cd920f1c
-def _new_gradients(params, wanted, blocks):
+def _empty(p):
+    "Contiguous, or transposed where the parameter is"
+    transposed = p is not None and p.mT.is_contiguous()
+    return torch.empty_like(p, memory_format=torch.preserve_format if transposed else torch.contiguous_format)
+
+def _new_gradients(params, wanted, batches):
     "Room for the wanted gradients of stacked parameters; zeros for experts without tokens"
-    used = {e for b in blocks for e in b.experts}
-    idle = [e for e in range(len(params[0])) if e not in used]
-    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) if w else None for p, w in zip(params, wanted)]
+    idle = set(range(len(params[0]))).difference(*(range(b.first, b.first + b.count) for _, bs in batches for b in bs))
+    grads = [_empty(p) if w else None for p, w in zip(params, wanted)]
     for g in grads:
-        if g is not None and idle: g[idle] = 0
+        if g is not None and idle: g[list(idle)] = 0
     return grads
 
 def _slot_weights(plan, weights, like):
@@ -246,10 +263,11 @@ def _slot_weights(plan, weights, like):
     w[:, 0].index_copy_(0, plan.slot.long(), weights.detach().reshape(-1).to(like.dtype))
     return w
 
-def _weight_gradient(b, h, delta, g, down_bias, out):
+def _weight_gradient(blocks, h, delta, g, down_bias, out):
     "⟨h, δ⟩ + ⟨b_V, g⟩ of each slot"
     torch.sum(torch.mul(h, delta, out=_workspace('scratch', h, *h.shape)), -1, out=out)
-    if down_bias is not None: out += (_per_expert(b, g) @ _of_block(b, down_bias, 'bias')[..., None]).flatten()
+    if down_bias is None: return
+    for b in blocks: b.of(out)[..., 0] += (b.of(g) @ down_bias[b.experts, :, None])[..., 0]
 
 # %% ../../nbs/moe/kernels.ipynb #b052fc34
 @torch.autograd.function.once_differentiable
@@ -257,22 +275,21 @@ def _sorted_backward(ctx, grad):
     x, weights, up, down, up_bias, down_bias, pre, *indices = ctx.saved_tensors
     plan, act, gated = _Plan(*ctx.plan, *indices), ctx.act, ctx.gated
     need_x, need_w, *need_params = ctx.needs_input_grad[:6]
-    grads = _new_gradients((up, down, up_bias, down_bias), need_params, plan.blocks)
+    grads = _new_gradients((up, down, up_bias, down_bias), need_params, plan.batches)
     g_up, g_down, g_up_bias, g_down_bias = grads
     grad, w, S = grad.to(x.dtype).contiguous(), _slot_weights(plan, weights, x), plan.num_slots
     dw, rows = x.new_zeros(S + 1), _workspace('rows', x, S + 1, x.shape[1])
-    for b in plan.blocks:
-        s, g = b.slots, _gather(plan, grad, b.slots, 'g')
-        p, h = pre[s], _hidden(pre[s], act, gated)
-        delta = _product(b, g, down, _workspace('dh', x, *h.shape))
-        if need_w: _weight_gradient(b, h, delta, g, down_bias, dw[s])
-        if g_down is not None: _outer(b, g, torch.mul(h, w[s], out=_workspace('scratch', x, *h.shape)), g_down)
-        if g_down_bias is not None: _sums(b, g, g_down_bias, w[s])
+    for s, blocks in plan.batches:
+        g, (h, back) = _gather(plan, grad, s, 'g'), _hidden_and_back(pre[s], act, gated)
+        delta = _product(blocks, g, down, _workspace('dh', x, *h.shape))
+        if need_w: _weight_gradient(blocks, h, delta, g, down_bias, dw[s])
+        if g_down is not None: _outer(blocks, g, torch.mul(h, w[s], out=_workspace('scratch', x, *h.shape)), g_down)
+        if g_down_bias is not None: _sums(blocks, g, g_down_bias, w[s])
         if not (need_x or g_up is not None or g_up_bias is not None): continue
-        dp = _hidden_back(delta.mul_(w[s]), p, act, gated)
-        if g_up is not None: _outer(b, dp, _gather(plan, x, s, 'x'), g_up)
-        if g_up_bias is not None: _sums(b, dp, g_up_bias)
-        if need_x: _product(b, dp, up, rows[s])
+        dp = back(delta.mul_(w[s]))
+        if g_up is not None: _outer(blocks, dp, _gather(plan, x, s, 'x'), g_up)
+        if g_up_bias is not None: _sums(blocks, dp, g_up_bias)
+        if need_x: _product(blocks, dp, up, rows[s])
     dx = _combine(plan, rows) if need_x else None
     dw = dw.index_select(0, plan.slot).view_as(weights).to(weights.dtype) if need_w else None
     return dx, dw, *grads, *(None,) * 6
@@ -286,7 +303,7 @@ def slots_per_block(
     d, o, h, half = experts.hidden_size, experts.output_size, experts.intermediate_size, dtype.itemsize < 4
     h_up = h * (1 + bool(experts.gated))
     return (int((40e6 if half else 20e6) / ((d + o + h_up + h) * dtype.itemsize)),
-            8 + int((1e7 if half else 2e6) / (d * h_up)))
+            8 + int(5e6 / (d * h_up)) if half else 2 + int(7e5 / (d * h_up)))
 
 # %% ../../nbs/moe/kernels.ipynb #c4d668c9
 @register_kernel('sorted', rule=lambda experts, hidden_states: hidden_states.device.type == 'cpu')

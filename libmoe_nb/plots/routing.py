@@ -194,6 +194,7 @@ def _panel(ax, df, x, y, by, dash, title, log):
     by, dash = _by(df, by), dash if dash in df else None
     return {_name(by, n) if by else '': e for n, e in _lines(ax, df, x, y, by, dash).items()}
 
+# %% ../../nbs/plots/routing.ipynb #7c41b0e2
 def _plain_log(ax):
     ax.set_yscale('log')
     ax.yaxis.set_major_formatter('{x:g}'); ax.yaxis.set_minor_formatter('{x:g}')
