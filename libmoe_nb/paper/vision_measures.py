@@ -86,16 +86,6 @@ def _where(trace):
     m = router_margin(trace).rename(columns=dict(margin='value'))
     return dict(allocation_entropy=a, weight_entropy=w, margin=_depth(m[['layer', 'value']]))
 
-def _ablation(model, data, trace):
-    "Loss on answers without each expert of the tower minus the loss, and what the trace says of the expert"
-    names, rows = [n for n in moe_layers(model) if part_of(n) == 'tower'], []
-    batches = [*islice(StageData(data).epoch(16), 8)]
-    for i, name in enumerate(names):
-        ways = {str(e): ban_experts([e], weights='zero') for e in range(trace.meta['num_experts'][i])}
-        t = routing_perturbation(model, batches, ways, layers=[name]).iloc[1:]
-        rows += [dict(layer=i, expert=int(e), value=v) for e, v in zip(t.intervention, t.loss_change)]
-    return dict(ablation=pd.DataFrame(rows).merge(expert_statistics(trace, model, names), on=['layer', 'expert']))
-
 def _depth(t): return t.assign(depth=(t.layer / max(t.layer.max(), 1)).round(4))
 
 def _similarity(model, data):
@@ -108,6 +98,17 @@ def _similarity(model, data):
     g = t.groupby('layer').similarity
     return dict(output_similarity=_depth(g.mean().rename('value').reset_index()), output_similarity_as_released=_depth(
         g.agg(lambda v: as_released(v, K)).rename('value').reset_index()))
+
+# %% ../../nbs/paper/vision_measures.ipynb #ab1a7e0d
+def _ablation(model, data, trace):
+    "Loss on answers without each expert of the tower minus the loss, and what the trace says of the expert"
+    names, rows = [n for n in moe_layers(model) if part_of(n) == 'tower'], []
+    batches = [*islice(StageData(data).epoch(16), 8)]
+    for i, name in enumerate(names):
+        ways = {str(e): ban_experts([e], weights='zero') for e in range(trace.meta['num_experts'][i])}
+        t = routing_perturbation(model, batches, ways, layers=[name]).iloc[1:]
+        rows += [dict(layer=i, expert=int(e), value=v) for e, v in zip(t.intervention, t.loss_change)]
+    return dict(ablation=pd.DataFrame(rows).merge(expert_statistics(trace, model, names), on=['layer', 'expert']))
 
 # %% ../../nbs/paper/vision_measures.ipynb #add98574
 def _accuracy(model, processor, questions):
