@@ -282,9 +282,9 @@ def stage_learner(
     "The data of a stage, and a learner for it."
     stage = _stage(config)
     samples, left = stage_samples(config['data'], stage.data, config.get('images', True))
-    data = ConversationData(samples, processor.tokenizer, image_tensor(processor), image_places(model),
-                            stage.sequence_length, left,
-                            features=feature_cache(model, processor, features) if features else None)
+    data = ConversationData(samples, processor.tokenizer, image_tensor(processor, stage.pad_images),
+                            image_places(model), stage.sequence_length, left,
+                            features=feature_cache(model, processor, features, stage.pad_images) if features else None)
     return data, vision_learner(model, data, stage, seed=config['seed'], bf16=config['bf16'],
                                 device=find_device(config['device']), **kwargs)
 

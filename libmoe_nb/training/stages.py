@@ -47,6 +47,7 @@ class Stage(TrainingBudget):
     train: tuple = part_names        # the parts that move
     data: str = 'questions'          # of `data_kinds`
     experts: tuple = ()              # parts whose FFNs become experts before the stage
+    pad_images: bool = True          # into squares; False: they are squeezed
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.
     final_lr_fraction: float = 0.    # the cosine ends at 0
@@ -56,6 +57,7 @@ class Stage(TrainingBudget):
         for field in 'train', 'experts': object.__setattr__(self, field, _names(field, getattr(self, field)))
         check(self.train, 'train', self.train, f'at least one of {", ".join(part_names)}')
         if self.data not in data_kinds: raise ValueError(did_you_mean('kind of data', self.data, data_kinds))
+    def to_dict(self): return {k: v for k, v in super().to_dict().items() if k != 'pad_images' or not v}
 
 # %% ../../nbs/training/stages.ipynb #28fb73d0
 def _names(field, names):
@@ -77,7 +79,8 @@ def one_epoch(
 def _paper(samples, **kw): return one_epoch(Stage(sequence_length=2048, steps=1, **kw), samples)
 
 paper_stages = (
-    _paper(558_128, name='pt', train=('projector',), data='captions', batch_size=256, learning_rate=1e-3, grad_clip=0.),
+    _paper(558_128, name='pt', train=('projector',), data='captions', batch_size=256, learning_rate=1e-3, grad_clip=0.,
+           pad_images=False),
     _paper(708_550, name='pft', data='captions', batch_size=24, learning_rate=2e-6),
     _paper(665_298, name='vit', batch_size=32, learning_rate=4e-6, experts=('tower', 'projector'),
            router_z_loss_coef=.001))

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np, pytest, torch
 from processes import run_forked
-from libmoe_nb.core.files import file_digest
+from libmoe_nb.core.files import file_digest, read_json
 from libmoe_nb.experiments import vision
 from libmoe_nb.experiments.jobs import Task, side_by_side, values_of
 from libmoe_nb.experiments.vision import vision_compare, vision_plan
 from libmoe_nb.experiments.vision_stages import (attribute_of, caption_accuracy, shared_stages, stage_folder,
-                                                 stage_model, stage_name, stage_samples, train_stage)
+                                                 stage_learner, stage_model, stage_name, stage_samples, train_stage)
 from libmoe_nb.models.asking import load_vision_language
-from libmoe_nb.training.stages import get_vision_preset
+from libmoe_nb.training.stages import get_vision_preset, paper_stages
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
 
@@ -123,6 +123,19 @@ def test_a_control_without_pictures_never_sees_one(few):
     config = vision_plan(['smoe'], few, 'nowhere').last[-1]
     samples, _ = stage_samples(config['data'], 'questions', images=config['images'])
     assert config['images'] is False and not any(s.images or '<image>' in t for s in samples for _, t in s.turns)
+
+def test_pictures_are_squeezed_while_the_papers_projector_learns_and_padded_afterwards(compared):
+    from PIL import Image
+    assert [s.pad_images for s in paper_stages] == [False, True, True]
+    config = read_json(next(compared[0].glob('stages/pt-*/config.json')))['run']
+    assert 'pad_images' not in config['stage']      # so that what was trained before keeps its name
+    model, processor = load_vision_language(next(compared[0].glob('stages/pt-*/model')))
+    wide = Image.new('RGB', (40, 10), 'red')
+    for pad in (True, False):
+        stage = config['stage'] | ({} if pad else dict(pad_images=False))
+        data, _ = stage_learner(dict(config, stage=stage), model, processor)
+        seen = data.image_tensor(wide)
+        assert (seen == seen[:, :1, :1]).all() != pad
 
 def test_caption_accuracy_counts_each_kind_of_word(compared, few):
     root, _ = compared
