@@ -18,8 +18,7 @@ from ..core.files import write_atomic
 from ..core.words import join_words, plural
 from ..moe.config import sharing_recipes
 from ..moe.recipes import get_recipe
-from .counting import count_parameters
-from .swapping import own_layers
+from .counting import count_parameters, idle_parameters
 
 # %% ../../nbs/models/cards.ipynb #ddd7b220
 def _flat(d, pre=''):
@@ -183,9 +182,7 @@ def _block_rows(model):
     for name, block in _blocks(model).items():
         new = {id(p): p.numel() for p in block.parameters() if id(p) not in seen}
         seen |= {*new}
-        idle = sum(round(sum(p.numel() for p in l.experts.parameters()) * (1 - l.router.top_k / l.router.num_experts))
-                   for l in own_layers(block).values() if l.router.top_k < l.router.num_experts)
-        if new: rows.append((name, sum(new.values()), sum(new.values()) - idle))
+        if new: rows.append((name, sum(new.values()), sum(new.values()) - idle_parameters(block)))
     return [*rows, ('all', *(sum(r[i] for r in rows) for i in (1, 2)))]
 
 # %% ../../nbs/models/cards.ipynb #7551b199

@@ -15,8 +15,8 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 from ..core.errors import check, did_you_mean
 from ..core.modes import seeded
 from ..data.conversations import image_token
+from .counting import idle_parameters
 from .scales import ScaledLlavaConfig, ScaledLlavaForConditionalGeneration, check_scales
-from .swapping import own_layers
 from .towers import image_places, model_parts, part_names, trim_tower
 from .upcycling import upcycle
 
@@ -160,7 +160,5 @@ def count_parts(
     counts = {}
     for part, module in model_parts(model).items():
         total = sum(p.numel() for p in module.parameters())
-        idle = [(sum(w[0].numel() for w in l.experts.stacked if w is not None), l.router.num_experts - l.router.top_k)
-                for l in own_layers(module).values()]
-        counts[part] = dict(total=total, active=total - sum(w * max(n, 0) for w, n in idle))
+        counts[part] = dict(total=total, active=total - idle_parameters(module))
     return counts | dict(all={k: sum(c[k] for c in counts.values()) for k in ('total', 'active')})

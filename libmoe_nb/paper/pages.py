@@ -16,6 +16,7 @@ from ..core.errors import did_you_mean
 from ..core.files import read_json
 from ..core.words import join_words
 from ..moe.config import own_recipes
+from ..plots.verdicts import verdict_looks
 from .campaign import figure_names, get_scale
 from .controls import control_titles
 from . import claims as statements
@@ -112,8 +113,7 @@ def stands_on(
     return res
 
 # %% ../../nbs/paper/pages.ipynb #4c8a1f20
-verdict_colours = {'reproduced': '#11774f', 'contradicted': '#d1500a', 'undecided': '#7a7a7a',
-                   'not testable at this scale': '#8c6d46', 'not run': '#b0b0b0'}  # of each word
+verdict_colours = {word: colour for word, (colour, _) in verdict_looks.items()}
 
 def _number(x): return f'{x:.3g}' if abs(x) < math.inf else '–'
 
