@@ -4,10 +4,12 @@
     python benchmarks/gpu.py --json benchmarks/gpu.json                # about eight minutes on one H100
     python benchmarks/gpu.py --device cpu --tiny --only checks train   # the same path without a GPU
 
-Four parts, each written to the JSON as soon as it ends:
+Five parts, each written to the JSON as soon as it ends:
 checks   every recipe and kernel, outputs and gradients, against the loop in float64 on the CPU; `libmoe compare` as a
          command
 kernels  our layer at the paper's shapes beside a dense FFN of the same active FLOPs and transformers' grouped_mm
+vision   every recipe in a small vision-language model against the CPU, some seconds of its last stage, and
+         `libmoe vlm compare` as a command
 train    a preset for some seconds a recipe: tokens/s, memory, model FLOPs utilisation, the loss on validation text.
          `peak_gb` is the peak of the whole fit. A batch with the text's last block, which is padded, has a mask, and at
          a head size like 82 attention on a GPU then keeps all scores: `masked_steps` counts such batches, and
@@ -93,23 +95,26 @@ def checks(device, args):
                 worst = max(found, key=found.get)
                 rows.append(row | dict(ok=found[worst] <= tolerance[dtype] and changed <= 4, worst=worst,
                                        error=found[worst], changed=changed))
-    rows.append(command(device, args))
+    rows.append(compare_row(device, args))
     return rows
 
-def command(device, args):
-    "`libmoe compare` in a process of its own"
+def command(device, call, name, cache, made, part='checks'):
+    "A command in a process of its own, which has to leave the file `made`"
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
-        size = (['--steps', '2', '--max-bytes', '300000', '--recipes', 'dense,smoe'] if args.tiny else
-                ['--steps', '10', '--recipes', 'dense,smoe,tcmoe,moe_plus_plus'])
-        call = ['compare', '--preset', 'tiny', '--data', 'python', '--device', device.type, '--out', out, *size]
         run = subprocess.run([sys.executable, '-c', 'import sys; from libmoe_nb.cli import main; sys.exit(main())',
-                              *call], capture_output=True, text=True,
-                             env=dict(os.environ, XDG_CACHE_HOME=args.cache))
-        done = (Path(out)/'report.html').exists()
-    return dict(part='checks', recipe='libmoe compare', ok=run.returncode == 0 and done,
+                              *call, '--device', device.type, '--out', out], capture_output=True, text=True,
+                             env=dict(os.environ, XDG_CACHE_HOME=cache))
+        done = (Path(out)/made).exists()
+    return dict(part=part, recipe=name, ok=run.returncode == 0 and done,
                 seconds=round(time.perf_counter() - start, 1),
                 message='' if run.returncode == 0 else (run.stdout + run.stderr)[-600:])
+
+def compare_row(device, args):
+    size = (['--steps', '2', '--max-bytes', '300000', '--recipes', 'dense,smoe'] if args.tiny else
+            ['--steps', '10', '--recipes', 'dense,smoe,tcmoe,moe_plus_plus'])
+    return command(device, ['compare', '--preset', 'tiny', '--data', 'python', *size], 'libmoe compare', args.cache,
+                   'report.html')
 
 # kernels
 
@@ -203,12 +208,9 @@ def matmul_rate(device, n):
     a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
     return 2 * n**3 / timed(device, lambda r: a @ b, 10) * 1e3
 
-def train_row(recipe, preset, data, seconds, device, parts):
+def until_callback(seconds, device):
     from fastai.basics import CancelFitException
-    from libmoe_nb.models.causal import from_scratch
-    from libmoe_nb.models.counting import count_flops, count_parameters
-    from libmoe_nb.evaluation.heldout import evaluate_perplexity
-    from libmoe_nb.training.learner import Callback, moe_learner
+    from libmoe_nb.training.learner import Callback
     class Until(Callback):
         "Ends the fit after some seconds; the first three steps are not timed"
         order, masked, unmasked_gb = 90, 0, None
@@ -220,11 +222,18 @@ def train_row(recipe, preset, data, seconds, device, parts):
             if self.learn.step == 3: synchronize(device); self.start = time.perf_counter()
             elif self.learn.step > 3 and time.perf_counter() - self.start > seconds:
                 synchronize(device)
-                self.time, self.steps, self.loss = (time.perf_counter() - self.start, self.learn.step - 3,
+                self.time, self.steps, self.last = (time.perf_counter() - self.start, self.learn.step - 3,
                                                     float(self.learn.loss))
                 raise CancelFitException()
+    return Until()
+
+def train_row(recipe, preset, data, seconds, device, parts):
+    from libmoe_nb.models.causal import from_scratch
+    from libmoe_nb.models.counting import count_flops, count_parameters
+    from libmoe_nb.evaluation.heldout import evaluate_perplexity
+    from libmoe_nb.training.learner import moe_learner
     reset_peak(device)
-    model, until = from_scratch(recipe, preset, seed=0).to(device), Until()
+    model, until = from_scratch(recipe, preset, seed=0).to(device), until_callback(seconds, device)
     learn = moe_learner(model, data, preset=preset, bf16=device.type == 'cuda', grad_accum=parts, warmup_steps=20,
                         lr=1e-3, steps=10**6, device=device, cbs=[until])
     with learn.no_bar(), learn.no_logging(): learn.fit_cosine()
@@ -238,7 +247,7 @@ def train_row(recipe, preset, data, seconds, device, parts):
                 tokens=(until.steps + 3) * preset.batch_size * preset.sequence_length, tokens_per_second=round(speed),
                 tflops=round(3 * flops * speed / 1e12, 2), peak_gb=memory,
                 masked_steps=until.masked, unmasked_gb=until.unmasked_gb if until.masked else memory,
-                train_loss=round(until.loss, 4), perplexity=round(valid['perplexity'], 2),
+                train_loss=round(until.last, 4), perplexity=round(valid['perplexity'], 2),
                 unigram_perplexity=round(data.unigram_perplexity(), 1))
 
 def train(device, args):
@@ -304,9 +313,65 @@ def compile_part(device, args):
             say(rows[-1])
     return rows
 
+# vision
+
+def vision_config(recipe, preset, device, seed=0):
+    "The last stage of a preset, which begins with a new model"
+    from dataclasses import replace
+    from libmoe_nb.experiments.vision_stages import from_size, scene_data, stage_config
+    from libmoe_nb.models.vision import vision_size
+    size = vision_size(preset.size)
+    return stage_config(replace(preset.stages[-1], steps=10**6, warmup_steps=20), from_size(preset.size),
+                        scene_data(64, size.image_size, preset.questions), seed=seed, recipe=recipe,
+                        experts=dict(num_experts=size.num_experts, top_k=size.top_k), bf16=device.type == 'cuda',
+                        device=device.type)
+
+def check_vision(model, batch, device):
+    "Errors of loss, logits and gradients in float32 against the CPU, and of the loss under autocast to bfloat16"
+    def run(device, dtype=None):
+        model.to(device).zero_grad()
+        x = {k: v.to(device) for k, v in batch.items() if k != 'num_images'}
+        with torch.autocast(device.type, dtype, enabled=dtype is not None): out = model(**x, use_cache=False)
+        out.loss.backward()
+        return [out.loss.detach().cpu(), out.logits.detach().float().cpu(),
+                {n: p.grad.cpu().clone() for n, p in model.named_parameters() if p.grad is not None}]
+    a, b, c = run(torch.device('cpu')), run(device), run(device, torch.bfloat16)
+    gradients = {n: error(b[2][n], g) for n, g in a[2].items() if g.norm() > 1e-7}
+    return dict(loss_error=error(b[0], a[0]), logits_error=error(b[1], a[1]), error=max(gradients.values()),
+                worst=max(gradients, key=gradients.get), bf16_loss_error=error(c[0], a[0]),
+                same_gradients=set(a[2]) == set(b[2]))
+
+def vision_row(recipe, preset, seconds, device):
+    from libmoe_nb.experiments.vision_stages import stage_learner, stage_model
+    from libmoe_nb.training.stages import StageData
+    config = vision_config(recipe, preset, device)
+    torch.manual_seed(0)
+    model, processor = stage_model(None, config)
+    data, learn = stage_learner(config, model, processor, cbs=[until := until_callback(seconds, device)])
+    found = check_vision(model, next(iter(StageData(data).epoch(8))), device)
+    reset_peak(device)
+    model.to(device)
+    with learn.no_bar(), learn.no_logging(): learn.fit_cosine()
+    return dict(part='vision', recipe=recipe, preset=preset.name, **found, steps=until.steps + 3,
+                samples_per_second=round(until.steps * config['stage']['batch_size'] / until.time, 1),
+                peak_gb=peak_gb(device), train_loss=round(until.last, 4),
+                ok=(found['same_gradients'] and max(found[k] for k in ('loss_error', 'logits_error', 'error')) < 1e-3
+                    and found['bf16_loss_error'] < .02))
+
+def vision(device, args):
+    from libmoe_nb.training.stages import get_vision_preset
+    preset, rows = get_vision_preset('tiny-vlm' if args.tiny else 'mini-vlm'), []
+    for recipe in args.vision:
+        try: rows.append(vision_row(recipe, preset, min(args.seconds, 4), device))
+        except Exception: rows.append(dict(part='vision', recipe=recipe, ok=False, message=traceback.format_exc()[-600:]))
+        say(rows[-1])
+    rows.append(command(device, ['vlm', 'compare', '--preset', 'tiny-vlm', '--recipes', 'smoe', '--jobs', '1'],
+                        'libmoe vlm compare', args.cache, 'report/report.html', 'vision'))
+    return rows
+
 # all of it
 
-parts = dict(checks=checks, kernels=kernels_part, train=train, compile=compile_part)
+parts = dict(checks=checks, kernels=kernels_part, vision=vision, train=train, compile=compile_part)
 
 def say(row):
     print(' '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}'
@@ -329,6 +394,7 @@ def main():
     p.add_argument('--preset', default='paper-0.15b')
     p.add_argument('--recipes', nargs='+', choices=list(recipes), default=list(recipes))
     p.add_argument('--compile', nargs='*', default=['dense', 'smoe'], help='recipes for the part `compile`')
+    p.add_argument('--vision', nargs='*', choices=list(recipes), default=list(recipes), help='recipes for the part `vision`')
     p.add_argument('--seconds', type=float, default=18, help='of training for each recipe')
     p.add_argument('--grad-accum', type=int, default=4, help='parts of a step; doubled where the memory is too small')
     p.add_argument('--rounds', type=int, default=9)

@@ -101,10 +101,10 @@ def trim_tower(
     body = tower_body(home.vision_tower)
     body.encoder.layers = body.encoder.layers[:keep]
     if 'head' in body._modules: del body.head
-    if hasattr(body, 'use_head'): body.use_head = False
+    if headed := hasattr(body, 'use_head'): body.use_head = False
     for config in (home.config.vision_config, home.vision_tower.config, body.encoder.config):
         config.num_hidden_layers = keep
-        if hasattr(config, 'vision_use_head'): config.vision_use_head = False
+        if headed: config.vision_use_head = False   # which older transformers have no default for
     home.config.vision_feature_layer = -1
     return set_norm_aside(model)
 

@@ -238,12 +238,13 @@ def _plan_language(c, groups, data, folders, device, threads, tell):
 
 # %% ../../nbs/paper/campaign.ipynb #912989f7
 def _run(c, group, plan, recipe, seed, folders, donor):
-    "A group and one of its runs, in the first folder that has it finished"
+    "A group and one of its runs, in the first folder that has it finished, on whatever kind of device"
     config = plan.config(recipe, seed)
     if group.start: config = dict(config, start=dict(run=donor.name, what=group.start))
-    name = run_name(config)
-    where = next((f for f in folders if (f/name/'result.json').exists()), folders[0])
-    return group, CampaignRun(where/name, config, c.data, RunOptions(c.scale.traces), info=c.info,
+    ways = [config, *(dict(config, device=d) for d in ('cpu', 'cuda', 'mps') if d != config['device'])]
+    folder, config = next(((f/run_name(w), w) for w in ways for f in folders
+                           if (f/run_name(w)/'result.json').exists()), (folders[0]/run_name(config), config))
+    return group, CampaignRun(folder, config, c.data, RunOptions(c.scale.traces), info=c.info,
                               donor=donor.folder if group.start else None)
 
 # %% ../../nbs/paper/campaign.ipynb #272230c7

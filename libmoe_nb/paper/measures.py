@@ -26,6 +26,7 @@ from ..analysis.model_metrics import (expert_output_similarity, expert_parameter
 from ..analysis.traces import probe_batches, read_trace
 from ..analysis.tracing import moe_layers
 from ..core.files import make_folder, write_atomic
+from ..core.machine import find_device
 from ..core.modes import quiet_bars
 from ..evaluation.benchmarks import is_accuracy
 from ..evaluation.perturbations import named_interventions
@@ -46,13 +47,14 @@ class Finished:
         self.run, self.scale, self.given = run, scale, suite
         self.steps = run.preset.steps
     folder = property(lambda self: self.run.folder)
+    device = property(lambda self: 'cpu' if self.run.config['device'] == 'cpu' else find_device())
     result = property(lambda self: self.run.result)
     @cached_property
     def traces(self): return [read_trace(p) for p in sorted((self.folder/'traces').glob('step-*.safetensors'))]
     @cached_property
     def log(self): return read_log(run_log_path(self.folder))
     @cached_property
-    def model(self): return give_ids(load_model(self.folder/'model', tokenizer=False, device='cpu')[0])
+    def model(self): return give_ids(load_model(self.folder/'model', tokenizer=False, device=self.device)[0])
     @cached_property
     def suite(self): return self.given or make_suite(self.run.data, num_examples=self.scale.examples)
     def batches(self, tokens): return list(probe_batches(self.run.data.valid, batch_size=8, num_tokens=tokens))

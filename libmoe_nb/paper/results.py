@@ -95,6 +95,7 @@ def _about(campaign, command):
 def _row(g, r):
     c = r.config
     return dict(group=g.name, variant=g.variant, name=r.name, recipe=c['recipe'], seed=c['seed'],
+                device=c['device'],
                 steps=c['preset']['steps'], **_some(r.result))
 
 def _some(result): return {k: result[k] for k in ('perplexity', 'parameters', 'active_parameters', 'tokens', 'seconds')

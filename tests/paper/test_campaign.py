@@ -1,7 +1,9 @@
 "The campaign: its list of runs, a small piece made again to the bit, an interruption, and names that nobody knows."
-import json, re
+import json, re, shutil
 import pandas as pd, pytest
+from libmoe_nb.core.files import write_json
 from libmoe_nb.experiments.compare import compare
+from libmoe_nb.experiments.run import run_name
 from libmoe_nb.moe.config import recipes
 from libmoe_nb.paper.campaign import chosen_groups, claims_of, figure_names, group_table, plan_campaign, scales
 from libmoe_nb.paper.controls import control_titles
@@ -104,3 +106,17 @@ def test_a_start_is_another_run_and_changes_the_shared_experts_alone(tmp_path):
 def test_experts_are_ablated_for_three_seeds_of_the_recipes_as_they_are():
     base, more = (g for g in chosen_groups('mini') if g.name in ('base', 'more seeds'))
     assert 'ablation' in measures_for(base, 2) and 'ablation' not in measures_for(more, 3)
+
+def test_a_run_counts_on_whatever_device_it_was_trained(made, tmp_path):
+    "A cluster trains, a laptop measures: the run on a GPU is taken, with its own name"
+    c = plan_campaign('table10', 'tiny', tmp_path, device='cpu')
+    run = c.runs[0][1]
+    there = dict(run.config, device='cuda')
+    folder = tmp_path/'runs'/run_name(there)
+    shutil.copytree(made[0]/'runs'/run.name, folder)
+    write_json(folder/'config.json', dict(run=there))
+    again = plan_campaign('table10', 'tiny', tmp_path, device='cpu')
+    assert again.runs[0][1].folder == folder and again.runs[0][1].finished and not again.runs[1][1].finished
+    reproduce('table10', 'tiny', tmp_path, train=False)
+    row, = json.loads((results_folder(tmp_path, 'tiny', 'table10')/'runs.json').read_text())['runs']
+    assert row['device'] == 'cuda' and row['name'] == folder.name
