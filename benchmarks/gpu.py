@@ -363,7 +363,8 @@ def vision(device, args):
     preset, rows = get_vision_preset('tiny-vlm' if args.tiny else 'mini-vlm'), []
     for recipe in args.vision:
         try: rows.append(vision_row(recipe, preset, min(args.seconds, 4), device))
-        except Exception: rows.append(dict(part='vision', recipe=recipe, ok=False, message=traceback.format_exc()[-600:]))
+        except Exception:
+            rows.append(dict(part='vision', recipe=recipe, ok=False, message=traceback.format_exc()[-600:]))
         say(rows[-1])
     rows.append(command(device, ['vlm', 'compare', '--preset', 'tiny-vlm', '--recipes', 'smoe', '--jobs', '1'],
                         'libmoe vlm compare', args.cache, 'report/report.html', 'vision'))
@@ -394,7 +395,8 @@ def main():
     p.add_argument('--preset', default='paper-0.15b')
     p.add_argument('--recipes', nargs='+', choices=list(recipes), default=list(recipes))
     p.add_argument('--compile', nargs='*', default=['dense', 'smoe'], help='recipes for the part `compile`')
-    p.add_argument('--vision', nargs='*', choices=list(recipes), default=list(recipes), help='recipes for the part `vision`')
+    p.add_argument('--vision', nargs='*', choices=list(recipes), default=list(recipes),
+                   help='recipes for the part `vision`')
     p.add_argument('--seconds', type=float, default=18, help='of training for each recipe')
     p.add_argument('--grad-accum', type=int, default=4, help='parts of a step; doubled where the memory is too small')
     p.add_argument('--rounds', type=int, default=9)

@@ -8,7 +8,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_gpu_script_runs_without_one(tmp_path):
     out = tmp_path/'gpu.json'
-    args = ['--device', 'cpu', '--tiny', '--seconds', '.2', '--rounds', '2', '--recipes', 'smoe', 'tcmoe', '--compile', '--vision', 'xmoe',
+    args = ['--device', 'cpu', '--tiny', '--seconds', '.2', '--rounds', '2', '--recipes', 'smoe', 'tcmoe',
+            '--compile', '--vision', 'xmoe',
             '--cache', tmp_path, '--json', out]
     script, *args = subprocess.run(['bash', ROOT/'benchmarks/gpu.sh', *args], capture_output=True,
                                    text=True, check=True,
