@@ -28,7 +28,8 @@ def draw(claims, said):
     fig, raw, out, info = plot_verdicts(claims), io.BytesIO(), io.BytesIO(), PngInfo()
     fig.savefig(raw, dpi=200)
     info.add_text('Description', json.dumps(said))
-    Image.open(raw).convert('P', palette=Image.Palette.ADAPTIVE, colors=64).save(out, 'PNG', pnginfo=info, optimize=True)
+    picture = Image.open(raw).convert('P', palette=Image.Palette.ADAPTIVE, colors=64)
+    picture.save(out, 'PNG', pnginfo=info, optimize=True)
     with atomic_path(PICTURE) as new: new.write_bytes(out.getvalue())
 
 def main():
