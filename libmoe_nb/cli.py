@@ -9,7 +9,6 @@ __all__ = ['main']
 
 # %% ../nbs/cli.ipynb #0b5fa75e
 import typer
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Optional
@@ -25,7 +24,7 @@ from .core.settings import check_model_name
 from .moe.config import check_recipe
 from .options import init_names, read_options, check_early, check_evaluation, check_training, upcycling_options
 from .terminal import (RunProgress, UpcyclingProgress, analysis_tables, comparison_tables, evaluation_tables,
-                                patient_streams, say, training_tables, upcycling_tables)
+                                not_asked, patient_streams, say, training_tables, upcycling_tables)
 from .plan_command import plan
 from .reproduce_command import reproduce
 from .vision_commands import ask, vlm
@@ -154,7 +153,7 @@ def train(
     preset, out, (seed,) = options['preset'], out or Path('trained')/recipe, seed_list([seed])
     check_training([recipe], preset, **kw | dict(log=log, out=out, options={recipe: kw.get('options') or {}}))
     from libmoe_nb.experiments import compare as experiments
-    with RunProgress() if launched()[0] == 0 else nullcontext() as progress:
+    with RunProgress() if launched()[0] == 0 else not_asked() as progress:
         res = experiments.train(recipe, preset=preset, out=out, seed=seed, resume=resume, progress=progress, log=log,
                                 processes=launch, **kw)
     if launched()[0]: return

@@ -7,8 +7,8 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/terminal.html.md"""
 # %% auto #0
 __all__ = ['text_table', 'print_tables', 'terminal_width', 'fits', 'fitting_tables', 'narrow_rows', 'comparison_tables',
            'training_tables', 'upcycling_tables', 'gate_tables', 'vision_tables', 'import_tables', 'analysis_tables',
-           'evaluation_tables', 'say', 'RunProgress', 'UpcyclingProgress', 'VisionProgress', 'only_our_warnings',
-           'PatientStream', 'patient_streams']
+           'evaluation_tables', 'say', 'RunProgress', 'not_asked', 'UpcyclingProgress', 'VisionProgress',
+           'only_our_warnings', 'PatientStream', 'patient_streams']
 
 # %% ../nbs/terminal.ipynb #3ded0bc4
 import codecs, logging, os, shutil, signal, sys, time, warnings
@@ -302,6 +302,15 @@ def _asking():
 def __exit__(self:RunProgress, *_):
     if self.bars: self.bars.stop()
     for s, before in self.before.items(): signal.signal(s, before or signal.SIG_DFL)
+
+# %% ../nbs/terminal.ipynb #323653b1
+@contextmanager
+def not_asked():
+    "Leave the signals that ask to stop to another process, for the length of a block."
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in _asking()}
+    try: yield
+    finally:
+        for s, b in before.items(): signal.signal(s, b or signal.SIG_DFL)
 
 # %% ../nbs/terminal.ipynb #6c6f0bf3
 class UpcyclingProgress(RunProgress):
