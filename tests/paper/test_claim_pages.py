@@ -1,5 +1,5 @@
 "The page of all claims, the figure of verdicts, and statistics of questions, on results that are made up."
-import re
+import re, runpy
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
@@ -77,3 +77,8 @@ def test_orders_and_effects_without_enough_runs():
     none = pd.DataFrame(columns=['recipe', 'seed', 'progress', 'by', 'value'])
     assert not len(late_rates(none, none)) and not len(agreement(late_rates(none, none)))
     with pytest.raises(ValueError, match='wide must be'): two_by_two(pd.DataFrame(dict(base=[1.])), 'a', 'b', 'ab')
+
+def test_the_picture_of_the_home_page_shows_what_the_results_say():
+    tool = runpy.run_path(str(PAPER.parents[1]/'tools/verdict_picture.py'))
+    assert tool['shown']() == tool['verdicts']()[1], 'python tools/verdict_picture.py draws it anew'
+    assert 'images/verdicts.png' in (PAPER.parent/'index.ipynb').read_text()
