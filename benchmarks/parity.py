@@ -12,7 +12,7 @@ telemetry of all layers, and of the validation loss. All in float32, with sequen
 one part and of two, and with batches that do not divide by two. The optimiser is SGD: Adam divides by the size of a
 gradient, which turns a difference in rounding into a step of full length wherever a gradient is almost zero.
 """
-import argparse, json, os, subprocess, sys, tempfile, warnings
+import argparse, json, logging, os, subprocess, sys, tempfile, warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ warnings.simplefilter('ignore')
 import torch
 from fastai.basics import Callback, OptimWrapper
 from transformers.utils.logging import disable_progress_bar
+from libmoe_nb.core.modes import unwrap
 from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
 from libmoe_nb.training.distributed import *
 from libmoe_nb.training.learner import moe_learner
@@ -28,18 +29,18 @@ from libmoe_nb.training.telemetry import RoutingTelemetry
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16, moe_intermediate_size=8,
-             num_experts=4, top_k=2, sequence_length=16, vocab_size=50)
-SHARED = dict(num_experts=5, top_k=3)        # one of them shared: four to route, of which a token takes two
-RECIPES = dict(dense={}, smoe={}, smoe_sigmoid={}, xmoe={}, sharede_v2=SHARED, sharede_v3=SHARED, tcmoe={},
+             sequence_length=16, vocab_size=50)
+RECIPES = dict(dense={}, smoe={}, smoe_sigmoid={}, xmoe={}, sharede_v2={}, sharede_v3={}, tcmoe=dict(negative_offset=0., null_offset=0.),
                moe_plus_plus=dict(num_zero=1, num_copy=1, num_constant=1))
 ROUTED = dict(expert_bias=True, aux_loss_group='global_batch', router_aux_loss_coef=.1, router_z_loss_coef=.01,
               router_init_std=.3)
 # name -> how transformers shares the model; None: accelerate does, a copy in each process
 WAYS = dict(ddp=None, fsdp=dict(fsdp_size=2), ep=dict(fsdp_size=2, ep_size=2), tp_ep=dict(tp_size=2, ep_size=2))
 TITLES = dict(ddp='DDP', fsdp='FSDP2', ep='FSDP2 + experts apart', tp_ep='tensor parallel + experts apart')
-# name -> lengths of the sequences of a batch, parts of a step, and whether all tokens go to the first process's experts
+# name -> lengths of the sequences of a batch, parts of a step, experts to route to, and whether half of them are idle
 CASES = dict(uneven=dict(lengths=(3, 16, 9, 16)), parts=dict(lengths=(3, 16, 9, 16), parts=2),
-             odd=dict(lengths=(16, 5, 12)), idle=dict(lengths=(3, 16, 9, 16), idle=True))
+             odd=dict(lengths=(16, 5, 12)), rare=dict(lengths=(1, 16, 2, 16), experts=16),
+             idle=dict(lengths=(3, 16, 9, 16), idle=True))
 QUANTITIES = 'loss', 'gradients', 'weights', 'expert bias', 'telemetry', 'validation'
 
 class Texts:
@@ -60,7 +61,8 @@ class Gradients(Callback):
     "Keeps the gradients of the last step as they were before clipping, and what each process's routers were given"
     order, uses_routing = -50, True
     def before_step(self):
-        self.kept = {n: whole(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
+        self.kept = {n: whole(p.grad) for n, p in unwrap(self.model).named_parameters()
+                     if p.grad is not None}
         kept = self.learn.routings.values()
         self.loads = [sum(r.expert_index.flatten().bincount(minlength=r.num_experts + 1) for r, _ in rs) for rs in kept]
 
@@ -68,21 +70,22 @@ def whole(t):
     "A copy of all of a tensor, wherever its pieces are"
     return (t.full_tensor() if hasattr(t, 'full_tensor') else t).detach().clone()
 
-def build(recipe, idle=False):
-    "A small model; `idle`: half of the experts, those that the second process would have, get no token"
-    model = from_scratch(recipe, 'tiny', seed=0, **SIZES | (ROUTED if recipe != 'dense' else {}) | RECIPES[recipe])
+def build(recipe, experts=4, idle=False, **kwargs):
+    "A small model that routes to so many experts; `idle`: those that the second process would have get no token"
+    one = recipe.startswith('sharede')                     # expert is shared, and not among those to route to
+    sizes = SIZES | dict(num_experts=experts + one, top_k=2 + one) | (ROUTED if recipe != 'dense' else {})
+    model = from_scratch(recipe, 'tiny', seed=0, **sizes | RECIPES[recipe])
     for n, b in model.named_buffers():
-        if idle and n.endswith('expert_bias'):
-            N = SIZES['num_experts']                       # of TC-MoE the negative choices run the same experts
-            b.copy_(torch.tensor([100. if i < 2 * N and i % N < N // 2 else 0. for i in range(len(b))]))
+        if idle and n.endswith('expert_bias'):             # of TC-MoE the negative choices run the same experts
+            b.copy_(torch.tensor([100. * (i < 2 * experts and i % experts < experts // 2) for i in range(len(b))]))
     return model
 
-def train(model, lengths, parts=1, idle=False, distribute=False, steps=3):
+def train(model, lengths, parts=1, distribute=False, steps=3, **kwargs):
     "What a few steps of training come to: quantity -> tensor, or name -> tensor"
     data = SimpleNamespace(train=Texts(lengths), valid=Texts(lengths), domains=['a'], vocab_size=50, sequence_length=16,
                            fingerprint='x')
     told, grads = RoutingTelemetry(every=1), Gradients()
-    learn = moe_learner(model, data, preset='tiny', batch_size=4, steps=steps, lr=.2, grad_clip=.5, grad_accum=parts,
+    learn = moe_learner(model, data, preset='tiny', batch_size=4, steps=steps, lr=.5, grad_clip=.5, grad_accum=parts,
                         device='cpu', cbs=[told, grads])
     learn.opt_func = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9))
     if distribute: learn.distribute(cpu=True)
@@ -115,25 +118,29 @@ def can(recipe, how, case):
     return recipe != 'dense' or not ('ep_size' in (how or {}) or CASES[case].get('idle'))
 
 def rows_of_rank(folder, recipes, ways, cases):
-    "On each of two processes: train every recipe in every way, and compare with what one process came to"
+    """On each of two processes: train every recipe in every way, and compare with what one process came to. `on_one`
+    and `on_none` count experts, over layers, that one process or none had a token for in the last step; `no_expert`
+    counts the choices of that step that run none"""
     disable_progress_bar()
     rows = []
     for case, recipe, way in ((c, r, w) for c in cases for r in recipes for w in ways if can(r, WAYS[w], c)):
         one = torch.load(folder/f'{case}-{recipe}.pt', weights_only=True)
         got, loads = train(spread(folder/case, recipe, WAYS[way]), **CASES[case], distribute=True)
         both = [None, None]
-        torch.distributed.all_gather_object(both, [l[:-1].tolist() for l in loads])
-        alone = sum((a == 0) != (b == 0) for x, y in zip(*both) for a, b in zip(x, y))
-        nobody = sum(a + b == 0 for x, y in zip(*both) for a, b in zip(x, y))
+        torch.distributed.all_gather_object(both, [l.tolist() for l in loads])
+        pairs = [(a, b) for x, y in zip(*both) for a, b in zip(x[:-1], y[:-1])]
         rows.append(dict(case=case, recipe=recipe, way=way, **{q: furthest(one[q], got[q]) for q in QUANTITIES},
-                         moved=furthest(one['weights'], one['start']), on_one_process=alone, on_none=nobody))
+                         moved=furthest(one['weights'], one['start']),
+                         on_one=sum((a == 0) != (b == 0) for a, b in pairs), on_none=sum(a + b == 0 for a, b in pairs),
+                         no_expert=sum(x[-1] for loads in both for x in loads)))
     return rows
 
 def references(folder, recipes, cases):
     "Train each recipe on one process, and keep the model that it began with and what it came to"
+    disable_progress_bar()
     for case in cases:
         for recipe in (r for r in recipes if can(r, None, case)):
-            model = build(recipe, CASES[case].get('idle', False))
+            model = build(recipe, **CASES[case])
             model.save_pretrained(folder/case/recipe)
             start = {n: t.clone() for n, t in model.state_dict().items() if not n.endswith('expert_bias')}
             torch.save(train(model, **CASES[case])[0] | dict(start=start), folder/f'{case}-{recipe}.pt')
@@ -155,6 +162,7 @@ def main():
     torch.set_num_threads(1)
     if a.folder:
         torch.distributed.init_process_group('gloo')
+        logging.getLogger('torch.distributed.tensor').setLevel(logging.ERROR)   # that a tensor is cut twice
         rows = rows_of_rank(Path(a.folder), a.recipes, a.ways, a.cases)
         if torch.distributed.get_rank() == 0: (Path(a.folder)/'rows.json').write_text(json.dumps(rows))
         torch.distributed.barrier()

@@ -70,12 +70,13 @@ class TrainBatches:
         # number of the next batch; how many batches of the coming epoch are done already
         self.position, self.skip = 0, 0
         self.rank, self.world = 0, 1     # which part of each batch this process takes
+        self.tokens = None               # of the last batch, padding and the parts of all processes included
         self.as_batch = getattr(dataset, 'as_batch', as_batch)
     def __len__(self): return self.steps
     def __iter__(self):
         todo, self.skip = self.steps - self.skip, 0
         for b in islice(self.dataset.batches(self.batch_size, self.seed, self.position), todo):
-            self.position += 1
+            self.position, self.tokens = self.position + 1, b['labels'].numel()
             yield self.as_batch(_share(b, self.rank, self.world))
     def one_batch(self): return self.as_batch(next(self.dataset.batches(self.batch_size, self.seed, self.position)))
     def to(self, device): return self

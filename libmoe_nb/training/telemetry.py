@@ -87,12 +87,12 @@ def after_step(self:RoutingTelemetry):
     if not self.uses_routing: return
     learn, layers = self.learn, moe_layers(unwrap(self.learn.model))
     total = sum_over_ranks if getattr(learn, 'processes', 1) > 1 else noop
-    seen = torch.tensor([learn.yb[0].numel()] + [int(n in learn.routings) for n in layers], device=learn.yb[0].device)
-    numel, *seen = total(seen).tolist()
+    seen = total(torch.tensor([int(n in learn.routings) for n in layers], device=learn.yb[0].device)).tolist()
     everywhere = {n for n, s in zip(layers, seen) if s == world_size()}
+    tokens = getattr(getattr(learn, 'dl', None), 'tokens', None) or learn.yb[0].numel()
     for i, (n, records) in enumerate(learn.routings.items()):
         row = _row(layers[n], *_joined(records), total if n in everywhere else noop)
-        self.rows.append(dict(step=learn.step, tokens=learn.step * numel, layer=i, **row))
+        self.rows.append(dict(step=learn.step, tokens=learn.step * tokens, layer=i, **row))
 
 # %% ../../nbs/training/telemetry.ipynb #6dfb24dd
 class TokenLoss(Metric):
