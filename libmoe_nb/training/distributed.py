@@ -63,7 +63,8 @@ class _ClipOverMeshes(GradientClip):
 
 def _over_meshes(learn):
     saving = [cb for cb in learn.cbs if isinstance(cb, Checkpoint)]
-    check(not saving, 'cbs', 'a Checkpoint', 'without one, since checkpoints of shared-out models are not written yet')
+    check(not saving, 'cbs', [type(cb).__name__ for cb in saving],
+          'without a Checkpoint for a model that is shared out, whose pieces it cannot save yet')
     learn.splitter = split_by_mesh
     for cb in [cb for cb in learn.cbs if isinstance(cb, GradientClip)]:
         learn.remove_cb(cb)
