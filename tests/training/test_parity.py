@@ -3,10 +3,13 @@ import importlib.util, json
 from pathlib import Path
 
 import pytest, torch
+from torch.utils.checkpoint import checkpoint
 from processes import run_ranks
 from transformers.distributed import DistributedConfig
 from libmoe_nb.models.causal import from_scratch
 from libmoe_nb.models.parallel import check_ep_size, expert_plan
+from libmoe_nb.moe.config import MoESpec
+from libmoe_nb.moe.recipes import build_layer
 
 pytestmark = [pytest.mark.filterwarnings('ignore::FutureWarning'),
               pytest.mark.skipif('ep_size' not in DistributedConfig.__dataclass_fields__,
@@ -97,3 +100,41 @@ def test_models_bring_the_plan_along(parity):
     assert sorted(expert_plan(model)) == [f'base.model.layers.*.mlp.experts{p}' for p in (
         '', '.down_proj', '.down_proj_bias', '.gate_up_proj', '.gate_up_proj_bias')]
     with pytest.raises(ValueError, match='divisor of the 8 routed experts'): check_ep_size(model, 3)
+
+# one process: what is computed twice counts once, and what only looks moves nothing
+
+@pytest.mark.parametrize('recipe', ['sharede_v3', *NEWER])
+def test_activations_computed_again_count_once(parity, recipe):
+    "Gradient checkpointing changes no bit of the losses, the loads, the biases and the telemetry"
+    def train(again):
+        model = parity.build(recipe)
+        if again: model.gradient_checkpointing_enable()
+        return parity.train(model, (3, 16, 9, 16), parts=2)
+    (a, loads), (b, again) = train(False), train(True)
+    assert all(torch.equal(x, y) for x, y in zip(loads, again))
+    for q in 'loss', 'expert bias', 'weights', 'telemetry': assert parity.furthest(a[q], b[q]) == 0, q
+
+@pytest.mark.parametrize('recipe', ['smoe', *NEWER])
+def test_no_choice_flips_in_a_million_tokens(recipe):
+    "Whole numbers as inputs and weights of the router: scores tie everywhere"
+    layer = build_layer(MoESpec(recipe, hidden_size=4, num_experts=8, top_k=2, moe_intermediate_size=2))
+    with torch.no_grad(): layer.router.weight.copy_(torch.arange(layer.router.weight.numel()).view(-1, 4) % 3 - 1)
+    x = torch.randint(-1, 2, (2**20, 4), generator=torch.Generator().manual_seed(0)).float().requires_grad_()
+    seen = []
+    layer.router.register_forward_hook(lambda m, args, r: seen.append(r.top_k_index))
+    y = checkpoint(layer, x, use_reentrant=False)
+    s = layer.router.score(layer.router.logits(x[:100]))
+    assert (s.sort(-1)[0].diff(dim=-1) == 0).any(-1).all()
+    y.sum().backward()
+    assert len(seen) == 2 and torch.equal(*seen)
+
+def test_validation_moves_no_bias(parity):
+    model = parity.build('smoe')
+    bias = lambda: torch.stack([b.clone() for n, b in model.named_buffers() if n.endswith('expert_bias')])
+    moved = []
+    class Watch(parity.Callback):
+        order = 90
+        def before_validate(self): self.before = bias()
+        def after_validate(self): moved.append((bias() - self.before).abs().max().item())
+    parity.train(model, (3, 16, 9, 16), steps=2, cbs=[Watch()])
+    assert moved == [0.] and bias().abs().max() > 0
