@@ -133,7 +133,7 @@ class Throughput(Callback):
         self.since = time.perf_counter()
     def before_train(self): self.pause()
     def after_batch(self):
-        n, now = self.learn.yb[0].numel(), time.perf_counter()
+        n, now = self.learn.yb[0].numel() * getattr(self.learn, 'processes', 1), time.perf_counter()
         self.last = n / max(now - self.since, 1e-9)
         self.tokens, self.seconds, self.since = self.tokens + n, self.seconds + now - self.since, now
     @property

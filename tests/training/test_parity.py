@@ -115,11 +115,11 @@ def test_activations_computed_again_count_once(parity, recipe):
     for q in 'loss', 'expert bias', 'weights', 'telemetry': assert parity.furthest(a[q], b[q]) == 0, q
 
 @pytest.mark.parametrize('recipe', ['smoe', *NEWER])
-def test_no_choice_flips_in_a_million_tokens(recipe):
+def test_no_choice_flips_in_a_third_of_a_million_tokens(recipe):
     "Whole numbers as inputs and weights of the router: scores tie everywhere"
     layer = build_layer(MoESpec(recipe, hidden_size=4, num_experts=8, top_k=2, moe_intermediate_size=2))
     with torch.no_grad(): layer.router.weight.copy_(torch.arange(layer.router.weight.numel()).view(-1, 4) % 3 - 1)
-    x = torch.randint(-1, 2, (2**20, 4), generator=torch.Generator().manual_seed(0)).float().requires_grad_()
+    x = torch.randint(-1, 2, (350_000, 4), generator=torch.Generator().manual_seed(0)).float().requires_grad_()
     seen = []
     layer.router.register_forward_hook(lambda m, args, r: seen.append(r.top_k_index))
     y = checkpoint(layer, x, use_reentrant=False)
