@@ -25,7 +25,6 @@ from fastai.basics import Callback, OptimWrapper
 from transformers.utils.logging import disable_progress_bar
 from libmoe_nb.core.modes import unwrap
 from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
-from libmoe_nb.training.checkpoints import Checkpoint
 from libmoe_nb.training.distributed import *
 from libmoe_nb.training.learner import moe_learner
 from libmoe_nb.training.telemetry import RoutingTelemetry
@@ -33,7 +32,8 @@ from libmoe_nb.training.telemetry import RoutingTelemetry
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16, moe_intermediate_size=8,
              sequence_length=16, vocab_size=50)
-RECIPES = dict(dense={}, smoe={}, smoe_sigmoid={}, xmoe=dict(router_size=8), sharede_v2={}, sharede_v3={}, tcmoe=dict(negative_offset=0., null_offset=0.),
+RECIPES = dict(dense={}, smoe={}, smoe_sigmoid={}, xmoe=dict(router_size=8), sharede_v2={}, sharede_v3={},
+               tcmoe=dict(negative_offset=0., null_offset=0.),
                moe_plus_plus=dict(num_zero=1, num_copy=1, num_constant=1))
 ROUTED = dict(expert_bias=True, aux_loss_group='global_batch', router_aux_loss_coef=.1, router_z_loss_coef=.01,
               router_init_std=.3)
@@ -174,7 +174,8 @@ def main():
         references(Path(folder), a.recipes, a.cases)
         subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', __file__,
                         '--folder', folder, '--recipes', *a.recipes, '--ways', *a.ways, '--cases', *a.cases],
-                       check=True, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT), PYTHONWARNINGS='ignore'))
+                       check=True,
+                       env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT), PYTHONWARNINGS='ignore'))
         rows = json.loads((Path(folder)/'rows.json').read_text())
     show(rows)
     if a.json:
