@@ -8,7 +8,7 @@ for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, 
 
 # the files that take longest: begun first, so that no worker waits long for the other one at the end
 LONG = [f'test_{n}.py' for n in (
-    'causal', 'upcycling', 'steps', 'gpu_benchmark', 'stages', 'smollm2', 'dependencies', 'jupyter', 'vision',
+    'causal', 'upcycling', 'steps', 'parity', 'gpu_benchmark', 'stages', 'smollm2', 'dependencies', 'jupyter', 'vision',
     'upcycle_command', 'cli', 'old_folders', 'vision_commands', 'checkpoints', 'compare_evaluate', 'harness',
     'settings', 'wrapping', 'adapters', 'packing', 'compare_jobs')]
 

@@ -24,6 +24,7 @@ from .balancing import label_shares, model_aux_loss, padding_mask, routed_checkp
 from .cards import push_with_card, save_with_card
 from .configuration import MoEConfig
 from .ffns import find_ffns, is_linear, linear_weight
+from .parallel import SpreadExperts
 from .swapping import (as_built, draw_missing, fit_plans, keep_in_float32, layer_at, mark_initialized,
                                        moeify, own_layers, replaced_modules)
 from ..moe.config import MoESpec, ModelSize, Preset, get_preset
@@ -32,7 +33,7 @@ from ..moe.layers import MoELayer, noted
 from ..moe.recipes import recipe_options
 
 # %% ../../nbs/models/causal.ipynb #1a9ce569
-class MoEForCausalLM(PreTrainedModel, GenerationMixin):
+class MoEForCausalLM(SpreadExperts, PreTrainedModel, GenerationMixin):
     "A causal language model with a recipe's layers in the place of its feed-forward networks."
     config_class = MoEConfig
     base_model_prefix = 'base'

@@ -22,6 +22,7 @@ from .balancing import label_shares, model_aux_loss, routed_checkpoint
 from .cards import push_with_card, save_with_card
 from .configuration import plain_spec
 from .ffns import module_at
+from .parallel import SpreadExperts
 from .swapping import (as_built, draw_missing, fit_plans, keep_in_float32, layer_at, mark_initialized,
                                        moeify, own_layers, replaced_modules)
 from .scales import ScaledLlavaConfig
@@ -66,7 +67,7 @@ def _same_renaming(old, new):
     if (mapping := get(old)) is not None: register(new, mapping, overwrite=True)
 
 # %% ../../nbs/models/wrapping.ipynb #6e04de4e
-class UpcycledMixin:
+class UpcycledMixin(SpreadExperts):
     "What the class of an upcycled model has beside its old class."
     takes_aux_shares = takes_aux_image_shares = True
     _built = {}  # what gave way, while a model is made on the meta device

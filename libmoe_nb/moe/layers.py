@@ -8,7 +8,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/moe/layers.html.md"""
 __all__ = ['released_losses', 'MoELayer', 'default_losses', 'zero_weights', 'aux_loss', 'link_layers', 'noted']
 
 # %% ../../nbs/moe/layers.ipynb #b6c5635f
-import inspect
+import inspect, torch
 from contextlib import contextmanager
 from functools import partial
 from fastcore.basics import patch
@@ -93,13 +93,27 @@ def combine(self:MoELayer,
 ):                   # [..., d], or as wide as the spec's output_size
     "Run the experts that `routing` chose, and those that every token uses."
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
-    y = self.experts(x, routing.expert_index, routing.expert_weights)
+    y = self.run_experts(x, routing.expert_index, routing.expert_weights)
     if self.zero_experts is not None: y = y + self.zero_experts(x, zero_weights(routing))
     y = y.reshape(*hidden_states.shape[:-1], y.shape[-1])
     if self.shared_experts is None: return y
     shared, s = self.shared_experts(hidden_states), self.shared_weight
     if self.shared_gate is not None: shared = self.shared_gate(hidden_states).sigmoid() * shared
     return y + shared if s is None else (1 - s) * y + s * shared
+
+# %% ../../nbs/moe/layers.ipynb #742c923d
+@patch
+def run_experts(self:MoELayer,
+    x,              # [T, d]
+    expert_index,   # [T, K] integers in 0..N; N: no expert
+    expert_weights, # [T, K]
+):                  # [T, o]
+    "The weighted sum of each token's experts, wherever these are."
+    if self.experts.num_experts == self.router.num_experts: return self.experts(x, expert_index, expert_weights)
+    t, k = torch.where(expert_index < self.router.num_experts)
+    y = self.experts(x[t], expert_index[t, k, None], expert_weights[t, k, None])
+    y = y.to(torch.promote_types(y.dtype, expert_weights.dtype))
+    return y.new_zeros(len(x), y.shape[1]).index_add(0, t, y).to(x.dtype)
 
 # %% ../../nbs/moe/layers.ipynb #90b7e999
 @patch

@@ -70,25 +70,36 @@ class TrainBatches:
         # number of the next batch; how many batches of the coming epoch are done already
         self.position, self.skip = 0, 0
         self.rank, self.world = 0, 1     # which part of each batch this process takes
+        self.tokens = None               # of the last batch, padding and the parts of all processes included
         self.as_batch = getattr(dataset, 'as_batch', as_batch)
     def __len__(self): return self.steps
     def __iter__(self):
         todo, self.skip = self.steps - self.skip, 0
         for b in islice(self.dataset.batches(self.batch_size, self.seed, self.position), todo):
-            self.position += 1
+            self.position, self.tokens = self.position + 1, b['labels'].numel()
             yield self.as_batch(_share(b, self.rank, self.world))
     def one_batch(self): return self.as_batch(next(self.dataset.batches(self.batch_size, self.seed, self.position)))
     def to(self, device): return self
     def new(self, **kwargs): return self
 
 # %% ../../nbs/training/batches.ipynb #d5843bba
+def _counts_nowhere(b):
+    "A batch of one sequence without labels, real tokens and images"
+    res = {k: v for k, v in take_rows(b, [0]).items() if k not in image_fields}
+    res['attention_mask'] = torch.zeros_like(res['labels'])
+    off = dict(labels=-100, domain=-1, num_images=0)
+    return res | {k: torch.full_like(res[k], v) for k, v in off.items() if k in res}
+
 def _share(b, rank, world):
     "The part of a batch that one of several processes takes; of too few sequences, one that does not count"
-    if world == 1: return b
-    if rank < len(b['labels']): return take_rows(b, range(rank, len(b['labels']), world))
-    res = {k: v for k, v in take_rows(b, [0]).items() if k not in image_fields}
-    res |= dict(labels=torch.full_like(res['labels'], -100), attention_mask=torch.zeros_like(res['labels']))
-    return res | ({k: torch.zeros_like(res[k]) for k in ('num_images',) if k in res})
+    n = len(b['labels'])
+    mine = range(rank, n, world)
+    if world == 1 or len(mine) == -(-n // world): return b if world == 1 else take_rows(b, mine)
+    if not mine: return _counts_nowhere(b)
+    part = take_rows(b, mine)
+    if any(k in b for k in image_fields): return part
+    part.setdefault('attention_mask', torch.ones_like(part['labels']))
+    return {k: torch.cat([part[k], v]) for k, v in _counts_nowhere(b).items()}
 
 # %% ../../nbs/training/batches.ipynb #92339b7b
 class ValidBatches:

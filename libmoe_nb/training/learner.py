@@ -15,7 +15,7 @@ from ..analysis.tracing import moe_layers, record_routing
 from ..core.errors import check
 from ..core.machine import find_device
 from ..core.modes import autocast, evaluating, unwrap
-from ..core.ranks import is_main, mean_over_ranks, sum_over_ranks
+from ..core.ranks import is_main, mean_over_ranks, sum_over_ranks, world_size
 from ..core.settings import read_settings
 from ..data.text import check_ids
 from ..moe.config import get_preset, ModelSize, TrainingBudget
@@ -105,7 +105,7 @@ def _sizes(self:MoELearner):
     real = _real_tokens(x, labels)
     sizes = torch.stack([(labels != -100).sum(), real.sum(), (real > 0).sum(), _images(x, labels).sum()])
     sizes = (sum_over_ranks(sizes) if world > 1 else sizes).clamp(min=1)
-    return sizes / world if world > 1 else sizes
+    return sizes / world_size() if world > 1 else sizes
 
 @patch
 def _share_out(self:MoELearner, sizes, B, weigh):

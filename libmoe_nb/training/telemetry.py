@@ -10,10 +10,10 @@ __all__ = ['routing_stats', 'RoutingTelemetry', 'TokenLoss', 'Perplexity', 'Thro
 # %% ../../nbs/training/telemetry.ipynb #c95d1cd8
 import math, time, warnings, pandas as pd, torch
 from torch import Tensor
-from fastcore.basics import store_attr
+from fastcore.basics import noop, patch, store_attr
 from ..analysis.tracing import moe_layers
 from ..core.modes import unwrap
-from ..core.ranks import world_size
+from ..core.ranks import sum_over_ranks, world_size
 from ..moe.layers import MoELayer
 from ..moe.routing import Routing, tokens_per_expert
 
@@ -26,13 +26,14 @@ with warnings.catch_warnings():
 def routing_stats(
     routing:Routing,
     mask:Tensor=None, # bool (B, S); False: padding
+    total=noop,       # of a sum over these tokens: that over the batch, where others have the rest of it
 )->dict:              # load_max_mean, dead_experts, entropy, margin, weight_sum
     "Balance and decidedness of one router on one batch."
-    load, N = tokens_per_expert(routing, mask), routing.num_experts
+    load, N = total(tokens_per_expert(routing, mask)), routing.num_experts
     f = load / load.sum().clamp(min=1)
     best, m = (routing.scores.topk(min(2, routing.num_choices), dim=-1)[0],
                torch.ones(routing.num_tokens, device=load.device) if mask is None else mask.flatten().float())
-    mean = lambda v: ((v * m).sum() / m.sum().clamp(min=1)).item()
+    mean = lambda v: (total((v * m).sum()) / total(m.sum()).clamp(min=1)).item()
     return dict(load_max_mean=(N * f.max()).item(), dead_experts=int((load == 0).sum()),
                 entropy=(torch.special.entr(f).sum() / math.log(N)).item() if N > 1 else 1.,
                 margin=mean(best[:, 0] - best[:, 1:].sum(-1)), weight_sum=mean(routing.top_k_weights.sum(-1)))
@@ -48,6 +49,22 @@ def _joined(records):
     return (r.replace(**cat, shape=(sum(r.shape[0] for r in rs), *r.shape[1:])),
             None if all(m is None for _, m in records) else torch.cat(masks))
 
+# %% ../../nbs/training/telemetry.ipynb #89e76017
+def _shares(r, mask, total):
+    "What these sequences are of those of all processes [2, B], as `aux_loss` takes it"
+    m = torch.ones(r.num_tokens, device=r.scores.device) if mask is None else mask.flatten().float()
+    real = m.view(r.shape[0] if len(r.shape) > 1 else 1, -1).sum(1)
+    held = (real > 0).float()
+    return torch.stack([held / total(held.sum()).clamp(min=1), real / total(real.sum()).clamp(min=1)])
+
+def _row(layer, r, mask, total):
+    "Stats and losses of a layer on the tokens that `total` is over"
+    stats = routing_stats(r, mask, total)
+    if not isinstance(layer, MoELayer): return stats
+    if total is noop: return stats | {n: v.item() for n, v in layer.aux_losses(r, mask).items()}
+    parts = layer.aux_losses(r, mask, _shares(r, mask, total))
+    return stats | {n: total(v).item() for n, v in parts.items()}
+
 # %% ../../nbs/training/telemetry.ipynb #55a6103b
 class RoutingTelemetry(Callback):
     "Keeps numbers on each router in step 1 and every `every`-th step."
@@ -57,19 +74,25 @@ class RoutingTelemetry(Callback):
     ): self.every, self.rows = every, []
     @property
     def uses_routing(self): return self.learn.step % self.every == 0 or self.learn.step == 1
-    def after_step(self):
-        if self.uses_routing: self.rows += [self._row(i, *x) for i, x in enumerate(self.learn.routings.items())]
-    @torch.no_grad()
-    def _row(self, i, name, records):
-        (r, mask), layer = _joined(records), moe_layers(unwrap(self.learn.model))[name]
-        losses = {n: v.item() for n, v in layer.aux_losses(r, mask).items()} if isinstance(layer, MoELayer) else {}
-        return dict(step=self.learn.step, tokens=self.learn.step * self.learn.yb[0].numel(), layer=i,
-                    **routing_stats(r, mask), **losses)
     def table(self)->pd.DataFrame: # columns step, tokens, layer, those of `routing_stats`, and the layer's losses
         "What was kept, a row for each layer and step."
         return pd.DataFrame(self.rows)
     def state(self): return dict(rows=self.rows)
     def load_state(self, s): self.rows = s['rows']
+
+# %% ../../nbs/training/telemetry.ipynb #f8d37287
+@patch
+@torch.no_grad()
+def after_step(self:RoutingTelemetry):
+    if not self.uses_routing: return
+    learn, layers = self.learn, moe_layers(unwrap(self.learn.model))
+    total = sum_over_ranks if getattr(learn, 'processes', 1) > 1 else noop
+    seen = total(torch.tensor([int(n in learn.routings) for n in layers], device=learn.yb[0].device)).tolist()
+    everywhere = {n for n, s in zip(layers, seen) if s == world_size()}
+    tokens = getattr(getattr(learn, 'dl', None), 'tokens', None) or learn.yb[0].numel()
+    for i, (n, records) in enumerate(learn.routings.items()):
+        row = _row(layers[n], *_joined(records), total if n in everywhere else noop)
+        self.rows.append(dict(step=learn.step, tokens=learn.step * tokens, layer=i, **row))
 
 # %% ../../nbs/training/telemetry.ipynb #6dfb24dd
 class TokenLoss(Metric):
@@ -110,7 +133,7 @@ class Throughput(Callback):
         self.since = time.perf_counter()
     def before_train(self): self.pause()
     def after_batch(self):
-        n, now = self.learn.yb[0].numel() * world_size(), time.perf_counter()
+        n, now = self.learn.yb[0].numel() * getattr(self.learn, 'processes', 1), time.perf_counter()
         self.last = n / max(now - self.since, 1e-9)
         self.tokens, self.seconds, self.since = self.tokens + n, self.seconds + now - self.since, now
     @property
