@@ -95,6 +95,12 @@ def _training(
     bf16: Bf16 = False,
 ): ...
 
+def _launching(
+    launch: Annotated[Optional[int], _option('Train in so many processes of this machine, each with a part of every '
+                                             'batch (default 1). Under torchrun or accelerate launch: leave it out.',
+                                             metavar='N')] = None,
+): ...
+
 # %% ../nbs/cli.ipynb #27504acf
 @app.command()
 @friendly_errors
@@ -131,7 +137,7 @@ def _comparison(res):
 # %% ../nbs/cli.ipynb #9c661fca
 @app.command(cls=_Command)
 @friendly_errors
-@with_options(_budget, _reading, _training, _machine)
+@with_options(_budget, _reading, _training, _launching, _machine)
 def train(
     recipe: Annotated[str, _argument('RECIPE', 'Name of the recipe, e.g. smoe (see `libmoe list`).')],
     out: Annotated[Optional[Path],
@@ -142,14 +148,11 @@ def train(
     examples: Examples = None,
     resume: Annotated[bool, _option('Go on with an interrupted run from its last checkpoint, which is the default, or '
                                     'start it over. A finished run is never repeated.', '--resume/--no-resume')] = True,
-    launch: Annotated[Optional[int], _option('Train in so many processes of this machine, each with a part of every '
-                                             'batch (default 1). Under torchrun or accelerate launch: leave it out.',
-                                             metavar='N')] = None,
     log: Log = None, **options,
 ):
     "Train one recipe and keep the model."
+    launch = read_setting('processes', options.pop('launch'))
     kw = read_options(dict(options, evaluate=_examples(examples, evaluate)), ('valid_tokens', 'options', 'cache_dir'))
-    launch = read_setting('processes', launch)
     preset, out, (seed,) = options['preset'], out or Path('trained')/recipe, seed_list([seed])
     check_training([recipe], preset, **kw | dict(log=log, out=out, options={recipe: kw.get('options') or {}}))
     from libmoe_nb.experiments import compare as experiments

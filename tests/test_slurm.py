@@ -10,8 +10,8 @@ STUBS = dict(srun='exec "$@"', scontrol='[ "$1" = show ] && echo node7 || echo "
 def begin(folder, quick=''):
     for name, text in STUBS.items():
         (folder/name).write_text(f'#!/bin/bash\n{text}\n'); (folder/name).chmod(0o755)
-    env = dict(os.environ, PATH=f'{folder}:{os.environ["PATH"]}', SAID=str(folder/'said'), QUICK=quick, SLURM_JOB_ID='7',
-               SLURM_JOB_NODELIST='node[7-8]', SLURM_NNODES='2', SLURM_GPUS_ON_NODE='4')
+    env = dict(os.environ, PATH=f'{folder}:{os.environ["PATH"]}', SAID=str(folder/'said'), QUICK=quick,
+               SLURM_JOB_ID='7', SLURM_JOB_NODELIST='node[7-8]', SLURM_NNODES='2', SLURM_GPUS_ON_NODE='4')
     return subprocess.Popen(['bash', ROOT/'tools/libmoe.sbatch', 'train', 'smoe', '--out', 'runs/a b'], env=env)
 
 def said(folder):
