@@ -16,6 +16,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core.errors import did_you_mean, check, shown
 from ..core.files import write_atomic
+from ..data.files import printable
 from ..data.splitting import check_whole
 from .ngrams import KnownText, NGram
 from .pieces import WORD
@@ -267,6 +268,19 @@ def save(self:Suite, path)->Path:
     write_atomic(path, ''.join(json.dumps(l) + '\n' for l in lines))
     return path
 
+_texts_of = dict(name=str, kind=str, domain=str, group=str, chance=(int, float), normalise=bool, dropped=int, baselines=dict)
+
+def _check_task(t):
+    "Raise a `ValueError` unless each question can be asked and judged"
+    kinds = all(isinstance(getattr(t, k), c) for k, c in _texts_of.items())
+    check(kinds and all(isinstance(v, (int, float)) for v in t.baselines.values()), 'task', t.name, 'one of a suite')
+    for d in t.docs:
+        asked = [d['context'], *(d['choices'] if t.output_type == 'multiple_choice' else [d['target']])]
+        good = all(isinstance(x, str) and x.encode() for x in asked[1:]) and isinstance(asked[0], str) and len(asked) > 1
+        if t.output_type == 'multiple_choice': good = good and type(d['answer']) is int and 0 <= d['answer'] < len(asked) - 1
+        else: good = good and t.output_type == 'loglikelihood'
+        check(good and printable(asked[0]) == asked[0], 'question', d, 'text with choices and an answer, or with a target')
+
 @patch(cls_method=True)
 def load(cls:Suite, path)->Suite:
     "Read a suite that was saved."
@@ -275,6 +289,7 @@ def load(cls:Suite, path)->Suite:
         tasks = {t['name']: SuiteTask(**t, docs=[]) for t in head['tasks']}
         for l in lines: tasks[l.pop('task')].docs.append(l)
         res = cls(tasks, head['options'], head['missing'])
+        for t in tasks.values(): _check_task(t)
         if head['format'] == _FORMAT and res.fingerprint == head['fingerprint']: return res
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f'suite {str(path)!r} cannot be read: {getattr(e, "strerror", None) or e}') from None

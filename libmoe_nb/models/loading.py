@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlavaConfig
 from ..core.errors import did_you_mean, first_line
-from ..core.files import read_json
+from ..core.files import read_record
 from ..core.machine import find_device, no_network
 from ..core.modes import quiet_bars
 from ..core.words import plural
@@ -83,10 +83,10 @@ def find_model(
 # %% ../../nbs/models/loading.ipynb #9bd1afae
 def _model_inside(folder, name):
     "The folder of the model that `folder` is about, and the configuration of the run that made it, or {}"
-    own = read_json(folder/'config.json') if (folder/'config.json').is_file() else {}
+    own = read_record(folder/'config.json') if (folder/'config.json').is_file() else {}
     if 'model_type' in own or 'architectures' in own:
         above = folder.parent/'config.json'
-        return folder, read_json(above) if folder.name == 'model' and above.is_file() else {}
+        return folder, read_record(above) if folder.name == 'model' and above.is_file() else {}
     if (folder/'model'/'config.json').is_file(): return folder/'model', own
     raise ValueError(f'model={name!r} {_no_model(folder, own)}')
 
