@@ -58,7 +58,9 @@ def _real(folder): return os.path.realpath(folder)
 def _inside(folder, name):
     "Where an image is that data names, which must be in the folder"
     path = Path(folder, name)
-    try: real = os.path.realpath(path) if path.name == '..' or path.is_symlink() else f'{_real(path.parent)}/{path.name}'
+    try:
+        os.fsencode(path)
+        real = os.path.realpath(path) if path.name == '..' or path.is_symlink() else f'{_real(path.parent)}/{path.name}'
     except (OSError, ValueError): raise ValueError('the name of an image is not one of a file') from None
     roots = [_real(p).rstrip('/') + '/' for p in (folder, *os.environ.get('LIBMOE_IMAGES', '').split(os.pathsep)) if p]
     if not any(real.startswith(r) for r in roots): raise ValueError('an image lies outside of the folder of images')
