@@ -2,11 +2,11 @@
 
 python benchmarks/fuzz.py --minutes 60 [--targets trace,picture] [--seed 0] [--memory 8] --json benchmarks/fuzz.json
 
-The targets, and what is fed to them, are those of `tests/hostile.py`, of which the tests try a few inputs each. They take
-turns: a hundred inputs each, with a new seed each round. A fall is anything but a result or a `ValueError` of one
+The targets, and what is fed to them, are those of `tests/hostile.py`, of which the tests try a few inputs each. They
+take turns: a hundred inputs each, with a new seed each round. A fall is anything but a result or a `ValueError` of one
 sentence: another exception, a traceback at the command line, an input that takes longer than 30 s, more memory than
-`--memory` GB on top of what torch reserves. One entry a target: inputs, falls, the seed of the first round, and the falls
-themselves, so that `tell` of the target makes each of them again."""
+`--memory` GB on top of what torch reserves. One entry a target: inputs, falls, the seed of the first round, and the
+falls themselves, so that `tell` of the target makes each of them again."""
 import argparse, json, resource, sys, time
 from collections import Counter
 from pathlib import Path
@@ -58,8 +58,8 @@ def main():
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(f"{'target':22}{'inputs':>9}{'falls':>8}{'seconds':>10}")
     for r in rows: print(f"{r['target']:22}{r['inputs']:9,}{r['falls']:8}{r['seconds']:10,.1f}")
-    print(f'{sum(inputs.values()):,} inputs, {sum(r["falls"] for r in rows)} falls, seeds {a.seed} to {number - 1}, at most '
-          f'{peak:,} MB')
+    print(f'{sum(inputs.values()):,} inputs, {sum(r["falls"] for r in rows)} falls, seeds {a.seed} to {number - 1}, '
+          f'at most {peak:,} MB')
     for r in rows:
         for w in r['what']: print(f"{r['target']}, seed {w['seed']}: {w['why']}")
     if a.json:

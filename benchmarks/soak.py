@@ -6,9 +6,13 @@ A tiny `libmoe compare` of two recipes saves its state after every step (`checkp
 the time of a run is spent saving. Its process, with `--jobs 2` also those that it started, gets SIGKILL after a random
 time, and the same command goes on, until it has been killed `--kills` times; a folder that is finished in between is
 compared and a new one begun. Compared are all weights and the curves of training and validation with those of a run
-without a kill, bit for bit. One entry a folder: kills, those that met a save, the step of each kill, and what differed."""
+without a kill, bit for bit. One entry a folder: kills, those that met a save, the step of each kill, and what
+differed."""
 import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tests'))
+from conftest import write_texts                                     # noqa: E402
 
 CHILD = '''
 import sys, warnings
@@ -18,26 +22,15 @@ from libmoe_nb.experiments import compare as module
 module.RunOptions = partial(module.RunOptions, checkpoint_seconds=0)
 out, data, cache, steps, jobs = sys.argv[1:]
 module.compare('smoe,xmoe', data, 'tiny', out=out, cache_dir=cache, steps=int(steps), batch_size=4, sequence_length=32,
-        hidden_size=32, head_dim=16, vocab_size=300, valid_tokens=512, traces=512, threads=1, jobs=int(jobs), device='cpu',
-        progress=lambda *a, **k: print(*a[:2], k.get('step', ''), flush=True))
+        hidden_size=32, head_dim=16, vocab_size=300, valid_tokens=512, traces=512, threads=1, jobs=int(jobs),
+        device='cpu', progress=lambda *a, **k: print(*a[:2], k.get('step', ''), flush=True))
 '''
-
-
-def texts(folder):
-    "Two domains of made-up words"
-    r = random.Random(0)
-    for d in ('tales', 'notes'):
-        (folder/d).mkdir(parents=True)
-        for i in range(20):
-            (folder/d/f'{i}.txt').write_text(' '.join(r.choice(f'the {d} of house river stone light under'.split())
-                                                      for _ in range(400)))
-    return folder
 
 
 def begin(out, box, a):
     return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', CHILD, str(out), str(box/'texts'), str(box/'cache'),
-                             str(a.steps), str(a.jobs)], stdout=open(box/'told.txt', 'w'), stderr=open(box/'err.txt', 'w'),
-                            start_new_session=True)
+                             str(a.steps), str(a.jobs)], stdout=open(box/'told.txt', 'w'), 
+                            stderr=open(box/'err.txt', 'w'), start_new_session=True)
 
 
 def end(p, box):
@@ -76,19 +69,21 @@ def differences(a, b):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--kills', type=int, default=20); p.add_argument('--steps', type=int, default=30)
-    p.add_argument('--jobs', type=int, default=1); p.add_argument('--seed', type=int, default=0); p.add_argument('--json')
+    p.add_argument('--jobs', type=int, default=1); p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--json')
     a = p.parse_args()
     rng, rows, kills = random.Random(a.seed), [], 0
     with tempfile.TemporaryDirectory(prefix='soak-') as box:
         box = Path(box)
-        texts(box/'texts')
+        write_texts(box/'texts')
         end(begin(box/'whole', box, a), box)                          # prepares the text, too
         start = time.monotonic(); shutil.rmtree(box/'whole')
         end(begin(box/'whole', box, a), box)
         seconds, whole = time.monotonic() - start, held(box/'whole')
         print(f'{len(whole)} runs of {a.steps} steps, {a.jobs} at once, without a kill: {seconds:.1f} s', flush=True)
         while kills < a.kills:
-            out, row = box/f'killed-{len(rows)}', dict(jobs=a.jobs, steps=a.steps, seed=a.seed, kills=0, in_a_save=0, at=[])
+            out = box/f'killed-{len(rows)}'
+            row = dict(jobs=a.jobs, steps=a.steps, seed=a.seed, kills=0, in_a_save=0, at=[])
             while True:
                 proc = begin(out, box, a)
                 if kills < a.kills:
@@ -106,7 +101,9 @@ def main():
             row['left_over'] = sorted(set(left))
             rows.append(row)
             print(f"folder {len(rows)}: {row['kills']} kills, {row['in_a_save']} in a save; different: "
-                  f"{', '.join(row['differences']) or 'nothing'}; left over: {', '.join(row['left_over']) or 'nothing'}", flush=True)
+                  f"{', '.join(row['differences']) or 'nothing'}; left over: "
+                  f"{', '.join(row['left_over']) or 'nothing'}",
+                  flush=True)
     print(f'{kills} kills, {sum(r["in_a_save"] for r in rows)} of them in a save, {len(rows)} folders, '
           f'{sum(bool(r["differences"]) for r in rows)} that differ')
     if a.json:

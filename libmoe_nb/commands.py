@@ -14,13 +14,14 @@ from .core.errors import first_line
 from .core.machine import calm_threads
 from .terminal import only_our_warnings, print_tables, say
 
-# %% ../nbs/commands.ipynb #a2db7d53
+# %% ../nbs/commands.ipynb #353149b5
 def _what_failed(e):
-    "A failure of the machine, or of a file, in one sentence"
+    "A failure of the machine, of a dependency, or of ours, in one sentence"
     why, name = getattr(e, 'strerror', None) or first_line(e, 200), getattr(e, 'filename', None)
     told = f'{name}: {why}' if name else why
     return f'{type(e).__name__}: {told}. What is finished is kept. LIBMOE_DEBUG=1 shows where it happened.'
 
+# %% ../nbs/commands.ipynb #a2db7d53
 def friendly_errors(f):
     "Run `f`; a mistake is one sentence and exit code 2, an interruption says how to go on."
     @functools.wraps(f)
@@ -35,8 +36,8 @@ def friendly_errors(f):
         except KeyboardInterrupt:
             say('libmoe: stopped. What is finished is kept; give the same command again to go on from here.')
             raise typer.Exit(130) from None
-        except (OSError, MemoryError, RecursionError) as e:
-            if os.environ.get('LIBMOE_DEBUG'): raise
+        except Exception as e:
+            if os.environ.get('LIBMOE_DEBUG') or type(e).__module__.startswith(('click', 'typer')): raise
             say(f'libmoe: {_what_failed(e)}')
             raise typer.Exit(1) from None
     return run

@@ -76,7 +76,8 @@ def _images(entry, folder):
     def place(f):
         if isinstance(f, dict) and isinstance(f.get('bytes'), (bytes, bytearray)) and f['bytes']: return f
         if isinstance(f, dict): f = f.get('path')
-        if f is None or isinstance(f, (int, float, list, dict)): raise ValueError('an image must be a name or a picture')
+        if f is None or isinstance(f, (int, float, list, dict)):
+            raise ValueError('an image must be a name or a picture')
         return f if not isinstance(f, str) else Path(f) if folder is None else _inside(folder, f)
     return tuple(place(f) for f in found)
 
@@ -135,6 +136,16 @@ def check_found(
     why = str(left_out).replace('\n', ', ') if len(left_out) else 'got none at all'
     if not found: raise ValueError(f'{name} must hold at least {expected}: {why}')
 
+# %% ../../nbs/data/conversations.ipynb #9a72840b
+def _is_no_end(e, text, at):
+    "Is it another error than that the text ends too early?"
+    if not isinstance(e, json.JSONDecodeError): return True
+    return e.pos < len(text) - 100 and not e.msg.startswith('Unterminated') or len(text) - at > 1 << 26
+
+def _read_more(f, path, chunk):
+    try: return f.read(chunk)
+    except (OSError, UnicodeDecodeError) as e: raise ValueError(f'{path} cannot be read: {first_line(e)}') from None
+
 # %% ../../nbs/data/conversations.ipynb #c3b657f6
 def read_entries(
     path,
@@ -159,15 +170,6 @@ def read_entries(
                 text, at = _read_more(f, path, chunk), 0
                 if not text and is_list: raise ValueError(f'{path} cannot be read: the list has no end')
                 if not text: return
-
-def _is_no_end(e, text, at):
-    "Is it another error than that the text ends too early?"
-    if not isinstance(e, json.JSONDecodeError): return True
-    return e.pos < len(text) - 100 and not e.msg.startswith('Unterminated') or len(text) - at > 1 << 26
-
-def _read_more(f, path, chunk):
-    try: return f.read(chunk)
-    except (OSError, UnicodeDecodeError) as e: raise ValueError(f'{path} cannot be read: {first_line(e)}') from None
 
 # %% ../../nbs/data/conversations.ipynb #8cc86804
 def iter_samples(

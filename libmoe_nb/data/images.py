@@ -19,20 +19,7 @@ class BadImage(ValueError):
     "A picture that cannot be used, and why."
     def __init__(self, said, kind='cannot be read'): super().__init__(said); self.kind = kind
 
-# %% ../../nbs/data/images.ipynb #0d6cc741
-def _open(source):
-    "A picture of PIL from whatever there is, not yet read"
-    from PIL import Image
-    if callable(source) and not isinstance(source, Image.Image): return _open(source())
-    if isinstance(source, Image.Image): return source, 'image'
-    if isinstance(source, (bytes, bytearray)):
-        return Image.open(io.BytesIO(source), formats=_formats()), f'image of {len(source)} bytes'
-    # as in `datasets`
-    if isinstance(source, dict): return _open(_held(source))
-    if isinstance(source, int) or source is None: raise ValueError('it is neither a path nor a picture')
-    if not os.path.isfile(source) and os.path.exists(source): raise ValueError('it is no plain file')
-    return Image.open(source, formats=_formats()), f'image {str(source)!r}'
-
+# %% ../../nbs/data/images.ipynb #b777058a
 def _held(row):
     "Bytes or path of a picture in a row; text is never taken for bytes, since it would be opened as a path"
     if not (data := row.get('bytes')): return row['path']
@@ -45,6 +32,24 @@ def _formats():
     from PIL import Image
     Image.init()
     return tuple({*Image.OPEN} - {'EPS', 'WMF', 'BUFR', 'GRIB', 'HDF5', 'MPEG', 'IPTC', 'FITS', 'PCD'})
+
+def _is_file(path):
+    "Is it the path of a file, or of nothing? A pipe would be waited for, and a number would be an open file"
+    if not isinstance(path, (str, os.PathLike)): return hasattr(path, 'read')
+    return os.path.isfile(path) or not os.path.exists(path)
+
+# %% ../../nbs/data/images.ipynb #0d6cc741
+def _open(source):
+    "A picture of PIL from whatever there is, not yet read"
+    from PIL import Image
+    if callable(source) and not isinstance(source, Image.Image): return _open(source())
+    if isinstance(source, Image.Image): return source, 'image'
+    if isinstance(source, (bytes, bytearray)):
+        return Image.open(io.BytesIO(source), formats=_formats()), f'image of {len(source)} bytes'
+    # as in `datasets`
+    if isinstance(source, dict): return _open(_held(source))
+    if not _is_file(source): raise ValueError('it is no plain file')
+    return Image.open(source, formats=_formats()), f'image {str(source)!r}'
 
 @contextmanager
 def _whole_files():
@@ -133,7 +138,8 @@ def image_digest(
         source = f'{im.width} x {im.height}'.encode() + im.tobytes()
     elif not isinstance(source, (bytes, bytearray)):
         try:
-            if isinstance(source, int) or not os.path.isfile(source) and os.path.exists(source): raise OSError('it is no plain file')
+            if not _is_file(source): raise OSError('it is no plain file')
             source = open(source, 'rb').read()
-        except (OSError, ValueError, TypeError) as e: raise BadImage(f'image {str(source)!r} cannot be read: {first_line(e)}') from None
+        except (OSError, ValueError, TypeError) as e:
+            raise BadImage(f'image {str(source)!r} cannot be read: {first_line(e)}') from None
     return blake2b(source, digest_size=16).hexdigest()

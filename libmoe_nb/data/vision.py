@@ -137,6 +137,13 @@ def easy_vqa_turns(
                                     messages=[first, a, *(t for pair in rest for t in pair)]))
     return Samples(iter_samples(entries, left_out=left), left)
 
+# %% ../../nbs/data/vision.ipynb #49127232
+def _is_cached(path):
+    "Is it a file that `datasets` fetched?"
+    import datasets, huggingface_hub
+    caches = datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
+    return isinstance(path, str) and any(os.path.abspath(path).startswith(f'{os.path.abspath(c)}/') for c in caches)
+
 # %% ../../nbs/data/vision.ipynb #67f493ff
 def _undecoded(ds):
     "A dataset whose pictures stay bytes or paths"
@@ -150,12 +157,6 @@ def _undecoded(ds):
 def _cell(ds, row, column, k):
     value = ds[row][column]
     return value if k is None else value[k]
-
-def _is_cached(path):
-    "Is it a file that `datasets` fetched?"
-    import datasets, huggingface_hub
-    caches = datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
-    return isinstance(path, str) and any(os.path.abspath(path).startswith(f'{os.path.abspath(c)}/') for c in caches)
 
 def _rows(ds):
     "Rows as entries; in place of bytes, functions that read them"
@@ -250,6 +251,20 @@ def _known(known, images, split, config, streaming):
     files = [_fetch(known, f, images) for f in known.files]
     return (lambda: _in_turns([read_entries(f) for f in files])), _image_root(Path(images), read_entries(files[0]))
 
+# %% ../../nbs/data/vision.ipynb #e3174126
+def _is_file(path):
+    try: return path.is_file()
+    except (OSError, ValueError): return False        # no name that a file can have
+
+# %% ../../nbs/data/vision.ipynb #84279f81
+def _saved(path):
+    import datasets
+    for p in (path, *(path/s for s in saved_splits(path))):
+        if is_saved_dataset(p): file_parts(p)         # whose names must stay in it
+    with naming_damage(path): return datasets.load_from_disk(str(path))
+
+_about = 'dataset_info.json', 'state.json', 'dataset_infos.json'
+
 # %% ../../nbs/data/vision.ipynb #05453f2a
 def _image_root(folder, entries):
     "Where the names of pictures start from: `images`, or the folder itself"
@@ -257,10 +272,6 @@ def _image_root(folder, entries):
              if isinstance(n, str)]
     roots = [folder/'images', folder]
     return max(roots, key=lambda r: sum(_is_file(r/n) for n in names)) if names else folder
-
-def _is_file(path):
-    try: return path.is_file()
-    except (OSError, ValueError): return False        # no name that a file can have
 
 def _folder(path, images, split, config, streaming):
     if (path/'state.json').is_file(): return partial(_rows, _undecoded(_saved(path))), images or path
@@ -270,14 +281,6 @@ def _folder(path, images, split, config, streaming):
     if not known: return _columns(str(path), config, split, streaming), images or path
     check(len(known) == 1, 'source', str(path), f'one of its files: {join_words([p.name for p in known])}')
     return partial(read_entries, known[0]), images or _image_root(path, read_entries(known[0]))
-
-def _saved(path):
-    import datasets
-    for p in (path, *(path/s for s in saved_splits(path))):
-        if is_saved_dataset(p): file_parts(p)         # whose names must stay in it
-    with naming_damage(path): return datasets.load_from_disk(str(path))
-
-_about = 'dataset_info.json', 'state.json', 'dataset_infos.json'
 
 # %% ../../nbs/data/vision.ipynb #6026fc3a
 def _found(source, images, split, config, streaming):

@@ -254,6 +254,24 @@ def baselines(self:Suite, groups=False)->pd.DataFrame:
             for g,names in self.groups.items() for sub in [res[res.task.isin(names)]]]
     return pd.concat([res, pd.DataFrame(mean)], ignore_index=True)
 
+# %% ../../nbs/evaluation/suites.ipynb #b62ae60c
+_fields = dict(name=str, kind=str, domain=str, group=str, chance=(int, float), normalise=bool, dropped=int,
+               baselines=dict)
+
+def _is_asked(t, d):
+    "Is a question of a task one that can be asked and judged?"
+    choices = d['choices'] if t.output_type == 'multiple_choice' else [d['target']]
+    said = isinstance(choices, list) and choices and all(isinstance(x, str) for x in [d['context'], *choices])
+    whole = said and all(choices) and all(printable(x) == x for x in [d['context'], *choices])
+    return whole and ('choices' not in d or type(d['answer']) is int and 0 <= d['answer'] < len(choices))
+
+def _check_task(t):
+    "Raise a `ValueError` unless a task is one of a suite"
+    good = all(isinstance(getattr(t, k), c) for k, c in _fields.items())
+    good = good and all(isinstance(v, (int, float)) for v in t.baselines.values())
+    check(good and t.output_type in ('multiple_choice', 'loglikelihood'), 'task', t.name, 'one of a suite')
+    for d in t.docs: check(_is_asked(t, d), 'question', d, 'text with choices and an answer, or with a target')
+
 # %% ../../nbs/evaluation/suites.ipynb #d03a2a28
 _FORMAT = 1
 
@@ -267,19 +285,6 @@ def save(self:Suite, path)->Path:
                   tasks=tasks), *(dict(task=n) | d for n,t in self.tasks.items() for d in t.docs)]
     write_atomic(path, ''.join(json.dumps(l) + '\n' for l in lines))
     return path
-
-_texts_of = dict(name=str, kind=str, domain=str, group=str, chance=(int, float), normalise=bool, dropped=int, baselines=dict)
-
-def _check_task(t):
-    "Raise a `ValueError` unless each question can be asked and judged"
-    kinds = all(isinstance(getattr(t, k), c) for k, c in _texts_of.items())
-    check(kinds and all(isinstance(v, (int, float)) for v in t.baselines.values()), 'task', t.name, 'one of a suite')
-    for d in t.docs:
-        asked = [d['context'], *(d['choices'] if t.output_type == 'multiple_choice' else [d['target']])]
-        good = all(isinstance(x, str) and x.encode() for x in asked[1:]) and isinstance(asked[0], str) and len(asked) > 1
-        if t.output_type == 'multiple_choice': good = good and type(d['answer']) is int and 0 <= d['answer'] < len(asked) - 1
-        else: good = good and t.output_type == 'loglikelihood'
-        check(good and printable(asked[0]) == asked[0], 'question', d, 'text with choices and an answer, or with a target')
 
 @patch(cls_method=True)
 def load(cls:Suite, path)->Suite:

@@ -186,8 +186,8 @@ def check_size(
     try: promised = _promised(saved)
     except Exception: return                        # which loading will tell
     if promised > 2 * numbers + 10**7:
-        raise ValueError(f'model={name!r} is damaged: its config.json promises {promised:,} parameters, and its weights '
-                         f'hold {numbers:,} numbers')
+        raise ValueError(f'model={name!r} is damaged: its config.json promises {promised:,} parameters, and its '
+                         f'weights hold {numbers:,} numbers')
 
 # %% ../../nbs/models/loading.ipynb #c1a55e01
 def _class_names(auto, config):

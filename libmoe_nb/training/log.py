@@ -126,7 +126,8 @@ def state(self:RunLog):
 @patch
 def load_state(self:RunLog, s):
     if (there := len(_whole_lines(self.path))) < s['lines']:
-        warnings.warn(f'{self.path} has {there} of the {s["lines"]} lines that it had at the checkpoint: its curves have a gap')
+        warnings.warn(f'{self.path} has {there} of the {s["lines"]} lines that it had at the checkpoint: its '
+                      f'curves have a gap')
     self.keep(s['lines'])
     self.told = s['told']
 
