@@ -17,13 +17,14 @@ from .commands import (Bf16, Device, Json, PlainCommand as _Command, Threads, an
 from .core.errors import did_you_mean
 from .core.files import check_is_folder, jsonable
 from .core.machine import find_device, use_threads
+from .core.ranks import launched
 from .core.settings import read_settings, seed_list, read_setting
 from .listing import listing, listing_tables
 from .core.settings import check_model_name
 from .moe.config import check_recipe
 from .options import init_names, read_options, check_early, check_evaluation, check_training, upcycling_options
 from .terminal import (RunProgress, UpcyclingProgress, analysis_tables, comparison_tables, evaluation_tables,
-                                patient_streams, say, training_tables, upcycling_tables)
+                                not_asked, patient_streams, say, training_tables, upcycling_tables)
 from .plan_command import plan
 from .reproduce_command import reproduce
 from .vision_commands import ask, vlm
@@ -141,16 +142,21 @@ def train(
     examples: Examples = None,
     resume: Annotated[bool, _option('Go on with an interrupted run from its last checkpoint, which is the default, or '
                                     'start it over. A finished run is never repeated.', '--resume/--no-resume')] = True,
+    launch: Annotated[Optional[int], _option('Train in so many processes of this machine, each with a part of every '
+                                             'batch (default 1). Under torchrun or accelerate launch: leave it out.',
+                                             metavar='N')] = None,
     log: Log = None, **options,
 ):
     "Train one recipe and keep the model."
     kw = read_options(dict(options, evaluate=_examples(examples, evaluate)), ('valid_tokens', 'options', 'cache_dir'))
+    launch = read_setting('processes', launch)
     preset, out, (seed,) = options['preset'], out or Path('trained')/recipe, seed_list([seed])
     check_training([recipe], preset, **kw | dict(log=log, out=out, options={recipe: kw.get('options') or {}}))
     from libmoe_nb.experiments import compare as experiments
-    with RunProgress() as progress:
+    with RunProgress() if launched()[0] == 0 else not_asked() as progress:
         res = experiments.train(recipe, preset=preset, out=out, seed=seed, resume=resume, progress=progress, log=log,
-                                **kw)
+                                processes=launch, **kw)
+    if launched()[0]: return
     _answer(options['as_json'], lambda: res, lambda: [*training_tables(res), *_load_it(res['model'])])
 
 # %% ../nbs/cli.ipynb #b76ea40f

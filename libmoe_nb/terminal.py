@@ -7,12 +7,12 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/terminal.html.md"""
 # %% auto #0
 __all__ = ['printable_line', 'terminal_width', 'text_table', 'print_tables', 'fits', 'fitting_tables', 'narrow_rows',
            'comparison_tables', 'training_tables', 'upcycling_tables', 'gate_tables', 'vision_tables', 'import_tables',
-           'analysis_tables', 'evaluation_tables', 'say', 'RunProgress', 'UpcyclingProgress', 'VisionProgress',
-           'only_our_warnings', 'PatientStream', 'patient_streams']
+           'analysis_tables', 'evaluation_tables', 'say', 'RunProgress', 'not_asked', 'UpcyclingProgress',
+           'VisionProgress', 'only_our_warnings', 'PatientStream', 'patient_streams']
 
 # %% ../nbs/terminal.ipynb #3ded0bc4
 import codecs, logging, os, shutil, signal, sys, time, warnings
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from fastcore.basics import patch
 from .core.words import format_duration, format_millions, format_number, format_percent
 
@@ -236,7 +236,7 @@ class RunProgress:
     def __init__(self):
         from rich.console import Console
         self.console = Console(stderr=True, highlight=False)
-        self.bars = self.before = None             # the bars; the handler of Ctrl-C that was there before
+        self.bars, self.before = None, {}          # the bars; handlers of signals that were there before
         self.asked = self.training = False         # was Ctrl-C pressed? can it wait for the end of a step?
         self.start, self.total, self.done, self.trained = time.monotonic(), 1, 0, 0
         self.began, self.steps, self.bar_of = {}, {}, {}  # of each run
@@ -302,14 +302,27 @@ def __enter__(self:RunProgress):
         if self.asked or not self.training: raise KeyboardInterrupt
         self.asked = True
         self.line('stopping after this step (Ctrl-C again: at once) ...')
-    try: self.before = signal.signal(signal.SIGINT, ask)
-    except ValueError: pass                                  # not the main thread
+    with suppress(ValueError):                               # not the main thread
+        for s in _asking(): self.before[s] = signal.signal(s, ask)
     return self
+
+def _asking():
+    "Signals that ask a command to stop: Ctrl-C, and those of batch systems"
+    return [getattr(signal, s) for s in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, s)]
 
 @patch
 def __exit__(self:RunProgress, *_):
     if self.bars: self.bars.stop()
-    if self.before: signal.signal(signal.SIGINT, self.before)
+    for s, before in self.before.items(): signal.signal(s, before or signal.SIG_DFL)
+
+# %% ../nbs/terminal.ipynb #323653b1
+@contextmanager
+def not_asked():
+    "Leave the signals that ask to stop to another process, for the length of a block."
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in _asking()}
+    try: yield
+    finally:
+        for s, b in before.items(): signal.signal(s, b or signal.SIG_DFL)
 
 # %% ../nbs/terminal.ipynb #6c6f0bf3
 class UpcyclingProgress(RunProgress):

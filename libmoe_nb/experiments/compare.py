@@ -9,6 +9,7 @@ __all__ = ['Plan', 'make_plan', 'print_progress', 'compare', 'train']
 
 # %% ../../nbs/experiments/compare.ipynb #d38e57de
 import dataclasses, platform, torch
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.all import delegates, patch
@@ -16,12 +17,13 @@ from .. import __version__
 from ..core.errors import check
 from ..core.files import check_writable, locked_folder
 from ..core.machine import find_device, use_threads
+from ..core.ranks import is_main, joined, launched
 from ..core.settings import read_setting, seed_list
 from ..data.sources import default_data, find_sources
 from ..data.text import TextData, text_data
 from ..evaluation.suites import Suite, make_suite
 from .comparison import Comparison, tell_outcome
-from .jobs import Task, check_sendable, share_cores, side_by_side, values_of
+from .jobs import Task, check_sendable, share_cores, side_by_side, together, values_of
 from .reports import write_report
 from .run import Run, RunOptions, fit_run, run_config, run_name
 from ..moe.config import Preset, apply_overrides, named_recipes, own_recipes, recipes
@@ -196,10 +198,12 @@ def print_progress(event, name=None, result=None, reused=False, **facts):
 # %% ../../nbs/experiments/compare.ipynb #5faacc43
 def _observer(progress): return progress or (lambda event, name=None, **facts: None)
 
-def _planned(recipes, data, preset, out, progress, threads=None, **kwargs):
+def _planned(recipes, data, preset, out, progress, threads=None, processes=1, **kwargs):
     "A plan with its text; all that can be refused without reading text is refused before"
     reading = {k: kwargs.pop(k) for k in _reading if k in kwargs}
     plan = make_plan(recipes, preset, **kwargs)
+    size = plan.preset.batch_size
+    check(size % processes == 0, 'batch_size', size, f'a multiple of the number of processes, {processes}')
     check_writable(out)
     return plan.read(data, progress, threads, **reading)
 
@@ -283,21 +287,41 @@ def train(
     evaluate=None,      # see `compare`
     log=None,           # see `compare`
     resume:bool=True,   # go on with an interrupted run of this configuration? False: start it over
+    processes:int=None, # of this machine that train it together; None: one, or those that a launcher began
     **kwargs,
 )->dict:                # the result
     """Train one recipe; `out/model` is what `from_pretrained` loads.
     A finished run of this configuration is not repeated, an interrupted one goes on."""
+    own, processes = dict(locals()), read_setting('processes', processes) or 1
     out, progress, (seed,), wishes = Path(out), _observer(progress), seed_list([seed]), RunOptions(traces, log=log)
     _check_evaluate(evaluate)
-    plan = _planned([recipe], data, preset, out, progress, options={recipe: options} if options else None, **kwargs)
-    if evaluate: progress('suite')
-    wishes = dataclasses.replace(wishes, suite=_suite(evaluate, plan.data))
-    run = Run(out, plan.config(plan.recipes[0], seed), plan.data, wishes, progress, dict(plan.info, single=True))
-    with locked_folder(out):
-        if not resume: run.start_over()
-        _announce(progress, [run])
-        run.fit()
+    kwargs = dict(kwargs, options={recipe: options} if options else None, processes=max(processes, launched()[1]))
+    if processes > 1:
+        return _in_processes(own, processes, _planned([recipe], data, preset, out, progress, **kwargs), progress)
+    with joined(find_device(kwargs.get('device')).type):
+        plan = _planned([recipe], data, preset, out, progress, **kwargs)
+        if evaluate: progress('suite')
+        wishes = dataclasses.replace(wishes, suite=_suite(evaluate, plan.data))
+        run = Run(out, plan.config(plan.recipes[0], seed), plan.data, wishes, progress, dict(plan.info, single=True))
+        with locked_folder(out) if is_main() else nullcontext():
+            if not resume and is_main(): run.start_over()
+            _announce(progress, [run])
+            run.fit()
     return _as_told(run, plan.info)
+
+# %% ../../nbs/experiments/compare.ipynb #2c2fc0e8
+def _in_processes(own, processes, plan, progress):
+    "The same call of `train` in several processes"
+    kwargs = own.pop('kwargs')
+    own = {k: v for k, v in own.items() if k not in ('progress', 'processes')}
+    foreign = _foreign([plan.run(Path(own['out']), own['recipe'], own['seed'])])
+    return together(Task(str(own['out']), _train_in_one, dict(foreign=foreign, **own, **kwargs)), processes,
+                    kwargs.get('threads'), progress)
+
+def _train_in_one(foreign, progress, **kwargs):
+    recipes.update(foreign)
+    def tell(event, *args, **facts): event == 'data' or progress(event, *args, **facts)   # which was told before
+    return train(**kwargs, progress=tell if launched()[0] == 0 else None)
 
 # %% ../../nbs/experiments/compare.ipynb #bb89621b
 def _as_told(run, info):

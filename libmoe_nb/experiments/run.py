@@ -22,7 +22,8 @@ from ..analysis.traces import write_trace
 from ..analysis.tracing import moe_layers
 from ..core.errors import check, differences, tell_differences
 from ..core.files import read_json, read_record, write_json, write_atomic, jsonable, make_folder
-from ..core.modes import autocast, quiet_bars
+from ..core.modes import autocast, quiet_bars, unwrap
+from ..core.ranks import is_main, wait_for_all, world_size
 from ..core.settings import read_setting
 from ..core.words import format_number
 from ..data.text import TextData
@@ -34,6 +35,7 @@ from ..moe.recipes import settled
 from ..plots.style import recipe_title
 from ..training.batches import next_token_loss, as_batch
 from ..training.checkpoints import resume, StepReporter, TimedCheckpoint
+from ..training.distributed import *
 from ..training.learner import moe_learner
 from ..training.log import RunLog, run_log_path
 from ..training.telemetry import RoutingTelemetry
@@ -120,17 +122,19 @@ def _state(run):
 @patch
 def fit(self:Run)->dict: # the result
     "Train the run, or finish it, or read its result if it is finished."
-    self.claim()
+    if is_main(): self.claim()
+    wait_for_all()
     if reused := self.finished:
-        if self.options.suite is not None: self.evaluate(self.options.suite)
+        if self.options.suite is not None and is_main(): self.evaluate(self.options.suite)
     else:
         c = self.config
         self.progress('start', self.name, recipe=c['recipe'], seed=c['seed'], steps=c['preset']['steps'])
         learn = self.learner()
         try: train_to_end(learn, self.folder)
         finally:
-            if self.options.log: learn.telemetry_logger.close()
-        self.finish(learn)
+            if self.options.log and is_main(): learn.telemetry_logger.close()
+        if is_main(): self.finish(learn)
+    wait_for_all()
     self.progress('finish', self.name, result=self.result, reused=reused)
     return self.result
 
@@ -204,9 +208,10 @@ def learner(self:Run): # a `MoELearner`
     c, data = self.config, self.data
     model = from_scratch(c['recipe'], self.preset, seed=c['seed'], vocab_size=data.vocab_size, **c['layer'],
                          **c['options'])
-    return moe_learner(model, data, preset=self.preset, seed=c['seed'], bf16=c['bf16'], device=c['device'],
-                       cbs=self.callbacks(model), valid_batch_size=_valid_batch,
-                       valid_steps=_valid_steps(data, curve_tokens))
+    learn = moe_learner(model, data, preset=self.preset, seed=c['seed'], bf16=c['bf16'], device=c['device'],
+                        cbs=self.callbacks(model), valid_batch_size=_valid_batch,
+                        valid_steps=_valid_steps(data, curve_tokens))
+    return learn.distribute(cpu=c['device'] == 'cpu') if world_size() > 1 else learn
 
 # %% ../../nbs/experiments/run.ipynb #ae2a9063
 _valid_batch = 16  # sequences
@@ -281,7 +286,7 @@ def trace(self:Run,
 # %% ../../nbs/experiments/run.ipynb #6c1ec6cf
 class _Curve(Callback):
     "Validation perplexity at the steps `at`; with `trace`, a function (model, step), a trace of each point"
-    order, run_valid = 66, False
+    order, run_valid, main_only = 66, False, True
     def __init__(self, data, at, trace=None, **kwargs):
         self.data, self.at, self.trace, self.kwargs = data, at, trace, kwargs
     def before_train(self):
@@ -289,8 +294,9 @@ class _Curve(Callback):
     def after_batch(self):
         if self.learn.step in self.at: self.point()
     def loss(self):
-        if self.trace is None: return evaluate_perplexity(self.learn.model, self.data, **self.kwargs)['loss']
-        return torch.cat(self.trace(self.learn.model, self.learn.step)[:self.kwargs['steps']]).mean().item()
+        model = unwrap(self.learn.model)
+        if self.trace is None: return evaluate_perplexity(model, self.data, **self.kwargs)['loss']
+        return torch.cat(self.trace(model, self.learn.step)[:self.kwargs['steps']]).mean().item()
     def point(self):
         loss, t = self.loss(), self.learn.throughput
         self.learn.run_log.write('valid', epoch=0, tokens=t.tokens, loss=loss,
@@ -300,7 +306,7 @@ class _Curve(Callback):
 # %% ../../nbs/experiments/run.ipynb #fd194029
 class SuiteCallback(Callback):
     "Scores on a suite at some steps of training, one line `eval` of the log for each task."
-    order, run_valid = 67, False
+    order, run_valid, main_only = 67, False, True
     def __init__(self,
         suite,           # a `Suite`
         tokenizer,
@@ -313,7 +319,7 @@ class SuiteCallback(Callback):
     def after_batch(self):
         if self.learn.step in self.at: self.point()
     def point(self):
-        e, t = _ask(self.learn.model, self.suite, self.tokenizer, self.limit), self.learn.throughput
+        e, t = _ask(unwrap(self.learn.model), self.suite, self.tokenizer, self.limit), self.learn.throughput
         for r in e.results.drop_duplicates('task').itertuples():
             self.learn.run_log.write('eval', tokens=t.tokens, task=r.task, group=self.suite.tasks[r.task].group,
                                             metric=r.metric, value=r.value, stderr=r.stderr, n=r.n)

@@ -54,13 +54,15 @@ def _predicted(r):
 
 def harm_table(
     table, # of the measure `ablation`
-)->pd.DataFrame: # index regime, recipe, statistic; columns effect, low, high, blocks
-    "Correlations with harm, over layers and seeds."
+)->pd.DataFrame: # index regime, recipe, statistic; columns effect, low, high, n, over
+    "Correlations with harm, with intervals over seeds where there are three, else over layers."
     rows = []
     for (g, v, r, s), d in harm_correlations(table).groupby(['regime', 'variant', 'recipe', 'statistic'], sort=False):
-        e = interval(d.correlation)
-        rows.append((g, v, r, s, e.estimate, e.low, e.high, e.n))
-    return pd.DataFrame(rows, columns=['regime', 'variant', 'recipe', 'statistic', 'effect', 'low', 'high', 'blocks'])
+        seeds = d.groupby('seed').correlation.mean()
+        over = 'seeds' if len(seeds) > 2 else 'layers'
+        e = interval(seeds if over == 'seeds' else d.correlation)
+        rows.append((g, v, r, s, e.estimate, e.low, e.high, e.n, over))
+    return pd.DataFrame(rows, columns='regime variant recipe statistic effect low high n over'.split())
 
 # %% ../../nbs/paper/questions.ipynb #83b9b777
 def first_is_worst(

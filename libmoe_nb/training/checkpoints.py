@@ -296,7 +296,7 @@ def _load_callbacks(learn, states):
 
 def _load_checkpoint(learn, path, info, change=()):
     learn.model.to(learn.dls.device)
-    load_model(unwrap(learn.model), path/'model.safetensors', device=str(learn.dls.device))
+    load_model(unwrap(learn.model), path/'model.safetensors')
     s = put_back_tensors(dict(dict=info['dict']), load_file(path/'training.safetensors'))
     # the moments are the checkpoint's, the settings this learner's
     asked = {k: v for k, v in learn.opt.state_dict().items() if k in ('param_groups', 'hypers')}

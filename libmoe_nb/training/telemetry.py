@@ -13,6 +13,7 @@ from torch import Tensor
 from fastcore.basics import store_attr
 from ..analysis.tracing import moe_layers
 from ..core.modes import unwrap
+from ..core.ranks import world_size
 from ..moe.layers import MoELayer
 from ..moe.routing import Routing, tokens_per_expert
 
@@ -109,7 +110,7 @@ class Throughput(Callback):
         self.since = time.perf_counter()
     def before_train(self): self.pause()
     def after_batch(self):
-        n, now = self.learn.yb[0].numel(), time.perf_counter()
+        n, now = self.learn.yb[0].numel() * world_size(), time.perf_counter()
         self.last = n / max(now - self.since, 1e-9)
         self.tokens, self.seconds, self.since = self.tokens + n, self.seconds + now - self.since, now
     @property

@@ -1,0 +1,56 @@
+"One model in several processes: the command is stopped by a batch system, and one process ends what two began."
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+from safetensors.torch import load_file
+
+from libmoe_nb.core.ranks import joined, launched, world_size
+from libmoe_nb.experiments.compare import train
+from libmoe_nb.experiments.jobs import Task, TasksFailed, together
+import job_functions as f
+
+SMALL = dict(data='python', preset='tiny', steps=24, batch_size=4, sequence_length=64, traces=1024, max_bytes=150_000,
+             device='cpu', threads=1, progress=None)
+
+def begin(out):
+    args = ['train', 'sharede_v3', '--preset', 'tiny', '--data', 'python', '--out', str(out), '--device', 'cpu',
+            '--launch', '2', '--threads', '1', '--steps', '24', '--batch-size', '4', '--sequence-length', '64',
+            '--traces', '1024', '--max-bytes', '150000']
+    code = 'import sys; from libmoe_nb.cli import main; main()'
+    return subprocess.Popen([sys.executable, '-c', code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2])))
+
+def steps_of(out):
+    try: return sum('"train"' in l for l in (out/'log.jsonl').read_text().splitlines())
+    except OSError: return 0
+
+@pytest.mark.filterwarnings('ignore:going on from')
+def test_what_two_processes_began_one_ends(tmp_path):
+    out = tmp_path/'two'
+    for least in (3, 8):                            # begun by two, gone on with by two
+        process, end = begin(out), time.monotonic() + 120
+        while steps_of(out) < least and process.poll() is None and time.monotonic() < end: time.sleep(.02)
+        process.send_signal(signal.SIGTERM)
+        said, wrong = process.communicate(timeout=120)
+        assert process.returncode == 130 and 'Traceback' not in wrong, wrong
+        assert [*(out/'checkpoints').glob('step-*')] and not (out/'result.json').exists()
+    began = steps_of(out)
+    ended = train('sharede_v3', out=out, **SMALL)
+    whole = train('sharede_v3', out=tmp_path/'one', **SMALL)
+    assert 8 <= began < 24 and steps_of(out) == steps_of(tmp_path/'one') == 24
+    assert abs(ended['perplexity'] / whole['perplexity'] - 1) < 1e-3 and ended['tokens'] == whole['tokens']
+    a, b = (load_file(tmp_path/n/'model'/'model.safetensors') for n in ('two', 'one'))
+    assert all(torch.allclose(a[n], b[n], atol=2e-3) for n in b)
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_first(tmp_path):
+    with pytest.raises(ValueError, match='batch_size must be a multiple of the number of processes, 3'):
+        train('smoe', out=tmp_path/'x', processes=3, **SMALL)
+    assert not (tmp_path/'x'/'config.json').exists()
+
+def test_the_reason_of_a_failure_is_told():
+    with pytest.raises(TasksFailed, match='its process was killed'): together(Task('x', f.kill_one_of_two), 2, 1)
+
+def test_one_process_is_no_group(monkeypatch):
+    for n in ('RANK', 'WORLD_SIZE'): monkeypatch.delenv(n, raising=False)
+    with joined(): assert launched() == (0, 1) and world_size() == 1
