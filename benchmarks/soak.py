@@ -3,11 +3,11 @@
 python benchmarks/soak.py [--kills 200] [--steps 30] [--jobs 1] [--seed 0] --json benchmarks/soak.json
 
 A tiny `libmoe compare` of two recipes saves its state after every step (`checkpoint_seconds=0`), so that about half of
-the time of a run is spent saving. Its process, with `--jobs 2` also those that it started, gets SIGKILL after a random
-time, and the same command goes on, until it has been killed `--kills` times; a folder that is finished in between is
-compared and a new one begun. Compared are all weights and the curves of training and validation with those of a run
-without a kill, bit for bit. One entry a folder: kills, those that met a save, the step of each kill, and what
-differed."""
+the time of a run is spent saving. Its process, with `--jobs 2` also those that it started, gets SIGKILL a moment
+after a random step, and the same command goes on, until it has been killed `--kills` times; a folder that is finished
+in between is compared and a new one begun. Compared are all weights and the curves of training and validation with
+those of a run without a kill, bit for bit. One entry a folder: kills, those that met a save, the step of each kill, and
+what differed."""
 import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -35,6 +35,12 @@ def begin(out, box, a):
 
 def end(p, box):
     if p.wait(): sys.exit(f'the command ended with {p.returncode}: {(box/"err.txt").read_text()[-2000:]}')
+
+
+def wait_for_steps(p, box, steps, more):
+    "Until so many steps of training were told since this start, and `more` seconds on"
+    while p.poll() is None and (box/'told.txt').read_text().count('step ') < steps: time.sleep(.005)
+    time.sleep(more)
 
 
 def kill(p):
@@ -87,8 +93,7 @@ def main():
             while True:
                 proc = begin(out, box, a)
                 if kills < a.kills:
-                    # a start takes a good part of the time, and most kills should meet training
-                    time.sleep(seconds * rng.uniform(.15, 1))
+                    wait_for_steps(proc, box, rng.randrange(1, a.steps), rng.uniform(0, .1))
                     if kill(proc):
                         kills += 1; row['kills'] += 1
                         row['in_a_save'] += bool([*out.glob('*/checkpoints/.tmp-*'), *out.glob('*/checkpoints/.trash')])
