@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .interventions import next_ranked
 from .trace_tables import LayerTrace, Trace, column_of, make_trace, rank_types, token_types
 from .tracing import moe_layers, record_routing
-from ..core.errors import check, shown
+from ..core.errors import check, first_line, shown
 from ..core.modes import evaluating
 
 # %% ../../nbs/analysis/traces.ipynb #7c0100a1
@@ -265,7 +265,7 @@ def _open_trace(path):
     "The open file and its metadata, if they are those of a trace"
     from safetensors import safe_open, SafetensorError
     try: f = safe_open(path, 'np')
-    except (SafetensorError, OSError) as e: raise ValueError(f'{path} is no trace or was cut short: {e}') from None
+    except (SafetensorError, OSError) as e: raise ValueError(f'{path} is no trace or was cut short: {first_line(e, 200)}') from None
     meta = f.metadata() or {}
     if meta.get('format') != _FORMAT:
         raise ValueError(f'{path} is no trace: its header names the format {shown(meta.get("format"))}, expected '

@@ -17,7 +17,7 @@ from hashlib import blake2b
 from contextlib import closing
 from functools import partial
 from collections.abc import Iterator
-from ..core.errors import shown
+from ..core.errors import first_line, shown
 
 # %% ../../nbs/data/files.ipynb #b9a0e21d
 class Document(NamedTuple):
@@ -79,9 +79,9 @@ def _naming(path, items):
     try: from zstandard import ZstdError
     except ImportError: ZstdError = EOFError
     try: yield from items
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, ZstdError) as e:
+    except (EOFError, OSError, SystemError, OverflowError, zlib.error, lzma.LZMAError, ZstdError) as e:
         if getattr(e, 'errno', None): raise ValueError(f'{path} cannot be read: {e.strerror or e}') from None
-        raise ValueError(f'{path} is damaged or not what its name says: {e}') from None
+        raise ValueError(f'{path} is damaged or not what its name says: {first_line(e, 200)}') from None
 
 _LINE = 1<<28    # bytes: packed, a line of any length is a small file
 def _read_lines(path):

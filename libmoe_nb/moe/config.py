@@ -91,8 +91,8 @@ def from_saved(
     check(isinstance(d, dict), kind, d, 'a dictionary')
     for k, v in d.items():
         if is_flag(k) and isinstance(v, str):
-            raise ValueError(f'{k} must be true or false where it was saved, got {v!r}, which libmoe-nb 0.1 took for '
-                             f'yes: write true to have what was trained')
+            raise ValueError(f'{k} must be true or false where it was saved, got {shown(v)}, which libmoe-nb 0.1 '
+                             f'took for yes: write true to have what was trained')
     return _from_dict(cls, d, kind)
 
 # %% ../../nbs/moe/config.ipynb #7b120bac
