@@ -265,7 +265,8 @@ def _open_trace(path):
     "The open file and its metadata, if they are those of a trace"
     from safetensors import safe_open, SafetensorError
     try: f = safe_open(path, 'np')
-    except (SafetensorError, OSError) as e: raise ValueError(f'{path} is no trace or was cut short: {first_line(e, 200)}') from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f'{path} is no trace or was cut short: {first_line(e, 200)}') from None
     meta = f.metadata() or {}
     if meta.get('format') != _FORMAT:
         raise ValueError(f'{path} is no trace: its header names the format {shown(meta.get("format"))}, expected '
