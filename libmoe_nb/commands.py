@@ -10,8 +10,16 @@ __all__ = ['Bf16', 'Device', 'Threads', 'Json', 'friendly_errors', 'PlainCommand
 # %% ../nbs/commands.ipynb #5e2173e4
 import functools, inspect, json, os, typer, typer.core
 from typing import Annotated, Optional
+from .core.errors import first_line
 from .core.machine import calm_threads
 from .terminal import only_our_warnings, print_tables, say
+
+# %% ../nbs/commands.ipynb #353149b5
+def _what_failed(e):
+    "A failure of the machine, of a dependency, or of ours, in one sentence"
+    why, name = getattr(e, 'strerror', None) or first_line(e, 200), getattr(e, 'filename', None)
+    told = f'{name}: {why}' if name else why
+    return f'{type(e).__name__}: {told}. What is finished is kept. LIBMOE_DEBUG=1 shows where it happened.'
 
 # %% ../nbs/commands.ipynb #a2db7d53
 def friendly_errors(f):
@@ -28,6 +36,10 @@ def friendly_errors(f):
         except KeyboardInterrupt:
             say('libmoe: stopped. What is finished is kept; give the same command again to go on from here.')
             raise typer.Exit(130) from None
+        except Exception as e:
+            if os.environ.get('LIBMOE_DEBUG') or type(e).__module__.startswith(('click', 'typer')): raise
+            say(f'libmoe: {_what_failed(e)}')
+            raise typer.Exit(1) from None
     return run
 
 # %% ../nbs/commands.ipynb #e4ccb6f2

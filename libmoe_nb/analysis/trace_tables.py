@@ -72,6 +72,9 @@ def layer(self:Trace, i):
     i, m = i % len(self.layers), self.meta
     M, K = m['num_choices'][i], m['top_k'][i]
     c, w, s = (np.asarray(a[i])[:, :min(K + m['extra'], M)] for a in (self.choice, self.weight, self.score))
+    if c.dtype.kind != 'i' or c.size and not 0 <= c.min() <= c.max() < M:
+        raise ValueError(f'choice must hold numbers below {M} in layer {i}, got {c.min()} to {c.max()}'
+                         + (f': {self.path} is a damaged trace' if self.path else ''))
     return LayerTrace(m['layers'][i], c.astype(np.int64), w.astype(np.float32), s.astype(np.float32),
                       self.expert_of[i][:M].astype(np.int64), self.sign_of[i][:M], m['num_experts'][i], K)
 

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .interventions import next_ranked
 from .trace_tables import LayerTrace, Trace, column_of, make_trace, rank_types, token_types
 from .tracing import moe_layers, record_routing
-from ..core.errors import check
+from ..core.errors import check, first_line, shown
 from ..core.modes import evaluating
 
 # %% ../../nbs/analysis/traces.ipynb #7c0100a1
@@ -256,7 +256,7 @@ def read_trace(
         columns = {k: f.get_tensor(k) for k in _own_columns(meta)}
         t = Trace(*(_Slices(f, k) for k in rank_types), **small, meta=meta, path=path, columns=columns)
         _check_meta(t); _check_shapes(t)
-    except (ValueError, KeyError, TypeError, SafetensorError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise ValueError(f'{path} is a damaged trace: {e}') from None
     return t
 
@@ -265,13 +265,14 @@ def _open_trace(path):
     "The open file and its metadata, if they are those of a trace"
     from safetensors import safe_open, SafetensorError
     try: f = safe_open(path, 'np')
-    except (SafetensorError, OSError) as e: raise ValueError(f'{path} is no trace or was cut short: {e}') from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f'{path} is no trace or was cut short: {first_line(e, 200)}') from None
     meta = f.metadata() or {}
     if meta.get('format') != _FORMAT:
-        raise ValueError(f'{path} is no trace: its header names the format {meta.get("format")!r}, expected '
+        raise ValueError(f'{path} is no trace: its header names the format {shown(meta.get("format"))}, expected '
                          f'{_FORMAT!r}')
     if meta.get('version') != _VERSION:
-        raise ValueError(f'{path} is a trace of version {meta.get("version")!r}, expected {_VERSION!r}')
+        raise ValueError(f'{path} is a trace of version {shown(meta.get("version"))}, expected {_VERSION!r}')
     return f, meta
 
 # %% ../../nbs/analysis/traces.ipynb #6269c38c
@@ -309,10 +310,15 @@ def _check_shapes(t):
     for k, v in t.columns.items():
         if v.shape != (T,) or v.dtype != np.int32:
             raise ValueError(f'column {k} must hold {T} int32, got {v.dtype} {v.shape}')
+    for k in ('num_experts', 'num_choices', 'top_k'): check(all(type(n) is int for n in m[k]), k, m[k], 'whole numbers')
     sizes = list(zip(m['top_k'], m['num_choices'], m['num_experts']))
     fit = all(1 <= K <= M <= t.expert_of.shape[1] and 1 <= N <= M for K, M, N in sizes)
     if not fit or t.sign_of.shape != t.expert_of.shape:
         raise ValueError('num_experts, num_choices, top_k and expert_of do not fit each other')
+    for (K, M, N), of in zip(sizes, t.expert_of):
+        check(((of[:M] >= 0) & (of[:M] <= N)).all(), 'expert_of', of[:M], f'numbers from 0 to {N}')
+    kinds = {t.token.dtype, t.position.dtype, t.domain.dtype, t.expert_of.dtype, t.sign_of.dtype}
+    check(all(k.kind == 'i' for k in kinds), 'arrays', kinds, 'of whole numbers')
     if t.weight.shape != (L, T, R) or t.score.shape != (L, T, R):
         raise ValueError('choice, weight and score must have one shape')
     if R != max(min(K + m['extra'], M) for K, M, _ in sizes): raise ValueError(f'{R} ranks do not fit the header')

@@ -10,8 +10,9 @@ __all__ = ['Sample', 'as_sample', 'LeftOut', 'check_found', 'read_entries', 'ite
            'readable_samples', 'ConversationData', 'batches']
 
 # %% ../../nbs/data/conversations.ipynb #26bdb352
-import json, re, torch
+import json, os, re, torch
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from ..core.errors import check, first_line, shown
@@ -50,6 +51,21 @@ def _turns(entry, marks):
         if role not in _roles: raise ValueError(f'a turn must be of {", ".join(_roles)}, got {shown(role)}')
         yield _roles[role], _content(t.get('value', t.get('content'))).strip()
 
+# %% ../../nbs/data/conversations.ipynb #0cc9adc0
+@cache
+def _real(folder): return os.path.realpath(folder)
+
+def _inside(folder, name):
+    "Where an image is that data names, which must be in the folder"
+    path = Path(folder, name)
+    try:
+        os.fsencode(path)
+        real = os.path.realpath(path) if path.name == '..' or path.is_symlink() else f'{_real(path.parent)}/{path.name}'
+    except (OSError, ValueError): raise ValueError('the name of an image is not one of a file') from None
+    roots = [_real(p).rstrip('/') + '/' for p in (folder, *os.environ.get('LIBMOE_IMAGES', '').split(os.pathsep)) if p]
+    if not any(real.startswith(r) for r in roots): raise ValueError('an image lies outside of the folder of images')
+    return path
+
 # %% ../../nbs/data/conversations.ipynb #63e94849
 def _images(entry, folder):
     "Where the images of an entry are"
@@ -58,8 +74,11 @@ def _images(entry, folder):
     found = found if isinstance(found, (list, tuple)) else [found]
     found = found or [p[k] for p in parts for k in ('image', 'path', 'url') if p.get('type') == 'image' and p.get(k)]
     def place(f):
-        if isinstance(f, dict) and not f.get('bytes') and f.get('path'): f = f['path']
-        return Path(folder, f) if isinstance(f, str) else f
+        if isinstance(f, dict) and isinstance(f.get('bytes'), (bytes, bytearray)) and f['bytes']: return f
+        if isinstance(f, dict): f = f.get('path')
+        if f is None or isinstance(f, (int, float, list, dict)):
+            raise ValueError('an image must be a name or a picture')
+        return f if not isinstance(f, str) else Path(f) if folder is None else _inside(folder, f)
     return tuple(place(f) for f in found)
 
 # %% ../../nbs/data/conversations.ipynb #73b33eab
@@ -84,7 +103,7 @@ def _marks_first(text):
 
 def as_sample(
     entry:dict,      # of LLaVA's JSON, or with `messages`, or with `question` and `answer`, or with a `caption`
-    folder='.',      # of the images
+    folder=None,     # of the images, which their names cannot leave; None: they are names as they are
     name:str=None,   # where the entry has no id
 )->Sample:
     "An entry as a `Sample`, or a `ValueError` that says what is wrong with it."
@@ -99,7 +118,7 @@ def as_sample(
 class LeftOut:
     "What was left out, by reason."
     def __init__(self): self.names = {}
-    def add(self, name, why): self.names.setdefault(str(why), {})[name] = True
+    def add(self, name, why): self.names.setdefault(str(why), {})[name if isinstance(name, str) else shown(name)] = True
     def update(self, other):
         for why, names in other.names.items(): self.names.setdefault(why, {}).update(names)
     def __len__(self): return sum(map(len, self.names.values()))
@@ -117,6 +136,16 @@ def check_found(
     why = str(left_out).replace('\n', ', ') if len(left_out) else 'got none at all'
     if not found: raise ValueError(f'{name} must hold at least {expected}: {why}')
 
+# %% ../../nbs/data/conversations.ipynb #9a72840b
+def _is_no_end(e, text, at):
+    "Is it another error than that the text ends too early?"
+    if not isinstance(e, json.JSONDecodeError): return True
+    return e.pos < len(text) - 100 and not e.msg.startswith('Unterminated') or len(text) - at > 1 << 26
+
+def _read_more(f, path, chunk):
+    try: return f.read(chunk)
+    except (OSError, UnicodeDecodeError) as e: raise ValueError(f'{path} cannot be read: {first_line(e)}') from None
+
 # %% ../../nbs/data/conversations.ipynb #c3b657f6
 def read_entries(
     path,
@@ -131,31 +160,28 @@ def read_entries(
             elif is_list and text[at:at + 1] == ']': return
             elif at < len(text):
                 try: entry, at = decoder.raw_decode(text, at)
+                except RecursionError: why, stuck = 'an entry is nested too deeply', True
                 except ValueError as e: why, stuck = first_line(e), done or _is_no_end(e, text, at)
                 else: yield entry; continue
                 if stuck: raise ValueError(f'{path} cannot be read: {why}')
-                more = f.read(chunk)
+                more = _read_more(f, path, chunk)
                 done, text, at = not more, text[at:] + more, 0
             else:
-                text, at = f.read(chunk), 0
+                text, at = _read_more(f, path, chunk), 0
                 if not text and is_list: raise ValueError(f'{path} cannot be read: the list has no end')
                 if not text: return
-
-def _is_no_end(e, text, at):
-    "Is it another error than that the text ends too early?"
-    return e.pos < len(text) - 100 and not e.msg.startswith('Unterminated') or len(text) - at > 1 << 26
 
 # %% ../../nbs/data/conversations.ipynb #8cc86804
 def iter_samples(
     entries,           # an iterable of dicts
-    folder='.',        # of the images
+    folder=None,       # of the images, see `as_sample`
     left_out:LeftOut=None, # gets what cannot be used
 ): # an iterator of `Sample`
     "Entries as samples, those that can be used."
     left_out = LeftOut() if left_out is None else left_out
     for i, entry in enumerate(entries):
         try: yield as_sample(entry, folder, name=f'#{i}')
-        except (ValueError, AttributeError, TypeError) as e:
+        except (ValueError, AttributeError, TypeError, RecursionError) as e:
             left_out.add(entry.get('id', f'#{i}') if isinstance(entry, dict) else f'#{i}', e)
 
 # %% ../../nbs/data/conversations.ipynb #0279a279
@@ -167,7 +193,7 @@ def read_conversations(
     path, left = Path(source) if isinstance(source, (str, Path)) else None, LeftOut()
     if path and not path.is_file():
         raise ValueError(f'source must be a JSON file or entries, got {shown(str(source))}, which is no file')
-    folder = images or (path.parent/'images' if path else '.')
+    folder = images or (path.parent/'images' if path else None)
     return list(iter_samples(read_entries(path) if path else source, folder, left)), left
 
 # %% ../../nbs/data/conversations.ipynb #99c6f2b7

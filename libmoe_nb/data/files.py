@@ -17,6 +17,7 @@ from hashlib import blake2b
 from contextlib import closing
 from functools import partial
 from collections.abc import Iterator
+from ..core.errors import first_line, shown
 
 # %% ../../nbs/data/files.ipynb #b9a0e21d
 class Document(NamedTuple):
@@ -78,15 +79,18 @@ def _naming(path, items):
     try: from zstandard import ZstdError
     except ImportError: ZstdError = EOFError
     try: yield from items
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, ZstdError) as e:
+    except (EOFError, OSError, SystemError, OverflowError, zlib.error, lzma.LZMAError, ZstdError) as e:
         if getattr(e, 'errno', None): raise ValueError(f'{path} cannot be read: {e.strerror or e}') from None
-        raise ValueError(f'{path} is damaged or not what its name says: {e}') from None
+        raise ValueError(f'{path} is damaged or not what its name says: {first_line(e, 200)}') from None
 
+_LINE = 1<<28    # bytes: packed, a line of any length is a small file
 def _read_lines(path):
     "Lines with number and offset, from a file that may be packed."
     offset = 0
     with _open(path) as f:
-        for n,line in enumerate(f, 1): yield n, offset, line; offset += len(line)
+        for n,line in enumerate(iter(partial(f.readline, _LINE + 1), b''), 1):
+            if len(line) > _LINE: raise ValueError(f'{path} line {n} is longer than {_LINE:,} bytes')
+            yield n, offset, line; offset += len(line)
 
 # %% ../../nbs/data/files.ipynb #48157a13
 def _field(record, name, arg, where):
@@ -199,7 +203,10 @@ def _named_in(path, key):
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f'{path} is damaged: expected what save_to_disk wrote') from None
     except OSError as e: raise ValueError(f'{path} cannot be read: {e.strerror or e}') from None
-    return [str(x.get('filename') if isinstance(x, dict) else x) for x in res]
+    names = [x.get('filename') if isinstance(x, dict) else x for x in res] if isinstance(res, list) else [None]
+    if not all(isinstance(n, str) and n not in ('', '.', '..') and Path(n).name == n for n in names):
+        raise ValueError(f'{path} is damaged: expected names of its own files, got {shown(res)}')
+    return names
 
 # %% ../../nbs/data/files.ipynb #e8601364
 def saved_splits(

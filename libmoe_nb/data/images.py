@@ -10,6 +10,7 @@ __all__ = ['BadImage', 'read_image', 'mean_colour', 'pad_to_square', 'image_dige
 # %% ../../nbs/data/images.ipynb #04fbbbbc
 import io, os, warnings
 from contextlib import contextmanager
+from functools import cache
 from hashlib import blake2b
 from ..core.errors import check, first_line, shown
 
@@ -18,16 +19,37 @@ class BadImage(ValueError):
     "A picture that cannot be used, and why."
     def __init__(self, said, kind='cannot be read'): super().__init__(said); self.kind = kind
 
+# %% ../../nbs/data/images.ipynb #b777058a
+def _held(row):
+    "Bytes or path of a picture in a row; text is never taken for bytes, since it would be opened as a path"
+    if not (data := row.get('bytes')): return row['path']
+    if not isinstance(data, (bytes, bytearray)): raise ValueError('its bytes are none')
+    return data
+
+@cache
+def _formats():
+    "Those that are decoded here: for EPS, PIL would start another program, and others are only recognised"
+    from PIL import Image
+    Image.init()
+    return tuple({*Image.OPEN} - {'EPS', 'WMF', 'BUFR', 'GRIB', 'HDF5', 'MPEG', 'IPTC', 'FITS', 'PCD'})
+
+def _is_file(path):
+    "Is it the path of a file, or of nothing? A pipe would be waited for, and a number would be an open file"
+    if not isinstance(path, (str, os.PathLike)): return hasattr(path, 'read')
+    return os.path.isfile(path) or not os.path.exists(path)
+
 # %% ../../nbs/data/images.ipynb #0d6cc741
 def _open(source):
     "A picture of PIL from whatever there is, not yet read"
     from PIL import Image
     if callable(source) and not isinstance(source, Image.Image): return _open(source())
     if isinstance(source, Image.Image): return source, 'image'
-    if isinstance(source, (bytes, bytearray)): return Image.open(io.BytesIO(source)), f'image of {len(source)} bytes'
+    if isinstance(source, (bytes, bytearray)):
+        return Image.open(io.BytesIO(source), formats=_formats()), f'image of {len(source)} bytes'
     # as in `datasets`
-    if isinstance(source, dict): return _open(source['bytes'] if source.get('bytes') else source['path'])
-    return Image.open(source), f'image {str(source)!r}'
+    if isinstance(source, dict): return _open(_held(source))
+    if not _is_file(source): raise ValueError('it is no plain file')
+    return Image.open(source, formats=_formats()), f'image {str(source)!r}'
 
 @contextmanager
 def _whole_files():
@@ -109,11 +131,15 @@ def image_digest(
     "Digest of the bytes of a picture, or a `BadImage`."
     from PIL import Image
     while callable(source) and not isinstance(source, Image.Image): source = source()
-    if isinstance(source, dict): source = source['bytes'] if source.get('bytes') else source['path']
+    try: source = _held(source) if isinstance(source, dict) else source
+    except (ValueError, KeyError) as e: raise BadImage(f'image cannot be read: {first_line(e)}') from None
     if isinstance(source, Image.Image):
         im = read_image(source)
         source = f'{im.width} x {im.height}'.encode() + im.tobytes()
     elif not isinstance(source, (bytes, bytearray)):
-        try: source = open(source, 'rb').read()
-        except OSError as e: raise BadImage(f'image {str(source)!r} cannot be read: {first_line(e)}') from None
+        try:
+            if not _is_file(source): raise OSError('it is no plain file')
+            source = open(source, 'rb').read()
+        except (OSError, ValueError, TypeError) as e:
+            raise BadImage(f'image {str(source)!r} cannot be read: {first_line(e)}') from None
     return blake2b(source, digest_size=16).hexdigest()

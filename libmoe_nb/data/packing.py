@@ -177,7 +177,7 @@ def _load_meta(folder):
         meta = json.loads((folder/'meta.json').read_text())
         whole = meta['format'] == CACHE_FORMAT and all(quick_digest(folder/n) == d for n,d in meta['files'].items())
         return meta if whole else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): return None
 
 # %% ../../nbs/data/packing.ipynb #f5bbb986
 def cached_folder(

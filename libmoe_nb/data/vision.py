@@ -16,10 +16,11 @@ from functools import partial
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
-from ..core.errors import check, did_you_mean, first_line, shown
+from ..core.errors import check, did_you_mean, first_line, naming_damage, shown
 from ..core.files import read_json
 from ..core.words import join_words, plural
 from .conversations import LeftOut, Sample, encode, image_token, iter_samples, read_entries
+from .files import file_parts, is_saved_dataset, saved_splits
 from .images import read_image
 
 # %% ../../nbs/data/vision.ipynb #74d6663a
@@ -136,6 +137,13 @@ def easy_vqa_turns(
                                     messages=[first, a, *(t for pair in rest for t in pair)]))
     return Samples(iter_samples(entries, left_out=left), left)
 
+# %% ../../nbs/data/vision.ipynb #49127232
+def _is_cached(path):
+    "Is it a file that `datasets` fetched?"
+    import datasets, huggingface_hub
+    caches = datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
+    return isinstance(path, str) and any(os.path.abspath(path).startswith(f'{os.path.abspath(c)}/') for c in caches)
+
 # %% ../../nbs/data/vision.ipynb #67f493ff
 def _undecoded(ds):
     "A dataset whose pictures stay bytes or paths"
@@ -155,7 +163,8 @@ def _rows(ds):
     import datasets
     later = isinstance(ds, datasets.Dataset)
     def place(i, name, v, k=None):
-        return partial(_cell, ds, i, name, k) if later and isinstance(v, dict) and v.get('bytes') else v
+        if later and isinstance(v, dict) and v.get('bytes'): return partial(_cell, ds, i, name, k)
+        return Path(v['path']) if isinstance(v, dict) and _is_cached(v.get('path')) else v
     for i, row in enumerate(ds):
         for name in ('image', 'images'):
             v = row.get(name)
@@ -192,7 +201,7 @@ vision_sets = {s.name: s for s in [
 # %% ../../nbs/data/vision.ipynb #0e7fdaff
 def _shared(entries, share):
     for i, e in enumerate(entries):
-        named = f'{i} {e.get("id") if isinstance(e, dict) else ""}'.encode()
+        named = f'{i} {e.get("id") if isinstance(e, dict) else ""}'.encode('utf-8', 'replace')
         if share >= 1 or int.from_bytes(blake2b(named, digest_size=4).digest()) < share * 2 ** 32: yield e
 
 def _in_turns(sources):
@@ -236,11 +245,25 @@ def _fetch(known, name, images):
                          f'cannot be fetched ({type(e).__name__}: {first_line(e, 120)})') from None
 
 def _known(known, images, split, config, streaming):
-    if known.hub == 'easy-vqa': return partial(_easy_entries, split), '.'
+    if known.hub == 'easy-vqa': return partial(_easy_entries, split), None
     if not known.files: return _columns(known.hub, config or known.parts, split, streaming), '.'
     check(images is not None and Path(images).is_dir(), 'images', images, f'a folder with {known.images}')
     files = [_fetch(known, f, images) for f in known.files]
     return (lambda: _in_turns([read_entries(f) for f in files])), _image_root(Path(images), read_entries(files[0]))
+
+# %% ../../nbs/data/vision.ipynb #e3174126
+def _is_file(path):
+    try: return path.is_file()
+    except (OSError, ValueError): return False        # no name that a file can have
+
+# %% ../../nbs/data/vision.ipynb #84279f81
+def _saved(path):
+    import datasets
+    for p in (path, *(path/s for s in saved_splits(path))):
+        if is_saved_dataset(p): file_parts(p)         # whose names must stay in it
+    with naming_damage(path): return datasets.load_from_disk(str(path))
+
+_about = 'dataset_info.json', 'state.json', 'dataset_infos.json'
 
 # %% ../../nbs/data/vision.ipynb #05453f2a
 def _image_root(folder, entries):
@@ -248,7 +271,7 @@ def _image_root(folder, entries):
     names = [n for e in islice(entries, 50) if isinstance(e, dict) for n in [e.get('image', e.get('file_name'))]
              if isinstance(n, str)]
     roots = [folder/'images', folder]
-    return max(roots, key=lambda r: sum((r/n).is_file() for n in names)) if names else folder
+    return max(roots, key=lambda r: sum(_is_file(r/n) for n in names)) if names else folder
 
 def _folder(path, images, split, config, streaming):
     if (path/'state.json').is_file(): return partial(_rows, _undecoded(_saved(path))), images or path
@@ -258,12 +281,6 @@ def _folder(path, images, split, config, streaming):
     if not known: return _columns(str(path), config, split, streaming), images or path
     check(len(known) == 1, 'source', str(path), f'one of its files: {join_words([p.name for p in known])}')
     return partial(read_entries, known[0]), images or _image_root(path, read_entries(known[0]))
-
-def _saved(path):
-    import datasets
-    return datasets.load_from_disk(str(path))
-
-_about = 'dataset_info.json', 'state.json', 'dataset_infos.json'
 
 # %% ../../nbs/data/vision.ipynb #6026fc3a
 def _found(source, images, split, config, streaming):
@@ -279,12 +296,12 @@ def _found(source, images, split, config, streaming):
         if path.suffix or path.is_absolute() or str(source).count('/') != 1:
             raise ValueError(f'source={str(source)!r} is no file or folder here; '
                              f'{did_you_mean("set", source, vision_sets)}')
-        return _columns(str(source), config, split, streaming), images or '.'
+        return _columns(str(source), config, split, streaming), images or '.'    # or in the caches of datasets
     if isinstance(source, dict) and split in source: return _found(source[split], images, split, config, streaming)
     if hasattr(source, 'cast_column'): return partial(_rows, _undecoded(source)), images or '.'
-    if callable(source): return source, images or '.'
+    if callable(source): return source, images
     check(hasattr(source, '__iter__') and not isinstance(source, dict), 'source', source, 'a name, a path or entries')
-    return (lambda: iter(source)), images or '.'
+    return (lambda: iter(source)), images
 
 # %% ../../nbs/data/vision.ipynb #17f6826e
 def vision_data(

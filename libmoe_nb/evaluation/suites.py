@@ -16,6 +16,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core.errors import did_you_mean, check, shown
 from ..core.files import write_atomic
+from ..data.files import printable
 from ..data.splitting import check_whole
 from .ngrams import KnownText, NGram
 from .pieces import WORD
@@ -253,6 +254,24 @@ def baselines(self:Suite, groups=False)->pd.DataFrame:
             for g,names in self.groups.items() for sub in [res[res.task.isin(names)]]]
     return pd.concat([res, pd.DataFrame(mean)], ignore_index=True)
 
+# %% ../../nbs/evaluation/suites.ipynb #b62ae60c
+_fields = dict(name=str, kind=str, domain=str, group=str, chance=(int, float), normalise=bool, dropped=int,
+               baselines=dict)
+
+def _is_asked(t, d):
+    "Is a question of a task one that can be asked and judged?"
+    choices = d['choices'] if t.output_type == 'multiple_choice' else [d['target']]
+    said = isinstance(choices, list) and choices and all(isinstance(x, str) for x in [d['context'], *choices])
+    whole = said and all(choices) and all(printable(x) == x for x in [d['context'], *choices])
+    return whole and ('choices' not in d or type(d['answer']) is int and 0 <= d['answer'] < len(choices))
+
+def _check_task(t):
+    "Raise a `ValueError` unless a task is one of a suite"
+    good = all(isinstance(getattr(t, k), c) for k, c in _fields.items())
+    good = good and all(isinstance(v, (int, float)) for v in t.baselines.values())
+    check(good and t.output_type in ('multiple_choice', 'loglikelihood'), 'task', t.name, 'one of a suite')
+    for d in t.docs: check(_is_asked(t, d), 'question', d, 'text with choices and an answer, or with a target')
+
 # %% ../../nbs/evaluation/suites.ipynb #d03a2a28
 _FORMAT = 1
 
@@ -275,6 +294,7 @@ def load(cls:Suite, path)->Suite:
         tasks = {t['name']: SuiteTask(**t, docs=[]) for t in head['tasks']}
         for l in lines: tasks[l.pop('task')].docs.append(l)
         res = cls(tasks, head['options'], head['missing'])
+        for t in tasks.values(): _check_task(t)
         if head['format'] == _FORMAT and res.fingerprint == head['fingerprint']: return res
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f'suite {str(path)!r} cannot be read: {getattr(e, "strerror", None) or e}') from None

@@ -10,11 +10,12 @@ __all__ = ['Comparison', 'result_cells', 'verdict', 'tell_outcome']
 # %% ../../nbs/experiments/comparison.ipynb #b409fcf5
 import dataclasses, json, math, shlex, numpy as np, pandas as pd
 from fastcore.all import patch
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from ..analysis.metrics import expert_change_rate, over_checkpoints, router_margin, router_saturation
 from ..analysis.traces import read_trace
-from ..core.files import jsonable, read_json
+from ..core.errors import naming_damage
+from ..core.files import jsonable, read_record
 from ..core.words import format_duration, format_millions, format_number, format_percent, join_words, plural
 from ..evaluation.ranking import score_table
 from ..evaluation.significance import paired_test
@@ -29,9 +30,9 @@ class Comparison:
         folders, # of finished runs
     ):
         self.folders = [Path(f) for f in folders]
-        saved = [read_json(f/'config.json') for f in self.folders]
+        saved = [read_record(f/'config.json', run=dict, info=dict) for f in self.folders]
         self.configs, self.infos = [s['run'] for s in saved], [s['info'] for s in saved]
-        self.finished = [read_json(f/'result.json') for f in self.folders]
+        self.finished = [read_record(f/'result.json', recipe=str, seed=int, domains=dict) for f in self.folders]
         self.config, self.info, self.out = self.configs[0], self.infos[-1], self.folders[0].parent
 
 # %% ../../nbs/experiments/comparison.ipynb #d9ce93ef
@@ -47,8 +48,11 @@ Comparison.step_tokens = property(lambda self: self.config['preset']['batch_size
 # %% ../../nbs/experiments/comparison.ipynb #d1652018
 def _gather(self, read):
     "The tables `read(folder)` of all runs, one below the other, with recipe and seed"
-    tables = [read(f).assign(recipe=c['recipe'], seed=c['seed']) for f, c in zip(self.folders, self.configs)]
+    tables = [_read(read, f).assign(recipe=c['recipe'], seed=c['seed']) for f, c in zip(self.folders, self.configs)]
     return pd.concat([t for t in tables if len(t)] or tables, ignore_index=True)
+
+def _read(read, folder):
+    with naming_damage(folder): return read(folder)
 
 def _logged(split, **names):
     "Reads the lines of one kind from a run's log, columns renamed"
@@ -64,13 +68,16 @@ def _logged(split, **names):
 def _read_csv(path, *numbers, **kw):
     "A table whose words are words, though they be called nan or 1; the columns `numbers` may lack some"
     words = dict.fromkeys('name domain task metric group intervention'.split(), str)
-    return pd.read_csv(path, dtype=words, keep_default_na=False,
+    with naming_damage(path): return pd.read_csv(path, dtype=words, keep_default_na=False,
                        na_values=dict.fromkeys(numbers, ['', 'nan', 'inf', '-inf']), **kw)
 
 # %% ../../nbs/experiments/comparison.ipynb #4fdb6a24
 def _patch_table(f):
-    "Patch `f` into `Comparison` as a property that is computed once"
-    p = cached_property(f)
+    "Patch `f` into `Comparison` as a property that is computed once; what cannot be computed is damage to the folder"
+    @wraps(f)
+    def table(self):
+        with naming_damage(f'out={str(self.out)!r}'): return f(self)
+    p = cached_property(table)
     p.__set_name__(Comparison, f.__name__)
     setattr(Comparison, f.__name__, p)
 
@@ -142,7 +149,7 @@ def margin(self):
 @_patch_table
 def evaluations(self):
     "What evaluation.json of each run holds; empty unless all runs were scored on the same suite"
-    found = [read_json(p) for f in self.folders if (p := f/'evaluation.json').exists()]
+    found = [read_record(p, suite=dict) for f in self.folders if (p := f/'evaluation.json').exists()]
     return found if len(found) == len(self.folders) and len({e['suite']['fingerprint'] for e in found}) == 1 else []
 
 @_patch_table
@@ -375,6 +382,9 @@ def command(self:Comparison)->str:
 @patch
 def to_dict(self:Comparison)->dict: # ready for JSON
     "Table, runs and what there is to know of them."
+    with naming_damage(f'out={str(self.out)!r}'): return _as_dict(self)
+
+def _as_dict(self):
     rows = lambda df: df.to_dict('records')
     scored = dict(scores=rows(self.scores), score_tests=rows(self.score_tests),
                   suite=self.evaluations[0]['suite']) if self.evaluations else {}

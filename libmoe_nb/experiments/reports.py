@@ -11,7 +11,8 @@ __all__ = ['write_report', 'read_comparison']
 import fastcore.xml as ft, pandas as pd
 from fastcore.all import patch
 from pathlib import Path
-from ..core.files import write_atomic, write_json, check_is_folder, read_json
+from ..core.errors import naming_damage
+from ..core.files import write_atomic, write_json, check_is_folder, read_record
 from ..core.words import format_number, format_percent, join_words, plural
 from ..evaluation.significance import ranking_verdict
 from .comparison import Comparison, result_cells, verdict
@@ -242,6 +243,9 @@ def _scores_html(self:Comparison):
 @patch
 def report(self:Comparison)->str: # HTML
     "The comparison as one self-contained page."
+    with naming_damage(f'out={str(self.out)!r}'): return _page(self)
+
+def _page(self):
     lead = (f"{plural(len(self.recipe_names), 'recipe')}, {plural(len(self.seeds), 'seed')}, one budget, on "
             f"{join_words(self.domain_names[:6])}{' and more' if len(self.domain_names) > 6 else ''}")
     footer = (f"Read from {plural(len(self.folders), 'run folder')} in {self.out}; the last run was finished "
@@ -272,9 +276,11 @@ def _finished(out):
     "Folder -> configuration of each finished run, each under the name that its configuration gives it"
     res = {}
     for f in sorted(Path(out).glob('*/config.json')):
-        saved = read_json(f)
-        if 'run' not in saved or saved.get('info', {}).get('single'): continue    # of something else, or of `train`
-        name = run_name(saved['run'])
+        saved = read_record(f)
+        if 'run' not in saved: continue               # of something else
+        saved = read_record(f, run=dict, info=dict)
+        if saved['info'].get('single'): continue      # of `train`
+        with naming_damage(f): name = run_name(saved['run'])
         if f.parent.name != name:
             raise ValueError(f'{f.parent} holds the run {name}, not the one that it is named after: its config.json '
                              f'was changed, or the folder renamed')
@@ -293,7 +299,8 @@ def read_comparison(
     check_is_folder(out)
     runs, order = _finished(out), list(recipes)
     if not runs: raise ValueError(f'out={str(out)!r} holds no finished run')
-    last = max(runs, key=lambda f: read_json(f/'result.json')['finished'])
+    last = max(runs, key=lambda f: read_record(f/'result.json', finished=str)['finished'])
     together = [f for f in runs if _budget(runs[f]) == _budget(runs[last])]
     place = lambda r: order.index(r) if r in order else len(order)
-    return Comparison(sorted(together, key=lambda f: (runs[f]['seed'], place(runs[f]['recipe']), f.name)))
+    with naming_damage(f'out={str(out)!r}'):
+        return Comparison(sorted(together, key=lambda f: (runs[f]['seed'], place(runs[f]['recipe']), f.name)))

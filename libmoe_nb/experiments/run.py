@@ -21,7 +21,7 @@ from pathlib import Path
 from ..analysis.traces import write_trace
 from ..analysis.tracing import moe_layers
 from ..core.errors import check, differences, tell_differences
-from ..core.files import read_json, write_json, write_atomic, jsonable, make_folder
+from ..core.files import read_json, read_record, write_json, write_atomic, jsonable, make_folder
 from ..core.modes import autocast, quiet_bars, unwrap
 from ..core.ranks import is_main, wait_for_all, world_size
 from ..core.settings import read_setting
@@ -102,7 +102,7 @@ class Run:
         info:dict=None,     # worth knowing, and kept beside the configuration
     ):
         self.folder, self.data, self.options = Path(folder), data, options
-        self.config = read_json(self.folder/'config.json')['run'] if config is None else config
+        self.config = read_record(self.folder/'config.json', run=dict)['run'] if config is None else config
         self.progress, self.info = progress or (lambda *args, **facts: None), info or {}
     name = property(lambda self: self.folder.name)
     preset = property(lambda self: from_saved(Preset, self.config['preset'], 'Preset'))
@@ -170,9 +170,9 @@ def claim_folder(
     "Make the folder of a run, or raise a `ValueError` unless it is the folder of this configuration."
     make_folder(folder)
     if (path := folder/'config.json').exists():
-        if (saved := read_json(path).get('run')) != config:
+        if (saved := read_record(path, run=dict)['run']) != config:
             raise ValueError(f'{folder} holds a run of another configuration: its '
-                             f'{tell_differences(differences(saved or {}, config))}. Choose another folder, or '
+                             f'{tell_differences(differences(saved, config))}. Choose another folder, or '
                              f'remove it')
     elif any(p.name[0] != '.' for p in folder.iterdir()):
         raise ValueError(f'{folder} is neither empty nor the folder of a run: choose another folder')
@@ -197,7 +197,7 @@ def check_data(self:Run):
 def start_over(self:Run):
     "Forget what an interrupted run of this configuration has done; leave anything else alone."
     path = self.folder/'config.json'
-    if not path.exists() or self.finished or read_json(path).get('run') != self.config: return
+    if not path.exists() or self.finished or read_record(path).get('run') != self.config: return
     for n in 'checkpoints', 'traces', 'model': shutil.rmtree(self.folder/n, ignore_errors=True)
     for p in run_log_path(self.folder), self.folder/'loads.csv': p.unlink(missing_ok=True)
 

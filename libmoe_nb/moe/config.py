@@ -13,7 +13,7 @@ __all__ = ['own_recipes', 'sharing_recipes', 'recipes', 'presets', 'preset_field
 import dataclasses
 from dataclasses import dataclass, field
 from fastcore.basics import patch
-from ..core.errors import check, did_you_mean
+from ..core.errors import check, did_you_mean, shown
 from ..core.settings import is_flag, read_setting, read_settings, settings
 
 # %% ../../nbs/moe/config.ipynb #8d493033
@@ -69,6 +69,8 @@ def _from_dict(cls, d, kind):
     names = [f.name for f in dataclasses.fields(cls)]
     for k in d:
         if k not in names: raise ValueError(did_you_mean(f'{kind} field', k, names))
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    if lack := [k for k in needed if k not in d]: raise ValueError(f'{kind} must have a {lack[0]}, got {shown(d)}')
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
 # %% ../../nbs/moe/config.ipynb #c94e6ed1
@@ -86,10 +88,11 @@ def from_saved(
     kind:str, # what to call it in an error
 ):            # of class `cls`
     "What was saved, or a `ValueError` if nobody can tell what was meant."
+    check(isinstance(d, dict), kind, d, 'a dictionary')
     for k, v in d.items():
         if is_flag(k) and isinstance(v, str):
-            raise ValueError(f'{k} must be true or false where it was saved, got {v!r}, which libmoe-nb 0.1 took for '
-                             f'yes: write true to have what was trained')
+            raise ValueError(f'{k} must be true or false where it was saved, got {shown(v)}, which libmoe-nb 0.1 '
+                             f'took for yes: write true to have what was trained')
     return _from_dict(cls, d, kind)
 
 # %% ../../nbs/moe/config.ipynb #7b120bac

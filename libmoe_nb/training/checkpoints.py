@@ -215,10 +215,13 @@ def _read_checkpoint(path, identity):
     "A checkpoint's JSON, or a `ValueError` that says why it is refused"
     refuse = lambda why: ValueError(f'checkpoint {path} is {why}')
     try: info = json.loads((path/'checkpoint.json').read_text())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise refuse(f'damaged: checkpoint.json cannot be read ({type(e).__name__})') from None
     if not isinstance(info, dict) or info.get('format') != _FORMAT: raise refuse(f'no {_FORMAT}')
     if info.pop('seal', None) != _seal(info): raise refuse('damaged: checkpoint.json is not what was written')
+    told = dict(files=dict, identity=dict, place=list, dict=list, step=int, position=int, train_iter=int)
+    lack = [k for k, c in told.items() if not isinstance(info.get(k), c)]
+    if lack: raise refuse(f'damaged: its {lack[0]} is none')
     for n, d in info['files'].items():
         if not (path/n).is_file() or file_digest(path/n) != d: raise refuse(f'damaged: {n} is not what was written')
     for k, v in identity.items():

@@ -57,7 +57,14 @@ def read_log(
     path,           # of a file that a `RunLog` wrote
 )->pd.DataFrame: # step, split and what lines of that split hold
     "The lines of a log; half a line at its end is passed over."
-    return pd.DataFrame([json.loads(l) for l in _whole_lines(Path(path))])
+    rows = [_read_line(l, f'{path} line {n}') for n, l in enumerate(_whole_lines(Path(path)), 1)]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=['step', 'split'])
+
+def _read_line(line, where):
+    try: row = json.loads(line.decode('utf-8'))
+    except (ValueError, RecursionError): row = None
+    if isinstance(row, dict) and type(row.get('step')) is int and isinstance(row.get('split'), str): return row
+    raise ValueError(f'{where} is damaged: expected a dictionary with step and split')
 
 # %% ../../nbs/training/log.ipynb #ee73ae9c
 def _is_fit(learn):
@@ -118,6 +125,9 @@ def state(self:RunLog):
 
 @patch
 def load_state(self:RunLog, s):
+    if (there := len(_whole_lines(self.path))) < s['lines']:
+        warnings.warn(f'{self.path} has {there} of the {s["lines"]} lines that it had at the checkpoint: its '
+                      f'curves have a gap')
     self.keep(s['lines'])
     self.told = s['told']
 
