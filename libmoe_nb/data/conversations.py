@@ -12,7 +12,6 @@ __all__ = ['Sample', 'as_sample', 'LeftOut', 'check_found', 'read_entries', 'ite
 # %% ../../nbs/data/conversations.ipynb #26bdb352
 import json, os, re, torch
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from ..core.errors import check, first_line, shown
@@ -52,19 +51,15 @@ def _turns(entry, marks):
         yield _roles[role], _content(t.get('value', t.get('content'))).strip()
 
 # %% ../../nbs/data/conversations.ipynb #0cc9adc0
-@cache
-def _real(folder): return os.path.realpath(folder)
-
 def _inside(folder, name):
     "Where an image is that data names, which must be in the folder"
-    path = Path(folder, name)
-    try:
-        os.fsencode(path)
-        real = os.path.realpath(path) if path.name == '..' or path.is_symlink() else f'{_real(path.parent)}/{path.name}'
-    except (OSError, ValueError): raise ValueError('the name of an image is not one of a file') from None
-    roots = [_real(p).rstrip('/') + '/' for p in (folder, *os.environ.get('LIBMOE_IMAGES', '').split(os.pathsep)) if p]
-    if not any(real.startswith(r) for r in roots): raise ValueError('an image lies outside of the folder of images')
-    return path
+    root = os.path.abspath(folder)
+    path = os.path.abspath(os.path.join(root, name))
+    try: os.fsencode(path)
+    except ValueError: path = '\0'
+    if '\0' in path: raise ValueError('the name of an image is not one of a file')
+    if not path.startswith(root.rstrip('/') + '/'): raise ValueError('an image lies outside of the folder of images')
+    return Path(folder, path[len(root.rstrip('/')) + 1:])
 
 # %% ../../nbs/data/conversations.ipynb #63e94849
 def _images(entry, folder):

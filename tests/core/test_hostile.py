@@ -10,13 +10,12 @@ import hostile
 from hostile import CONFIG, DEEP, FIXTURES, MODEL, TALK, TRACE, dumps, join_header, lines, split_header, targets
 
 # inputs of each target here; `benchmarks/fuzz.py` takes as many as there is time for
-FEW = {'run configuration': 2, 'run result': 2, 'run scores': 2, 'run tables': 2, 'run log': 2,
-       'model configuration': 4, 'model weights': 8, 'command line': 12, 'tokenizer': 5, 'saved dataset': 15,
-       'trace': 25}
+FEW = {'run configuration': 1, 'run result': 1, 'run scores': 1, 'run tables': 1, 'run log': 1,
+       'model configuration': 2, 'model weights': 3, 'command line': 6, 'tokenizer': 3, 'saved dataset': 6, 'trace': 10}
 
 @pytest.mark.parametrize('name', targets)
 def test_what_is_fed_is_read_or_refused_in_one_sentence(name):
-    @settings(max_examples=FEW.get(name, 40), deadline=None, database=None, phases=[Phase.generate],
+    @settings(max_examples=FEW.get(name, 15), deadline=None, database=None, phases=[Phase.generate],
               suppress_health_check=list(HealthCheck), derandomize=True)
     @given(targets[name].inputs)
     def feed(given):
@@ -111,16 +110,13 @@ def found(folder, *names, **kw):
     res = vision_data(folder/'data'/'a.json', **kw)
     return [s.id for s in res], res.left_out.names
 
-def test_images_stay_in_their_folder(pictures, monkeypatch):
-    out = ['../../secret/c.png', str(pictures/'secret'/'c.png'), 'link.png', 'out/c.png', 'in/../../../secret/c.png',
-           '/etc/passwd', '..']
-    inside = ['a.png', 'in/b.png', 'in/../a.png', 'again.png', str(pictures/'data'/'images'/'a.png')]
+def test_images_stay_in_their_folder(pictures):
+    out = ['../../secret/c.png', str(pictures/'secret'/'c.png'), 'in/../../../secret/c.png', '/etc/passwd', '..', '']
+    inside = ['a.png', 'in/b.png', 'in/../a.png', 'again.png', str(pictures/'data'/'images'/'a.png'), 'link.png',
+              'out/c.png', 'out/../a.png']                           # links are the user's own, and none leads up
     ids, left = found(pictures, *out, *inside)
     assert ids == inside and {*left} == {'an image lies outside of the folder of images'}
     assert list(*left.values()) == out
-    monkeypatch.setenv('LIBMOE_IMAGES', str(pictures/'secret'))       # mine, too
-    ids, left = found(pictures, *out)
-    assert ids == [n for n in out if 'c.png' in n or n == 'link.png'] and list(*left.values()) == ['/etc/passwd', '..']
 
 def test_names_in_python_are_one_s_own(pictures):
     from libmoe_nb.data.vision import vision_data
