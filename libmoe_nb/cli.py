@@ -95,6 +95,7 @@ def _training(
     bf16: Bf16 = False,
 ): ...
 
+# %% ../nbs/cli.ipynb #515f6b00
 def _launching(
     launch: Annotated[Optional[int], _option('Train in so many processes of this machine, each with a part of every '
                                              'batch (default 1). Under torchrun or accelerate launch: leave it out.',
@@ -145,10 +146,9 @@ def train(
     seed: Annotated[int, _option('Of the weights and of the order of the data (default 0).')] = 0,
     evaluate: Annotated[bool, _option('Score the model on tasks made from the validation text, during training and at '
                                       'its end.', '--evaluate')] = False,
-    examples: Examples = None,
     resume: Annotated[bool, _option('Go on with an interrupted run from its last checkpoint, which is the default, or '
                                     'start it over. A finished run is never repeated.', '--resume/--no-resume')] = True,
-    log: Log = None, **options,
+    examples: Examples = None, log: Log = None, **options,
 ):
     "Train one recipe and keep the model."
     launch = read_setting('processes', options.pop('launch'))
