@@ -382,3 +382,12 @@ def test_without_the_package_a_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setattr(vision.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'libmoe-nb\[vision\]'"):
         vision_data('easy-vqa')
+
+def test_a_dataset_names_pictures_wherever_they_are(tmp_path):
+    "Its user made it, or the library has put its files into a cache"
+    import datasets
+    from PIL import Image
+    Image.new('RGB', (8, 8)).save(tmp_path/'a.png')
+    ds = datasets.Dataset.from_list([dict(image=str(tmp_path/'a.png'), question='which ?', answer='red')])
+    sample, = vision_data(ds.cast_column('image', datasets.Image()))
+    assert sample.turns[1] == ('assistant', 'red')
