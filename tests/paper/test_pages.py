@@ -62,6 +62,7 @@ def test_pages_survive_what_has_not_been_run(path, which, request, monkeypatch, 
     place = root/'nbs'/'paper'/'figures'
     place.mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT/'nbs'/'paper'/'data', root/'nbs'/'paper'/'data', dirs_exist_ok=True)
+    shutil.copytree(ROOT/'benchmarks', root/'benchmarks', dirs_exist_ok=True)
     monkeypatch.chdir(place)
     matplotlib.use('agg')
     space = {}
