@@ -56,10 +56,10 @@ def first_line(
 def naming_damage(
     what, # is read: a path, or words
 ):
-    "Whatever goes wrong in a block becomes a `ValueError` that says that `what` is damaged."
+    "What goes wrong in a block becomes a `ValueError` that says that `what` is damaged; a full disk does not."
     try: yield
     except Exception as e:
-        if type(e) is ValueError: raise
+        if type(e) is ValueError or isinstance(e, (OSError, MemoryError)): raise
         raise ValueError(f'{what} is damaged: {type(e).__name__}: {first_line(e, 200)}') from e
 
 # %% ../../nbs/core/errors.ipynb #df900b84

@@ -296,7 +296,7 @@ def _found(source, images, split, config, streaming):
         if path.suffix or path.is_absolute() or str(source).count('/') != 1:
             raise ValueError(f'source={str(source)!r} is no file or folder here; '
                              f'{did_you_mean("set", source, vision_sets)}')
-        return _columns(str(source), config, split, streaming), images    # names are those of the cache of datasets
+        return _columns(str(source), config, split, streaming), images or '.'    # or in the caches of datasets
     if isinstance(source, dict) and split in source: return _found(source[split], images, split, config, streaming)
     if hasattr(source, 'cast_column'): return partial(_rows, _undecoded(source)), images
     if callable(source): return source, images
