@@ -99,7 +99,7 @@ def test_rows_fit_a_terminal_of_80_columns():
     df = made_answers(dict.fromkeys(('smoe', 'xmoe', 'moe_plus_plus'), .5), subtasks, n=20)
     tables = [*fitting_tables(table_rows(vision_table(df)), width=80)]
     assert len(tables) > 1 and all(fits(t, 80) for t in tables)
-    assert [c.header for t in tables for c in t.columns[1:]] == [*(t.replace('_', ' ') for t in subtasks),
+    assert [str(c.header) for t in tables for c in t.columns[1:]] == [*(t.replace('_', ' ') for t in subtasks),
                                                                  'mean', 'rank']
 
 def test_two_questions_with_one_answer_are_no_pair():

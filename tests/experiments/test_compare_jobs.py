@@ -22,9 +22,9 @@ def data(tmp_path_factory):
 @pytest.fixture
 def at_once(monkeypatch):
     "Workers start at once"
-    def start(threads):
+    def start(threads, more):
         return Piped('from libmoe_nb.experiments.jobs import work; work()',
-                     env=dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads)))
+                     env=dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), **more))
     monkeypatch.setattr(jobs, '_start_process', start)
 
 def files(folder):
