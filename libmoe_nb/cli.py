@@ -93,6 +93,11 @@ def _training(
     traces: Annotated[int, _option('Validation tokens on which the routers\' choices are kept, up to ten times in a '
                                    'training (default 4096; 0: none).')] = 4096,
     bf16: Bf16 = False,
+    fp16: Annotated[bool, _option('Train under autocast to float16, with a loss that is scaled.', '--fp16')] = False,
+    nonfinite: Annotated[str, _option('What becomes of a step whose loss is no number: stop there (default), or skip '
+                                      'it.')] = 'stop',
+    mismatches: Annotated[int, _option('Count the tokens that are routed otherwise in training than in use, every so '
+                                       'many steps (default 0: never).', metavar='N')] = 0,
 ): ...
 
 # %% ../nbs/cli.ipynb #515f6b00

@@ -54,12 +54,13 @@ def seeded(
 
 # %% ../../nbs/core/modes.ipynb #41725c01
 def autocast(
-    device,    # of torch
-    bf16:bool, # False: a context that does nothing
-):             # a context
-    "Compute in bfloat16 where that is safe."
+    device,          # of torch
+    bf16:bool,       # compute in bfloat16 where that is safe
+    fp16:bool=False, # in float16 where that is safe; neither: a context that does nothing
+):                   # a context
+    "Compute in half precision where that is safe."
     import torch
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.float16 if fp16 else torch.bfloat16, enabled=bf16 or fp16)
 
 # %% ../../nbs/core/modes.ipynb #101975aa
 def unwrap(

@@ -132,11 +132,11 @@ settings |= dict(
 settings |= dict(
     steps=_whole(), batch_size=_size, grad_accum=_size, learning_rate=_positive, lr=_positive, warmup_steps=_whole(0),
     final_lr_fraction=_share, weight_decay=_weight, betas=_pair(_below_one), grad_clip=_weight,
-    released_schedule=_flag, bf16=_flag,
+    released_schedule=_flag, bf16=_flag, fp16=_flag, nonfinite=_one_of('stop', 'skip'),
     expert_bias_rate=_weight, seed=_whole(0, 2**63 - 1), threads=_maybe(_whole(1, 1024)), jobs=_maybe(_whole(1, 1024)),
     processes=_maybe(_whole(1, 1024)),
     valid_batch_size=_maybe(_size), valid_steps=_maybe(_whole()), valid_tokens=_maybe(_whole(1, 10**15)),
-    checkpoint_seconds=_weight, dense=_flag, domains=_flag, keep_models=_flag)
+    checkpoint_seconds=_weight, mismatches=_whole(0), dense=_flag, domains=_flag, keep_models=_flag)
 
 # %% ../../nbs/core/settings.ipynb #a7de96c4
 settings |= dict(

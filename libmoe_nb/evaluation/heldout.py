@@ -17,13 +17,13 @@ from ..moe.routing import tokens_per_expert
 from ..training.batches import ValidBatches, next_token_loss
 
 # %% ../../nbs/evaluation/heldout.ipynb #587e59fd
-def _validate(model, data, batch_size, steps, bf16, routing):
+def _validate(model, data, batch_size, steps, half, routing):
     "Batches on the model's device, each with its losses [B, S] and its records"
     with evaluating(model) as device:
         for x, labels, domain in ValidBatches(data.valid, batch_size, steps):
             x, labels, domain = {k: v.to(device) for k, v in x.items()}, labels.to(device), domain.to(device)
             recorder = record_routing(unwrap(model)) if routing else contextlib.nullcontext({})
-            with autocast(device, bf16), recorder as records: logits = model(**x, use_cache=False).logits
+            with autocast(device, *half), recorder as records: logits = model(**x, use_cache=False).logits
             yield labels, domain, next_token_loss(logits, labels, reduction='none'), records
 
 # %% ../../nbs/evaluation/heldout.ipynb #0701f086
@@ -54,12 +54,13 @@ def evaluate_perplexity(
     batch_size:int=16,
     *, steps:int=None,    # at most this many batches
     bf16:bool=False,      # autocast to bfloat16
+    fp16:bool=False,      # autocast to float16
     routing:bool=False,   # also what `routing_loads` returns, under 'routing'
 )->dict:                  # loss, perplexity, tokens, and the same for each of `domains`
     "Validation loss and perplexity, overall and by domain."
     D, layers = len(data.domains), list(moe_layers(unwrap(model)))
     sums, loads = torch.zeros(2, D, dtype=torch.float64), {}
-    for labels, domain, loss, records in _validate(model, data, batch_size, steps, bf16, routing):
+    for labels, domain, loss, records in _validate(model, data, batch_size, steps, (bf16, fp16), routing):
         keep = labels != -100
         at = domain[keep].cpu()
         sums += torch.stack([torch.bincount(at, w, minlength=D)

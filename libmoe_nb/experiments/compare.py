@@ -50,11 +50,13 @@ class Plan:
     valid_tokens:int    # of the validation set that results are measured on, at most; None: all
     data:TextData=None  # None: not read yet
     info:dict=None      # worth knowing, does not determine a result
+    fp16:bool=False     # train under autocast to float16
+    nonfinite:str='stop' # what becomes of a step whose loss is no number, see `moe_learner`
 
     def config(self, recipe:str, seed:int)->dict: # of `run_config`
         "Everything that determines the result of one of the runs."
         return run_config(recipe, seed, self.preset, self.data, self.layer, self.options.get(recipe), self.bf16,
-                          self.device, self.valid_tokens)
+                          self.device, self.valid_tokens, self.fp16, self.nonfinite)
 
 # %% ../../nbs/experiments/compare.ipynb #578b5cba
 def make_plan(
@@ -62,6 +64,8 @@ def make_plan(
     preset='mini',         # name of a preset, or a `Preset`
     *, options:dict=None,  # recipe -> its own options
     bf16:bool=False,       # train under autocast to bfloat16
+    fp16:bool=False,       # or to float16
+    nonfinite:str='stop',  # see `moe_learner`
     device=None,           # 'cpu' or 'cuda'; None: a GPU if there is one
     valid_tokens:int=65_536, # of the validation set that results are measured on, at most; None: all
     **overrides,           # fields of `Preset` and `MoESpec`
@@ -69,7 +73,8 @@ def make_plan(
     "A checked plan that has no text yet."
     (preset, layer), options = apply_overrides(preset, overrides), options or {}
     return Plan(_recipe_names(recipes, preset, layer, options), preset, layer, options, read_setting('bf16', bf16),
-                find_device(device).type, read_setting('valid_tokens', valid_tokens))
+                find_device(device).type, read_setting('valid_tokens', valid_tokens),
+                fp16=read_setting('fp16', fp16), nonfinite=read_setting('nonfinite', nonfinite))
 
 # %% ../../nbs/experiments/compare.ipynb #e2ff164b
 # options of `text_data` that a comparison passes on, and what they are if nobody says
@@ -235,6 +240,8 @@ def compare(
     out='runs',            # folder of the runs
     *, options:dict=None,  # recipe -> its own options, e.g. dict(xmoe=dict(temperature=.5))
     bf16:bool=False,       # train under autocast to bfloat16
+    fp16:bool=False,       # or to float16, with a loss that is scaled
+    nonfinite:str='stop',  # a step whose loss is no number: 'stop' there, or 'skip' it
     device=None,           # 'cpu' or 'cuda'; None: a GPU if there is one
     threads:int=None,      # of each run; None: see `use_threads`, or a share of the cores if there are several jobs
     jobs:int=None,         # runs at once, each in a process of its own; None: as many as pay off
@@ -242,16 +249,17 @@ def compare(
     progress=print_progress, # told what happens; None: nobody
     keep_models:bool=True, # save the trained models
     traces=True,           # see `RunOptions`; changes no result
+    mismatches:int=0,      # compare routing in training and in use every so many steps; changes no result
     evaluate=None,         # score models on tasks made of validation text: True, how many of each, or a `Suite`
     log=None,              # 'tensorboard', 'trackio' or 'wandb': send telemetry there, too; changes no result
     **kwargs,              # fields of `Preset` and `MoESpec`, and max_bytes, text_field, domain_field, cache_dir
 )->Comparison:
     "Train recipes under one budget, and report. Runs that are finished in `out` are not repeated."
     out, progress, seeds = Path(out), _observer(progress), seed_list(seeds)
-    wishes = RunOptions(traces, log=log, keep_model=keep_models)
+    wishes = RunOptions(traces, log=log, keep_model=keep_models, mismatches=mismatches)
     _check_evaluate(evaluate); jobs = read_setting('jobs', jobs)
-    plan = _planned(recipes, data, preset, out, progress, threads, options=options, bf16=bf16, device=device,
-                    valid_tokens=valid_tokens, steps=steps, **kwargs)
+    plan = _planned(recipes, data, preset, out, progress, threads, options=options, bf16=bf16, fp16=fp16,
+                    nonfinite=nonfinite, device=device, valid_tokens=valid_tokens, steps=steps, **kwargs)
     with locked_folder(out):
         if evaluate: progress('suite')
         wishes = dataclasses.replace(wishes, suite=_suite(evaluate, plan.data, out))
@@ -284,6 +292,7 @@ def train(
     progress=print_progress,
     options:dict=None,  # of the recipe
     traces=True,        # see `RunOptions`
+    mismatches:int=0,   # see `compare`
     evaluate=None,      # see `compare`
     log=None,           # see `compare`
     resume:bool=True,   # go on with an interrupted run of this configuration? False: start it over
@@ -293,7 +302,8 @@ def train(
     """Train one recipe; `out/model` is what `from_pretrained` loads.
     A finished run of this configuration is not repeated, an interrupted one goes on."""
     own, processes = dict(locals()), read_setting('processes', processes) or 1
-    out, progress, (seed,), wishes = Path(out), _observer(progress), seed_list([seed]), RunOptions(traces, log=log)
+    out, progress, (seed,) = Path(out), _observer(progress), seed_list([seed])
+    wishes = RunOptions(traces, log=log, mismatches=mismatches)
     _check_evaluate(evaluate)
     kwargs = dict(kwargs, options={recipe: options} if options else None, processes=max(processes, launched()[1]))
     if processes > 1:

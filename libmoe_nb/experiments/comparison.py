@@ -348,12 +348,17 @@ def _changed(self):
     return {k: v for k, v in {**p, **flags, **self.config['layer'], **reading,
                               'valid_tokens': self.config['valid_tokens']}.items() if usual.get(k) != v and k != 'name'}
 
+def _unusual(config):
+    "How it was computed, where that is not as usual"
+    given = {k: config.get(k) for k in ('bf16', 'fp16', 'nonfinite')}
+    return {k: v for k, v in given.items() if v}
+
 def _num_examples(self): return self.evaluations[0]['suite']['options'].get('num_examples', 25)
 
 # %% ../../nbs/experiments/comparison.ipynb #4b55ad82
 def _python_line(self, data, options):
     more = dict(out=str(self.out), **({'options': options} if options else {}),
-                **({'bf16': True} if self.config['bf16'] else {}),
+                **_unusual(self.config),
                 **({'evaluate': _num_examples(self)} if self.evaluations else {}), **_changed(self))
     return (f"compare({self.recipe_names}, {data!r}, {self.config['preset']['name']!r}, seeds={self.seeds}, "
             + ', '.join(f'{k}={v!r}' for k, v in more.items()) + ')')
@@ -367,7 +372,8 @@ def _shell_line(self, data):
         words += ([f'--{k.replace("_", "-")}', str(v)] if k in _flags
                   else ['--set', f'{k}={v if isinstance(v, str) else json.dumps(v)}'])
     if self.evaluations: words += ['--evaluate', '--examples', str(_num_examples(self))]
-    return shlex.join([*words, *['--bf16'] * self.config['bf16'], '--out', str(self.out)])
+    for k, v in _unusual(self.config).items(): words += [f'--{k}'] if v is True else [f'--{k}', v]
+    return shlex.join([*words, '--out', str(self.out)])
 
 # %% ../../nbs/experiments/comparison.ipynb #642c62d2
 @patch

@@ -23,6 +23,7 @@ from ..moe.layers import MoELayer
 from ..moe.routers import update_expert_bias
 from ..moe.routing import tokens_per_expert
 from .batches import next_token_loss, take_rows, TrainBatches, ValidBatches
+from .precision import LossScaling, SkipNonfinite, SmoothLoss, check_precision
 from .schedule import StepScheduler, fit_settings, warmup_cosine
 from .telemetry import Perplexity, Throughput, TokenLoss
 
@@ -37,16 +38,17 @@ with warnings.catch_warnings():
 # %% ../../nbs/training/learner.ipynb #a95520e9
 class MoELearner(Learner):
     "A fastai `Learner` whose batch is one optimiser step, and which can go on where another process stopped."
-    def __init__(self, dls, model, *, grad_accum:int=1, bf16:bool=False, seed:int=0,
+    def __init__(self, dls, model, *, grad_accum:int=1, bf16:bool=False, fp16:bool=False, seed:int=0,
                  loss_func=next_token_loss, **kwargs):
-        self.grad_accum, self.bf16, self.seed = grad_accum, bf16, seed
+        self.grad_accum, self.bf16, self.fp16, self.seed = grad_accum, bf16, fp16, seed
         self.step = 0            # optimiser steps so far; within a batch, the number of the step that it makes
         self.routings = {}       # layer -> (`Routing`, mask) of each part of the batch, where a callback wants it
         self.resumed = None      # where a checkpoint takes the next fit on, see `resume`
         self.diverged = None     # the step whose loss was not finite
+        self.skipping = None     # why the step in hand is left out, if it is
         self.shares = {}         # of each sequence and image in the step, where a part is not all of it
         super().__init__(dls, model, loss_func=loss_func, **kwargs)
-        self.recorder.loss = TokenLoss()
+        self.recorder.loss, self.recorder.smooth_loss = TokenLoss(), SmoothLoss()
 
 # %% ../../nbs/training/learner.ipynb #2e12c6bb
 @patch
@@ -55,7 +57,7 @@ def _predict(self:MoELearner):
     wanted = self.training and any(getattr(cb, 'uses_routing', False) for cb in self.cbs)
     given = {k: v for k, v in self.xb[0].items() if k != 'num_images'} | self.shares
     recorder = record_routing(unwrap(self.model)) if wanted else contextlib.nullcontext({})
-    with autocast(self.yb[0].device, self.bf16), recorder as records:
+    with autocast(self.yb[0].device, self.bf16, self.fp16), recorder as records:
         self.output = self.model(**given, use_cache=False)
     self.pred = self.output.logits
     mask = self.xb[0].get('attention_mask')
@@ -133,7 +135,7 @@ def _do_part(self:MoELearner, tokens):
 
 @patch
 def _do_one_batch(self:MoELearner):
-    xb, yb, losses, self.routings = self.xb, self.yb, [], {}
+    xb, yb, losses, self.routings, self.skipping = self.xb, self.yb, [], {}, None
     parts, sizes = self._parts(), self._sizes()
     weigh = self.training and (len(parts) > 1 or self.processes > 1) and _takes(self.model, 'takes_aux_shares')
     if self.training: self.step += 1
@@ -166,7 +168,7 @@ def _finish_step(self:MoELearner):
 @patch
 def _check_loss(self:MoELearner):
     "Take note of a loss that is not finite, and say so"
-    if hasattr(self, 'lr_finder') or self.loss.isfinite(): return
+    if hasattr(self, 'lr_finder') or self.loss.isfinite() or self.skipping: return
     self.diverged = self.step
     if is_main():
         warnings.warn(f'the loss is {self.loss.item()} at step {self.step}: training stops here, and this state is not '
@@ -231,7 +233,7 @@ class AuxLoss(Callback):
         self.last = self.last + aux.detach()
     def after_batch(self):
         if torch.is_tensor(self.last): self.last = float(self.learn.mean_over_processes(self.last))
-        self.total, self.count = self.total + self.last, self.count + 1
+        if not self.learn.skipping: self.total, self.count = self.total + self.last, self.count + 1
     @property
     def value(self): return self.total / self.count if self.count else None
     def settings(self): return dict(aux_loss_weight=self.weight)
@@ -245,6 +247,7 @@ class ExpertBiasUpdate(Callback):
     def __init__(self, rate:float=1e-3): self.rate = rate
     def settings(self): return dict(expert_bias_rate=self.rate)
     def after_step(self):
+        if self.learn.skipping: return
         layers = moe_layers(unwrap(self.learn.model))
         for name, records in self.learn.routings.items():
             if not _has_bias(layers[name]): continue
@@ -297,6 +300,8 @@ def moe_learner(
     released_schedule:bool=None,    # of `fit_cosine`
     grad_accum:int=1,               # parts in which a step is computed
     bf16:bool=False,                # autocast to bfloat16
+    fp16:bool=False,                # autocast to float16, with a loss that is scaled
+    nonfinite:str='stop',           # a step whose loss is no number: 'stop' there, or 'skip' it
     expert_bias_rate:float=1e-3,    # γ of loss-free balancing, where routers have an expert bias
     seed:int=0,                     # of the order of data, and of dropout
     valid_batch_size:int=None,      # None: `batch_size`
@@ -312,11 +317,12 @@ def moe_learner(
                    betas=betas, grad_clip=grad_clip, warmup_steps=warmup_steps, final_lr_fraction=final_lr_fraction,
                    released_schedule=released_schedule)
     s = AttrDict(read_settings(spent | dict(
-        grad_accum=grad_accum, bf16=bf16, expert_bias_rate=expert_bias_rate, seed=seed,
+        grad_accum=grad_accum, bf16=bf16, fp16=fp16, nonfinite=nonfinite, expert_bias_rate=expert_bias_rate, seed=seed,
         valid_batch_size=valid_batch_size, valid_steps=valid_steps, domains=domains)))
     check(s.grad_accum <= s.batch_size, 'grad_accum', s.grad_accum, f'at most batch_size={s.batch_size}')
     _check_model(model, data)
-    learn = MoELearner(_loaders(data, s, device), model, grad_accum=s.grad_accum, bf16=s.bf16, seed=s.seed,
+    check_precision(model, s.bf16, s.fp16)
+    learn = MoELearner(_loaders(data, s, device), model, grad_accum=s.grad_accum, bf16=s.bf16, fp16=s.fp16, seed=s.seed,
                        opt_func=_adamw(s, device), lr=s.lr, wd=s.weight_decay, **kwargs)
     learn.schedule = {n: s[n] for n in ('warmup_steps', 'final_lr_fraction', 'released_schedule')}
     learn.fingerprint = getattr(data, 'fingerprint', None)
@@ -327,6 +333,7 @@ def _equip(learn, data, s, cbs):
     aux, speed = AuxLoss(getattr(getattr(learn.model, 'config', None), 'router_aux_loss_coef', 1.)), Throughput()
     biased = any(_has_bias(l) for l in moe_layers(learn.model).values())
     learn.add_cbs([KeepModes(), aux, speed, *([GradientClip(s.grad_clip)] if s.grad_clip else []),
+                   *([LossScaling()] if s.fp16 else []), *([SkipNonfinite()] if s.nonfinite == 'skip' else []),
                    *([ExpertBiasUpdate(s.expert_bias_rate)] if biased else [])]).add_cbs(cbs)
     columns = [Perplexity(i, n) for i, n in enumerate(data.domains)] if s.domains else []
     learn.metrics = [Perplexity(), *columns, ValueMetric(lambda: aux.value, 'aux_loss'),

@@ -9,6 +9,7 @@ __all__ = ['RunLog', 'read_log', 'run_log_path', 'LogListener']
 
 # %% ../../nbs/training/log.ipynb #9eab7b61
 import json, os, warnings, pandas as pd
+from itertools import takewhile
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.files import atomic_path, jsonable
@@ -100,12 +101,18 @@ def after_batch(self:RunLog):
                    lr=l.opt.hypers[-1]['lr'], tokens_per_second=l.throughput.last, seconds=l.throughput.seconds)
     for cb in l.cbs:
         if isinstance(cb, RoutingTelemetry): self._write_routing(cb.rows)
+        elif hasattr(cb, 'split') and hasattr(cb, 'rows'): self._write_new(cb)
 
 @patch
 def _write_routing(self:RunLog, rows):
     "Those that are not written yet"
     for r in rows[self.told:]: self.write('routing', **r)
     self.told = len(rows)
+
+@patch
+def _write_new(self:RunLog, cb):
+    "The rows of this step: those of `MismatchTelemetry`, and steps that were left out"
+    for r in [*takewhile(lambda r: r['step'] == self.learn.step, reversed(cb.rows))][::-1]: self.write(cb.split, **r)
 
 # %% ../../nbs/training/log.ipynb #0ae5a2ff
 @patch

@@ -80,7 +80,7 @@ def fit_settings(
     for cb in learn.cbs:
         if isinstance(cb, GradientClip): res['grad_clip'] = cb.max_norm
         if hasattr(type(cb), 'settings'): res |= cb.settings()
-    res |= dict(bf16=learn.bf16, grad_accum=learn.grad_accum, processes=learn.processes,
+    res |= dict(bf16=learn.bf16, fp16=learn.fp16, grad_accum=learn.grad_accum, processes=learn.processes,
                 device=torch.device(learn.dls.device or 'cpu').type,
                 valid_batch_size=getattr(valid, 'batch_size', None), valid_steps=getattr(valid, 'steps', None))
     return json.loads(json.dumps(dict(res, model=_config_settings(learn.model)), default=str))

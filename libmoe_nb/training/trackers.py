@@ -21,7 +21,7 @@ from ..plots.training import plot_balance
 from .log import LogListener, read_log
 
 # %% ../../nbs/training/trackers.ipynb #16602dde
-_unnamed = 'step split epoch layer tokens'.split()
+_unnamed, by_layer = 'step split epoch layer tokens'.split(), ('routing', 'mismatch')
 
 def _numbers(row): return {k: v for k, v in row.items() if k not in _unnamed and isinstance(v, (int, float))}
 
@@ -30,10 +30,11 @@ def tracked_numbers(
     rows:list, # lines of the log that belong to one step, all of one kind where they are on routers
 )->dict:       # name -> number
     "Names and numbers as a tracker takes them."
-    if rows[0]['split'] != 'routing': return {f"{r['split']}/{k}": v for r in rows for k, v in _numbers(r).items()}
-    layers = {f"routing/layer_{r['layer']}/{k}": v for r in rows for k, v in _numbers(r).items()}
+    kind = rows[0]['split']
+    if kind not in by_layer: return {f'{kind}/{k}': v for r in rows for k, v in _numbers(r).items()}
+    layers = {f"{kind}/layer_{r['layer']}/{k}": v for r in rows for k, v in _numbers(r).items()}
     means = pd.DataFrame([_numbers(r) for r in rows]).mean()
-    return {f'routing/{k}': float(v) for k, v in means.items() if v == v} | layers
+    return {f'{kind}/{k}': float(v) for k, v in means.items() if v == v} | layers
 
 # %% ../../nbs/training/trackers.ipynb #d453719e
 class _TensorBoard:
@@ -134,7 +135,7 @@ def tell(self:TelemetryLogger, row):
     split, step = row['split'], row['step']
     if step <= self.done.get(split, -1): return
     self.rows.append(row)
-    if split == 'routing' and row['layer'] < self.layers - 1: return
+    if split in by_layer and row['layer'] < self.layers - 1: return
     rows, self.rows = self.rows, []
     self.tracker.log(tracked_numbers(rows), step)
     self.last[split] = step
