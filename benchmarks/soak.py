@@ -1,12 +1,13 @@
 """Runs that are killed at random points, go on, and must end with the bits of a run that nobody killed.
 
-python benchmarks/soak.py [--kills 200] [--steps 30] [--jobs 1] [--seed 0] --json benchmarks/soak.json
+python benchmarks/soak.py [--kills 200] [--steps 30] [--jobs 1 | --launch 2] [--seed 0] --json benchmarks/soak.json
 
 A tiny `libmoe compare` of two recipes saves its state after every step (`checkpoint_seconds=0`), so that about half of
 the time of a run is spent saving. Its process, with `--jobs 2` also those that it started, gets SIGKILL a moment
 after a random step, and the same command goes on, until it has been killed `--kills` times; a folder that is finished
 in between is compared and a new one begun. Compared are all weights and the curves of training and validation with
-those of a run without a kill, bit for bit. One entry a folder: kills, those that met a save, the step of each kill, and
+those of a run without a kill, bit for bit. With `--launch 2` two processes train each recipe together, as
+`libmoe train --launch 2` has them do it, and both get SIGKILL at once. One entry a folder: kills, those that met a save, the step of each kill, and
 what differed."""
 import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -21,16 +22,31 @@ from functools import partial
 from libmoe_nb.experiments import compare as module
 module.RunOptions = partial(module.RunOptions, checkpoint_seconds=0)
 out, data, cache, steps, jobs = sys.argv[1:]
-module.compare('smoe,xmoe', data, 'tiny', out=out, cache_dir=cache, steps=int(steps), batch_size=4, sequence_length=32,
-        hidden_size=32, head_dim=16, vocab_size=300, valid_tokens=512, traces=512, threads=1, jobs=int(jobs),
-        device='cpu', progress=lambda *a, **k: print(*a[:2], k.get('step', ''), flush=True))
+tell = lambda *a, **k: print(*a[:2], k.get('step', ''), flush=True)
+size = dict(cache_dir=cache, steps=int(steps), batch_size=4, sequence_length=32, hidden_size=32, head_dim=16,
+            vocab_size=300, valid_tokens=512, traces=512, threads=1, device='cpu')
+if jobs == 'ranks':
+    rank = int(__import__('os').environ['RANK'])
+    for r in ('smoe', 'xmoe'): module.train(r, data, 'tiny', f'{out}/{r}', progress=None if rank else tell, **size)
+else: module.compare('smoe,xmoe', data, 'tiny', out=out, jobs=int(jobs), progress=tell, **size)
+'''
+# the processes of one training, in one group, so that one signal ends all
+RANKS = '''
+import os, socket, subprocess, sys
+n, code, *args = sys.argv[1:]
+with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+env = lambda r: dict(os.environ, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=n, LOCAL_WORLD_SIZE=n,
+                     MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+ranks = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, *args], env=env(r)) for r in range(int(n))]
+sys.exit(max(abs(p.wait()) for p in ranks))
 '''
 
 
 def begin(out, box, a):
-    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', CHILD, str(out), str(box/'texts'), str(box/'cache'),
-                             str(a.steps), str(a.jobs)], stdout=open(box/'told.txt', 'w'), 
-                            stderr=open(box/'err.txt', 'w'), start_new_session=True)
+    code = ['-c', RANKS, str(a.launch), CHILD] if a.launch > 1 else ['-c', CHILD]
+    return subprocess.Popen([sys.executable, '-W', 'ignore', *code, str(out), str(box/'texts'), str(box/'cache'),
+                             str(a.steps), 'ranks' if a.launch > 1 else str(a.jobs)],
+                            stdout=open(box/'told.txt', 'w'), stderr=open(box/'err.txt', 'w'), start_new_session=True)
 
 
 def end(p, box):
@@ -76,8 +92,10 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--kills', type=int, default=20); p.add_argument('--steps', type=int, default=30)
     p.add_argument('--jobs', type=int, default=1); p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--launch', type=int, default=1, help='processes that train each recipe together')
     p.add_argument('--json')
     a = p.parse_args()
+    if a.jobs > 1 and a.launch > 1: p.error('--jobs or --launch, not both')
     rng, rows, kills = random.Random(a.seed), [], 0
     with tempfile.TemporaryDirectory(prefix='soak-') as box:
         box = Path(box)
@@ -86,10 +104,10 @@ def main():
         start = time.monotonic(); shutil.rmtree(box/'whole')
         end(begin(box/'whole', box, a), box)
         seconds, whole = time.monotonic() - start, held(box/'whole')
-        print(f'{len(whole)} runs of {a.steps} steps, {a.jobs} at once, without a kill: {seconds:.1f} s', flush=True)
+        print(f'{len(whole)} runs of {a.steps} steps, {a.jobs} at once in {a.launch} processes each, without a kill: {seconds:.1f} s', flush=True)
         while kills < a.kills:
             out = box/f'killed-{len(rows)}'
-            row = dict(jobs=a.jobs, steps=a.steps, seed=a.seed, kills=0, in_a_save=0, at=[])
+            row = dict(jobs=a.jobs, launch=a.launch, steps=a.steps, seed=a.seed, kills=0, in_a_save=0, at=[])
             while True:
                 proc = begin(out, box, a)
                 if kills < a.kills:
@@ -113,7 +131,7 @@ def main():
           f'{sum(bool(r["differences"]) for r in rows)} that differ')
     if a.json:
         old = json.loads(Path(a.json).read_text()) if Path(a.json).exists() else []
-        rows = [r for r in old if r['jobs'] != a.jobs] + rows
+        rows = [r for r in old if (r['jobs'], r.get('launch', 1)) != (a.jobs, a.launch)] + rows
         with open(a.json, 'w', encoding='utf-8') as f: f.write('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
 
 

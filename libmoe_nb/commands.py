@@ -8,15 +8,21 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/commands.html.md"""
 __all__ = ['Bf16', 'Device', 'Threads', 'Json', 'friendly_errors', 'PlainCommand', 'option', 'argument', 'with_options', 'answer']
 
 # %% ../nbs/commands.ipynb #5e2173e4
-import functools, inspect, json, os, typer, typer.core
+import functools, inspect, json, os, re, typer, typer.core
 from typing import Annotated, Optional
 from .core.errors import first_line
 from .core.machine import calm_threads
 from .terminal import only_our_warnings, print_tables, say
 
 # %% ../nbs/commands.ipynb #353149b5
+# torch raises this wherever the main process happens to be, and fastai puts the name of a callback before it
+_worker = re.compile(r'DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([\w ]+))?')
+
 def _what_failed(e):
     "A failure of the machine, of a dependency, or of ours, in one sentence"
+    if m := _worker.search(str(e)):
+        return (f"a process that reads data, number {m[1]}, {f'was ended by a signal ({m[2]})' if m[2] else 'ended'}: "
+                f'memory may have run out. What is finished is kept; give the same command again to go on from here.')
     why, name = getattr(e, 'strerror', None) or first_line(e, 200), getattr(e, 'filename', None)
     told = f'{name}: {why}' if name else why
     return f'{type(e).__name__}: {told}. What is finished is kept. LIBMOE_DEBUG=1 shows where it happened.'

@@ -71,6 +71,7 @@ def make_plan(
     **overrides,           # fields of `Preset` and `MoESpec`
 )->Plan:
     "A checked plan that has no text yet."
+    check(not (bf16 and fp16), 'fp16', fp16, 'False where bf16 is True: training has one precision')
     (preset, layer), options = apply_overrides(preset, overrides), options or {}
     return Plan(_recipe_names(recipes, preset, layer, options), preset, layer, options, read_setting('bf16', bf16),
                 find_device(device).type, read_setting('valid_tokens', valid_tokens),

@@ -1,12 +1,16 @@
-"A full disk, a log that lost lines, a clock that goes backwards: a run says so, and goes on to the same bits."
-import json, resource, time
+"A full disk, a dead data worker, a log that lost lines, a clock that goes backwards: a run says so, and goes on."
+import json, os, re, resource, signal, time
+from functools import partial
 from contextlib import contextmanager
 
 import pytest
+from torch.utils.data import DataLoader, IterableDataset
 from typer.testing import CliRunner
 
 from conftest import write_texts
 from libmoe_nb import cli
+from libmoe_nb.data.packing import PackedDataset
+from libmoe_nb.experiments import compare as experiments
 from libmoe_nb.training.checkpoints import Checkpoint, checkpoints, resume
 from libmoe_nb.training.log import RunLog, read_log
 from small_runs import Stop, assert_same, fit, make, state
@@ -51,6 +55,45 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(tmp_path, monkeypatch):
     again = run('full')
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)['perplexity'] == json.loads(whole.stdout)['perplexity']
+
+class ReadElsewhere(IterableDataset):
+    "Batches that another process reads, which gets SIGKILL where a file says so, once"
+    def __init__(self, batches, dies): self.read, self.dies = batches, dies
+    def __iter__(self):
+        for n, b in enumerate(self.read()):
+            if self.dies.exists() and n == int(self.dies.read_text()):
+                self.dies.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield b
+
+def test_a_data_worker_that_dies_is_one_sentence_and_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setattr(experiments, 'RunOptions', partial(experiments.RunOptions, checkpoint_seconds=0))
+    plain, dies = PackedDataset.batches, tmp_path/'dies'
+    def batches(self, batch_size, seed=0, start=0):
+        read = ReadElsewhere(partial(plain, self, batch_size, seed, start), dies)
+        yield from DataLoader(read, batch_size=None, num_workers=1, prefetch_factor=1)
+    args = ['train', 'smoe', '--data', str(write_texts(tmp_path/'texts')),
+            *'--preset tiny --steps 6 --batch-size 2 --traces 0'.split(),
+            *'--sequence-length 32 --vocab-size 300 --threads 1 --json --out'.split()]
+    run = lambda out: CliRunner().invoke(cli.app, [*args, str(tmp_path/out)], prog_name='libmoe')
+    whole = run('whole')
+    assert whole.exit_code == 0, whole.output
+    monkeypatch.setattr(PackedDataset, 'batches', batches)
+    dies.write_text('4')                                                # the fifth batch
+    dead = run('dead')
+    assert dead.exit_code == 1 and not dies.exists() and 'Traceback' not in dead.output
+    told = dead.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(r'libmoe: a process that reads data, number \d+, was ended by a signal \(Killed\): memory may have run out. '
+                        r'What is finished is kept; give the same command again to go on from here.', told), told
+    (kept,) = checkpoints(tmp_path/'dead'/'checkpoints')
+    assert kept.name in ('step-00000003', 'step-00000004') and not (tmp_path/'dead'/'result.json').exists()
+    again = run('dead')
+    assert again.exit_code == 0, again.output
+    same = lambda r: {k: v for k, v in json.loads(r.stdout).items() if k in ('perplexity', 'loss', 'domains', 'tokens')}
+    assert same(again) == same(whole)
+    weights = [(tmp_path/n/'model'/'model.safetensors').read_bytes() for n in ('dead', 'whole')]
+    assert weights[0] == weights[1]
 
 def test_a_log_that_lost_lines_is_told(data, tmp_path):
     cbs = lambda: [RunLog(tmp_path/'log.jsonl'), Checkpoint(tmp_path/'c', every=2)]

@@ -196,3 +196,24 @@ def test_mismatches_are_logged_and_go_on(data, tmp_path):
     assert straight.mismatch_telemetry.rows == learn.mismatch_telemetry.rows
     told = tracked_numbers([dict(r, split='mismatch') for r in straight.mismatch_telemetry.rows if r['step'] == 2])
     assert {'mismatch/share', 'mismatch/layer_0/share', 'mismatch/layer_1/kl'} <= {*told}
+
+def test_the_command_takes_them(tmp_path, monkeypatch):
+    import json
+    from typer.testing import CliRunner
+    from conftest import write_texts
+    from libmoe_nb import cli
+    monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
+    args = ['train', 'smoe', '--data', str(write_texts(tmp_path/'texts')), *'--preset tiny --steps 4 --batch-size 2'.split(),
+            *'--traces 512 --sequence-length 32 --vocab-size 300 --threads 1 --json --out'.split(), str(tmp_path/'out')]
+    run = lambda *more: CliRunner().invoke(cli.app, [*args, *more], prog_name='libmoe')
+    both = run('--fp16', '--bf16')
+    assert both.exit_code == 2 and 'fp16 must be False where bf16 is True' in both.output and not (tmp_path/'out').exists()
+    assert run('--nonfinite', 'ignore').exit_code == 2
+    done = run(*'--fp16 --nonfinite skip --mismatches 2'.split())
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path/'out'/'config.json').read_text())['run']
+    assert config['fp16'] and config['nonfinite'] == 'skip' and not config['bf16'] and 'mismatches' not in config
+    log = read_log(tmp_path/'out'/'log.jsonl')
+    assert log[log.split == 'mismatch'].step.tolist() == [s for s in (1, 2, 4) for _ in range(2)]
+    assert 'float16' in (tmp_path/'out'/'model'/'README.md').read_text()
+    assert run().exit_code == 2                                         # the folder holds a run in float16
