@@ -4,12 +4,16 @@
     python benchmarks/gpu.py --json benchmarks/gpu.json                # about eight minutes on one H100
     python benchmarks/gpu.py --device cpu --tiny --only checks train   # the same path without a GPU
 
-Five parts, each written to the JSON as soon as it ends:
+Six parts, each written to the JSON as soon as it ends:
 checks   every recipe and kernel, outputs and gradients, against the loop in float64 on the CPU; `libmoe compare` as a
          command
 kernels  our layer at the paper's shapes beside a dense FFN of the same active FLOPs and transformers' grouped_mm
 vision   every recipe in a small vision-language model against the CPU, some seconds of its last stage, and
          `libmoe vlm compare` as a command
+precision
+         every recipe trained from the same weights in float32, bfloat16 and float16 with a scaled loss: losses beside
+         those of float32, steps that were left out, the dtype of router logits, and the share of tokens that are routed
+         otherwise than in float32 (fp16 on a CPU runs the same path)
 train    a preset for some seconds a recipe: tokens/s, memory, model FLOPs utilisation, the loss on validation text.
          `peak_gb` is the peak of the whole fit. A batch with the text's last block, which is padded, has a mask, and at
          a head size like 82 attention on a GPU then keeps all scores: `masked_steps` counts such batches, and
@@ -36,7 +40,7 @@ shapes = {'paper-0.15b': (512, 66, 128, 8, 'relu', False, False, 65536),
           'gated 8x4096': (2048, 8, 4096, 2, 'silu', True, False, 16384)}
 tiny_shapes = {'paper-0.15b': (32, 6, 16, 2, 'relu', False, False, 64), 'gated': (32, 4, 16, 2, 'silu', True, True, 64)}
 datasheet = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16 FLOP/s
-tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 def error(a, b): return ((a.double().cpu() - b.double().cpu()).norm() / b.double().cpu().norm().clamp_min(1e-30)).item()
 
@@ -84,7 +88,7 @@ def check_layer(recipe, kernel, dtype, device, seed=0):
 def checks(device, args):
     rows = []
     for recipe in recipes:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for kernel in ['auto', *kernels] if recipe != 'dense' else ['auto']:
                 if not usable(kernel, device): continue
                 row = dict(part='checks', recipe=recipe, kernel=kernel, dtype=str(dtype)[6:])
@@ -268,6 +272,47 @@ def train(device, args):
         say(rows[-1])
     return rows
 
+# precision
+
+def precision_run(recipe, precision, preset, data, steps, device):
+    "Losses of each step, the scale, and what routing in training differs in from float32"
+    from libmoe_nb.models.causal import from_scratch
+    from libmoe_nb.training.learner import Callback, moe_learner
+    from libmoe_nb.training.telemetry import MismatchTelemetry
+    class Look(Callback):
+        uses_routing, run_valid, order = True, False, 40
+        def __init__(self): self.losses, self.dtypes = [], set()
+        def after_batch(self):
+            self.losses.append(float(self.learn.loss))
+            self.dtypes |= {r.router_logits.dtype for rs in self.learn.routings.values() for r, _ in rs}
+    look, watch = Look(), MismatchTelemetry(1)
+    model = from_scratch(recipe, preset, seed=0, vocab_size=data.vocab_size).to(device)
+    learn = moe_learner(model, data, preset=preset, batch_size=4 if preset.name == 'tiny' else 8, steps=steps, lr=1e-3,
+                        warmup_steps=2, valid_steps=1, device=device, bf16=precision == 'bf16',
+                        fp16=precision == 'fp16', cbs=[look, watch])
+    with learn.no_bar(), learn.no_logging(): learn.fit_cosine()
+    left_out = len(learn.loss_scaling.rows) if precision == 'fp16' else 0
+    scale = learn.loss_scaling.scale if precision == 'fp16' else None
+    return look, dict(left_out=left_out, scale=scale, mismatched=max((r['share'] for r in watch.rows), default=0.))
+
+def precision(device, args):
+    preset, steps, rows = get_preset('tiny' if args.tiny else 'mini'), 3 if args.tiny else 20, []
+    data = text(args, preset)
+    for recipe in args.recipes:
+        plain, _ = precision_run(recipe, 'fp32', preset, data, steps, device)
+        for p in 'bf16', 'fp16':
+            reset_peak(device)
+            try:
+                look, told = precision_run(recipe, p, preset, data, steps, device)
+                gap = max(abs(a - b) for a, b in zip(plain.losses, look.losses))
+                rows.append(dict(part='precision', recipe=recipe, precision=p, loss_gap=gap, **told,
+                                 ok=gap < .1 and look.dtypes <= {torch.float32} and told['left_out'] <= steps / 2))
+            except Exception:
+                rows.append(dict(part='precision', recipe=recipe, precision=p, ok=False,
+                                 message=traceback.format_exc()[-600:]))
+            say(rows[-1])
+    return rows
+
 # compile
 
 def plain_row(recipe, preset, data, compiled, seconds, device, batch):
@@ -372,7 +417,8 @@ def vision(device, args):
 
 # all of it
 
-parts = dict(checks=checks, kernels=kernels_part, vision=vision, train=train, compile=compile_part)
+parts = dict(checks=checks, kernels=kernels_part, vision=vision, precision=precision, train=train,
+             compile=compile_part)
 
 def say(row):
     print(' '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}'

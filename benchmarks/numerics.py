@@ -11,7 +11,8 @@ share of tokens that would be routed otherwise in use (see `MismatchTelemetry`).
 A row is as it should be if the mean loss of the last quarter is at most `--drift` above that of the best quarter, no
 loss was not finite, no router is dead, and memory grows by at most `--growth` MB in 1,000 steps (the slope of a line
 through what each process measured in the second half of its steps). A router is dead if every batch of 128 tokens that
-was looked at in the last quarter left some expert out, or if the median of the lowest entropy there is below `--entropy`.
+was looked at in the last quarter left some expert out, or if the median of the lowest entropy there is below
+`--entropy`.
 `ties` routes `--tokens` tokens through layers whose experts come in pairs that score the same, once in a forward pass
 and once more when activations are recomputed in the backward pass, and counts tokens whose experts differ."""
 import argparse, gc, json, os, platform, statistics, sys, tempfile, time, warnings
@@ -59,7 +60,8 @@ class Sampler(Callback):
         seen = [r for r in learn.routing_telemetry.rows if r['step'] == learn.step]
         off = [r for r in learn.mismatch_telemetry.rows if r['step'] == learn.step]
         if seen: row |= dict(load_max_mean=round(max(r['load_max_mean'] for r in seen), 3),
-                             entropy=round(min(r['entropy'] for r in seen), 4), dead=sum(r['dead_experts'] for r in seen))
+                             entropy=round(min(r['entropy'] for r in seen), 4),
+                             dead=sum(r['dead_experts'] for r in seen))
         if off: row |= dict(mismatched=round(max(r['share'] for r in off), 4))
         self.rows.append(row | dict(memory=round(memory_mb(), 2)))
         self.losses = []
@@ -69,7 +71,8 @@ class Sampler(Callback):
 
 
 def learner(recipe, precision, data, a, sampler, folder):
-    model = from_scratch(recipe, 'tiny', seed=0, vocab_size=data.vocab_size, sequence_length=data.sequence_length, **size)
+    model = from_scratch(recipe, 'tiny', seed=0, vocab_size=data.vocab_size, sequence_length=data.sequence_length,
+                         **size)
     watch = [RoutingTelemetry(a.every), MismatchTelemetry(a.every), Checkpoint(folder, keep_last=1), sampler]
     return moe_learner(model, data, preset='tiny', batch_size=4, steps=a.steps, lr=a.lr, final_lr_fraction=1.,
                        warmup_steps=min(100, a.steps // 2), valid_steps=1, device=a.device, bf16=precision == 'bf16',
@@ -94,7 +97,8 @@ def growth(rows):
 
 def judged(recipe, precision, rows, steps, seconds, a):
     "The row of a recipe in the JSON"
-    row = dict(part='train', recipe=recipe, precision=precision, steps=steps, of=a.steps, seconds=round(seconds, 1))
+    row = dict(part='train', recipe=recipe, precision=precision, steps=steps, of=a.steps, every=a.every,
+               seconds=round(seconds, 1))
     if not rows: return row | dict(ok=True, samples=[])
     losses = [statistics.fmean(q) if q else None for q in quarters(rows, 'loss')]
     entropy = [statistics.median(q) for q in quarters(rows, 'entropy')[-1:] if q]
@@ -104,8 +108,8 @@ def judged(recipe, precision, rows, steps, seconds, a):
                 entropy=min(entropy, default=1.), nonfinite=rows[-1]['nonfinite'], skipped=rows[-1]['skipped'],
                 memory_growth=growth(rows),
                 mismatched=max((r['mismatched'] for r in rows if 'mismatched' in r), default=0))
-    bad = dict(drift=row['drift'] is None or row['drift'] > a.drift, dead=row['dead'] > 0 or row['entropy'] < a.entropy, nonfinite=row['nonfinite'] > 0,
-               memory=(row['memory_growth'] or 0) > a.growth)
+    bad = dict(drift=row['drift'] is None or row['drift'] > a.drift, nonfinite=row['nonfinite'] > 0,
+               dead=row['dead'] > 0 or row['entropy'] < a.entropy, memory=(row['memory_growth'] or 0) > a.growth)
     return row | dict(ok=not any(bad.values()), bad=[n for n, b in bad.items() if b], samples=rows)
 
 
@@ -161,7 +165,7 @@ def main(args=None):
     torch.set_num_threads(1)
     kept = json.loads(a.json.read_text())['rows'] if a.json and a.json.exists() else []
     rows = {(r['part'], r['recipe'], r.get('precision')): r for r in kept}
-    machine = dict(torch=torch.__version__, python=platform.python_version(), device=a.device, every=a.every)
+    machine = dict(torch=torch.__version__, python=platform.python_version(), device=a.device)
     def keep(row):
         rows[row['part'], row['recipe'], row.get('precision')] = row
         if a.json: write_json(a.json, dict(machine=machine, rows=[*rows.values()]))
@@ -171,7 +175,7 @@ def main(args=None):
     todo, end = [(r, q) for r in a.recipes for q in a.precisions], time.monotonic() + 60 * a.minutes
     for i, (r, q) in enumerate(todo):
         old = rows.get(('train', r, q), {})
-        if old.get('of') != a.steps: old = {}
+        if (old.get('of'), old.get('every')) != (a.steps, a.every): old = {}
         keep(train(r, q, data, a, max(end - time.monotonic(), 0) / (len(todo) - i), old))
     bad = [r for r in rows.values() if not r['ok']]
     for r in rows.values(): print({k: v for k, v in r.items() if k != 'samples'})

@@ -7,8 +7,8 @@ the time of a run is spent saving. Its process, with `--jobs 2` also those that 
 after a random step, and the same command goes on, until it has been killed `--kills` times; a folder that is finished
 in between is compared and a new one begun. Compared are all weights and the curves of training and validation with
 those of a run without a kill, bit for bit. With `--launch 2` two processes train each recipe together, as
-`libmoe train --launch 2` has them do it, and both get SIGKILL at once. One entry a folder: kills, those that met a save, the step of each kill, and
-what differed."""
+`libmoe train --launch 2` has them do it, and both get SIGKILL at once. One entry a folder: kills, those that met a
+save, the step of each kill, and what differed."""
 import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -104,7 +104,8 @@ def main():
         start = time.monotonic(); shutil.rmtree(box/'whole')
         end(begin(box/'whole', box, a), box)
         seconds, whole = time.monotonic() - start, held(box/'whole')
-        print(f'{len(whole)} runs of {a.steps} steps, {a.jobs} at once in {a.launch} processes each, without a kill: {seconds:.1f} s', flush=True)
+        print(f'{len(whole)} runs of {a.steps} steps, {a.jobs} at once in {a.launch} processes each, without a kill: '
+              f'{seconds:.1f} s', flush=True)
         while kills < a.kills:
             out = box/f'killed-{len(rows)}'
             row = dict(jobs=a.jobs, launch=a.launch, steps=a.steps, seed=a.seed, kills=0, in_a_save=0, at=[])

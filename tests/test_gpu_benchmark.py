@@ -6,6 +6,8 @@ from processes import run_forked
 
 ROOT = Path(__file__).resolve().parents[1]
 
+PARTS = 'checks', 'kernels', 'vision', 'precision', 'train'
+
 def test_gpu_script_runs_without_one(tmp_path):
     out = tmp_path/'gpu.json'
     args = ['--device', 'cpu', '--tiny', '--seconds', '.2', '--rounds', '2', '--recipes', 'smoe', 'tcmoe',
@@ -19,12 +21,14 @@ def test_gpu_script_runs_without_one(tmp_path):
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     found = json.loads(out.read_text())
     rows = found['rows']
-    assert found['machine']['device'] == 'cpu' and {r['part'] for r in rows} == {'checks', 'kernels', 'vision', 'train'}
+    assert found['machine']['device'] == 'cpu' and {r['part'] for r in rows} == set(PARTS)
     assert ({r['recipe'] for r in rows if r['part'] == 'train'} == {'smoe', 'tcmoe'}
             and all(r['tokens_per_second'] > 0 and 0 <= r['masked_steps'] <= r['steps'] for r in rows
                     if r['part'] == 'train'))
     seen, command = [r for r in rows if r['part'] == 'vision']
     assert seen['ok'] and seen['same_gradients'] and seen['error'] < 1e-6 and command['ok']
+    half = [r for r in rows if r['part'] == 'precision']
+    assert len(half) == 4 and all(r['ok'] and 0 < r['loss_gap'] < .1 for r in half)
     errors = [r['error'] for r in rows if r['part'] == 'checks' and 'error' in r]
     assert len(errors) > 50 and max(errors) > 0
     assert any(r['recipe'] == 'libmoe compare' for r in rows if r['part'] == 'checks')

@@ -38,6 +38,6 @@ def test_what_is_not_as_it_should_be(change, bad):
     made = dict(loss=lambda i: 5 - .1 * i, dead=lambda i: i % 2, entropy=lambda i: .9, nonfinite=lambda i: 0,
                 memory=lambda i: 100 + (i % 2) / 10, skipped=lambda i: 0)
     rows = lambda d: [dict(step=250 * i, session=0, **{k: f(i) for k, f in d.items()}) for i in range(1, 17)]
-    a = SimpleNamespace(steps=4000, drift=.1, growth=1., entropy=.5)
+    a = SimpleNamespace(steps=4000, every=250, drift=.1, growth=1., entropy=.5)
     assert numerics.judged('smoe', 'fp32', rows(made), 4000, 1., a)['bad'] == []
     assert numerics.judged('smoe', 'fp32', rows(made | change), 4000, 1., a)['bad'] == [bad]

@@ -113,7 +113,7 @@ class MismatchTelemetry(Callback):
         return pd.DataFrame(self.rows)
     def before_batch(self): self.seen = None
     def after_pred(self):
-        if self.uses_routing and self.seen is None:      # of a step in parts the first one
+        if self.uses_routing and self.learn.routings and self.seen is None:   # of a step in parts the first one
             self.seen = (self.learn.xb[0], self.learn.yb[0], self.learn.pred.detach(),
                          {n: [r for r, _ in rs] for n, rs in self.learn.routings.items()})
     def state(self): return dict(rows=self.rows)
@@ -122,7 +122,7 @@ class MismatchTelemetry(Callback):
 # %% ../../nbs/training/telemetry.ipynb #ad57b9eb
 @patch
 def before_step(self:MismatchTelemetry):
-    if not self.uses_routing: return
+    if self.seen is None: return                         # or a model without routers
     (x, labels, logits, records), self.seen = self.seen, None
     given, mask = {k: v for k, v in x.items() if k != 'num_images'}, x.get('attention_mask')
     model, tally, p = unwrap(self.learn.model), MismatchTally(), self.precision

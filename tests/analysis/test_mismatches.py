@@ -44,7 +44,8 @@ def routers_seen(model, ids):
 
 def assert_in_float32(seen, dtype):
     for router, (x, *previous), out in seen:
-        assert x.dtype == dtype and out.router_logits.dtype == out.scores.dtype == out.top_k_weights.dtype == torch.float32
+        assert x.dtype == dtype
+        assert out.router_logits.dtype == out.scores.dtype == out.top_k_weights.dtype == torch.float32
         previous = [p if p is None else p.float() for p in previous]
         alone = copy.deepcopy(router).float()(x.float(), *previous)
         assert torch.equal(out.router_logits, alone.router_logits)
@@ -132,7 +133,8 @@ def test_other_tokens_are_refused(model):
     with record_routing(model) as b, torch.no_grad(): model(IDS[:2])
     with pytest.raises(ValueError, match=r'b must be choices of the tokens of a, \(128, \d\), got \(64, \d\)'):
         routing_mismatches(a, b)
-    with pytest.raises(ValueError, match='b must be as many as a, 3, got'): routing_mismatches(a, dict([*b.items()][:1]))
+    with pytest.raises(ValueError, match='b must be as many as a, 3, got'):
+        routing_mismatches(a, dict([*b.items()][:1]))
 
 # activations that are recomputed
 
