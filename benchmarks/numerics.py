@@ -5,8 +5,8 @@
 
 Two parts. `train` gives each recipe in each precision an equal share of the time. Its state is saved in `--state`, and
 the same command goes on from there until all have made `--steps` steps. Every `--every` steps, after a collection of
-garbage, it writes down: the mean loss since the last time, the memory of the process (RSS), the busiest expert's load
-over the mean, the lowest entropy and the number of dead experts over routers, steps whose loss was not finite, and the
+garbage and without the curves that fastai's recorder keeps, it writes down: the mean loss since the last time, the
+memory of the process (RSS), the busiest expert's load over the mean, the lowest entropy and the number of dead experts over routers, steps whose loss was not finite, and the
 share of tokens that would be routed otherwise in use (see `MismatchTelemetry`).
 A row is as it should be if the mean loss of the last quarter is at most `--drift` above that of the best quarter, no
 loss was not finite, no router is dead, and memory grows by at most `--growth` MB in 1,000 steps (the slope of a line
@@ -40,6 +40,14 @@ def memory_mb():
     with open('/proc/self/statm') as f: return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
 
 
+def forget_curves(learn):
+    "What fastai's recorder and scheduler keep of each step, about 0.9 MB in 1,000 steps"
+    r = learn.recorder
+    r.losses, r.lrs, r.iters = [], [], []
+    for cb in learn.cbs:
+        if hasattr(cb, 'hps'): cb.hps = {k: [] for k in cb.hps}
+
+
 class Sampler(Callback):
     "Writes a row down every so many steps, and ends the fit when its time is over"
     order, run_valid = 90, False
@@ -54,6 +62,7 @@ class Sampler(Callback):
         if time.monotonic() > self.until: raise CancelFitException()
     def sample(self):
         learn = self.learn
+        forget_curves(learn)
         row = dict(step=learn.step, session=self.session, loss=round(statistics.fmean(self.losses), 4) if self.losses
                    else None, nonfinite=self.nonfinite, skipped=sum(len(c.rows) for c in learn.cbs
                                                                     if getattr(c, 'split', '') == 'skipped'))
