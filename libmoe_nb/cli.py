@@ -89,6 +89,7 @@ def _budget(
                            metavar='NAME=VALUE')] = None,
 ): ...
 
+# %% ../nbs/cli.ipynb #6f36ca4c
 def _training(
     traces: Annotated[int, _option('Validation tokens on which the routers\' choices are kept, up to ten times in a '
                                    'training (default 4096; 0: none).')] = 4096,

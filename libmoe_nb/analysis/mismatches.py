@@ -167,6 +167,7 @@ def compare_passes(
         tally.add(a, b, mask, (p, q) if p.shape[:2] == ids.shape else None, labels)
     return tally_table(tally)
 
+# %% ../../nbs/analysis/mismatches.ipynb #f6336894
 def _one_pass(model, batch, precision, replayed=None):
     "What routers decided, and the logits"
     with evaluating(model) as device, autocast(device, precision == 'bf16', precision == 'fp16'):

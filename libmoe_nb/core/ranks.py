@@ -57,10 +57,12 @@ def joined(
 ):
     "Make a group of the processes that a launcher began, for the length of a block; one process is left alone."
     if launched()[1] == 1 or _started(): yield; return
-    from accelerate import PartialState
+    from accelerate.state import AcceleratorState, PartialState
     PartialState(cpu=device == 'cpu', timeout=timedelta(hours=2))   # the first one measures while the others wait
     try: yield
-    finally: _group().destroy_process_group()
+    finally:
+        _group().destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)     # or a next group would not begin
 
 def wait_for_all():
     "Go on when all processes are here."

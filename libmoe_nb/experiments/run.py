@@ -66,6 +66,7 @@ def run_config(
     if nonfinite != 'stop': config['nonfinite'] = nonfinite
     return json.loads(json.dumps(config))
 
+# %% ../../nbs/experiments/run.ipynb #da27987a
 def precision_of(config:dict)->dict: # keywords of `autocast`, `moe_learner` and `evaluate_perplexity`
     "The precision that a configuration names."
     return dict(bf16=config['bf16'], fp16=config.get('fp16', False))
