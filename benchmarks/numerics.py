@@ -6,8 +6,9 @@
 Two parts. `train` gives each recipe in each precision an equal share of the time. Its state is saved in `--state`, and
 the same command goes on from there until all have made `--steps` steps. Every `--every` steps, after a collection of
 garbage and without the curves that fastai's recorder keeps, it writes down: the mean loss since the last time, the
-memory of the process (RSS), the busiest expert's load over the mean, the lowest entropy and the number of dead experts over routers, steps whose loss was not finite, and the
-share of tokens that would be routed otherwise in use (see `MismatchTelemetry`).
+memory of the process (RSS), the busiest expert's load over the mean, the lowest entropy and the number of dead experts
+over routers, steps whose loss was not finite, and the share of tokens that would be routed otherwise in use (see
+`MismatchTelemetry`).
 A row is as it should be if the mean loss of the last quarter is at most `--drift` above that of the best quarter, no
 loss was not finite, no router is dead, and memory grows by at most `--growth` MB in 1,000 steps (the slope of a line
 through what each process measured in the second half of its steps). A router is dead if every batch of 128 tokens that
