@@ -128,7 +128,8 @@ def data(tmp_path_factory):
     return text_data(write_texts(box/'texts'), vocab_size=300, sequence_length=32, cache_dir=box/'cache')
 
 @pytest.mark.parametrize('name', ['batch_size', 'steps', 'lr', 'weight_decay', 'betas', 'grad_clip',
-                                  'warmup_steps', 'final_lr_fraction', 'grad_accum', 'bf16', 'expert_bias_rate', 'seed',
+                                  'warmup_steps', 'final_lr_fraction', 'grad_accum', 'bf16', 'fp16', 'nonfinite',
+                                  'expert_bias_rate', 'seed',
                                   'valid_batch_size', 'valid_steps', 'domains'])
 def test_moe_learner(name, data):
     model = from_scratch('smoe', 'tiny', vocab_size=data.vocab_size)
