@@ -1,5 +1,6 @@
 "The benchmark of whole training loops, from end to end at a test's sizes."
 import importlib.util, json, sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ def benchmark(tmp_path, monkeypatch):
     data = text.text_data(fill(tmp_path/'texts', docs=12), vocab_size=300, sequence_length=32,
                           cache_dir=tmp_path/'cache')
     monkeypatch.setattr(text, 'text_data', lambda *args, **kwargs: data)
-    small = config.get_preset('tiny').replace(hidden_size=16, head_dim=8, vocab_size=300, sequence_length=32)
+    small = replace(config.get_preset('tiny'), hidden_size=16, head_dim=8, vocab_size=300, sequence_length=32)
     monkeypatch.setattr(module, 'get_preset', lambda name: small)
     threads = torch.get_num_threads()
     yield module, data, small
