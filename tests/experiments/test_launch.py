@@ -19,7 +19,8 @@ def stopped(out, least, monkeypatch):
             '--launch', '2', '--threads', '1', '--steps', '24', '--batch-size', '4', '--sequence-length', '64',
             '--traces', '1024', '--max-bytes', '150000']
     monkeypatch.setattr(sys, 'argv', ['libmoe', *args])
-    ended, before = threading.Event(), signal.signal(signal.SIGTERM, lambda *_: pytest.fail('the command does not hear'))
+    ended = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail('the command does not hear'))
     def ask():
         while steps_of(out) < least and not ended.wait(.02): pass
         if not ended.is_set(): os.kill(os.getpid(), signal.SIGTERM)
