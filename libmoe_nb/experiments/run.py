@@ -38,6 +38,7 @@ from ..training.checkpoints import resume, StepReporter, TimedCheckpoint
 from ..training.distributed import *
 from ..training.learner import moe_learner
 from ..training.log import RunLog, run_log_path
+from ..training.pieces import is_sharded
 from ..training.telemetry import RoutingTelemetry
 from ..training.trackers import TelemetryLogger, check_tracker
 
@@ -211,7 +212,10 @@ def learner(self:Run): # a `MoELearner`
     learn = moe_learner(model, data, preset=self.preset, seed=c['seed'], bf16=c['bf16'], device=c['device'],
                         cbs=self.callbacks(model), valid_batch_size=_valid_batch,
                         valid_steps=_valid_steps(data, curve_tokens))
-    return learn.distribute(cpu=c['device'] == 'cpu') if world_size() > 1 else learn
+    if world_size() > 1: learn.distribute(cpu=c['device'] == 'cpu')
+    check(not is_sharded(learn.model), 'ACCELERATE_USE_FSDP', 'true',
+          'unset for a run, which is measured in the first process alone: see tools/accelerate/train.py')
+    return learn
 
 # %% ../../nbs/experiments/run.ipynb #ae2a9063
 _valid_batch = 16  # sequences

@@ -366,15 +366,15 @@ def _by_name(saved, names):
 
 def _load_pieces(learn, model, path, saved, pieces):
     "Read the model, and return the optimiser's state: from a checkpoint in pieces, or from a whole one into pieces"
-    params, of_model, of_opt = dict(model.named_parameters()), path, path
+    names, of_model, of_opt = optimizer_names(model, learn.opt), path, path
     if pieces: of_model, of_opt = path/'model', path/'optimizer'
+    params = dict(model.named_parameters())
     there = stored_pieces(of_model)
     read_pieces({n: t for n, t in model.state_dict().items() if n in there}, of_model)   # one of two that are tied
     keys, rest = ({}, saved) if pieces else _by_name(saved, [n for n, p in params.items() if p.requires_grad])
     if pieces: keys = {(n, k): f'{n}.{k}' for n, s in rest.items() for k, v in s.items() if v is None}
     moments = read_moments(params, keys, of_opt) if keys else {}
-    state = [{k: moments.get((n, k), v) for k, v in rest.get(n, {}).items()}
-             for n in optimizer_names(model, learn.opt)]
+    state = [{k: moments.get((n, k), v) for k, v in rest.get(n, {}).items()} for n in names]
     as_list = isinstance(learn.opt.state_dict()['state'], list)
     return dict(state=state if as_list else {i: s for i, s in enumerate(state) if s})
 

@@ -8,10 +8,11 @@ import pytest, torch
 from fastai.basics import Callback, OptimWrapper
 from processes import run_ranks
 from safetensors.torch import load_file
+from launch_settings import told_by
 from small_runs import Stop
 from transformers.distributed import DistributedConfig
-from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
 from libmoe_nb.training.checkpoints import Checkpoint, checkpoints, consolidate, resume, save_checkpoint
 from libmoe_nb.training.distributed import *
 from libmoe_nb.training.learner import moe_learner
@@ -24,7 +25,7 @@ pytestmark = [pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore:going 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16, moe_intermediate_size=8,
              sequence_length=16, vocab_size=50, num_experts=4, top_k=2, expert_bias=True, router_init_std=.3,
              aux_loss_group='global_batch', router_aux_loss_coef=.1)
-# name -> recipe, and how transformers shares the model; None: accelerate cuts it
+# name -> recipe, and how transformers shares the model; None: as `fsdp2.yaml` says
 KINDS = dict(fsdp=('smoe', None), ep=('tcmoe', dict(fsdp_size=2, ep_size=2)))
 
 class Texts:
@@ -122,7 +123,7 @@ LOAD = '''
 import json, logging, os, sys, torch, warnings
 from pathlib import Path
 warnings.simplefilter('ignore')
-os.environ.update(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_CPU_RAM_EFFICIENT_LOADING='false')
+os.environ.update({env!r})
 sys.path[:0] = {paths!r}
 import test_sharded_checkpoints as t
 torch.set_num_threads(1)
@@ -136,7 +137,8 @@ torch.distributed.barrier(); torch.distributed.destroy_process_group()
 
 def on_two(what, folder):
     here = Path(__file__).resolve()
-    code = LOAD.format(what=what, paths=[str(here.parent), str(here.parents[1]), str(here.parents[2])])
+    paths = [str(here.parents[i]) for i in range(3)]
+    code = LOAD.format(what=what, env=told_by('fsdp2'), paths=paths)
     for done in run_ranks(code, folder): assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder/f'{what}{r}.pt', weights_only=True) for r in range(2)]
 
