@@ -31,9 +31,10 @@ def main(args=None):
     a = p.parse_args(args)
     preset = get_preset(a.preset)
     how = TrainingArguments(str(a.out), per_device_train_batch_size=preset.batch_size,
-                            max_steps=a.steps or preset.steps, learning_rate=preset.learning_rate, weight_decay=preset.weight_decay, logging_steps=1,
-                            lr_scheduler_type='cosine', warmup_steps=preset.warmup_steps, save_strategy='no',
-                            report_to='none', use_cpu=a.device == 'cpu', disable_tqdm=True)
+                            max_steps=a.steps or preset.steps, learning_rate=preset.learning_rate,
+                            weight_decay=preset.weight_decay, warmup_steps=preset.warmup_steps, logging_steps=1,
+                            lr_scheduler_type='cosine', save_strategy='no', report_to='none', disable_tqdm=True,
+                            use_cpu=a.device == 'cpu')
     data = text_data(a.data, vocab_size=preset.vocab_size, sequence_length=preset.sequence_length,
                      max_bytes=a.max_bytes)
     trainer = Trainer(from_scratch(a.recipe, preset, seed=0, vocab_size=data.vocab_size), how,
