@@ -85,8 +85,9 @@ def _as_told(accelerator, model):
     told = os.environ.get('ACCELERATE_USE_FSDP', '').lower() == 'true'
     if world_size() == 1 or is_sharded(model) or not (kind == 'FSDP' or told): return model
     from accelerate import FullyShardedDataParallelPlugin
+    version = os.environ.get('FSDP_VERSION', '1')
+    check(version == '2', 'fsdp_version', version, '2')
     how = getattr(accelerator.state, 'fsdp_plugin', None) or FullyShardedDataParallelPlugin()
-    check(how.fsdp_version == 2, 'fsdp_version', how.fsdp_version, '2')
     check(not how.cpu_ram_efficient_loading, 'fsdp_cpu_ram_efficient_loading', True,
           'false, or all processes but the first would train weights that are not loaded')
     given = dict(reshard_after_forward=how.reshard_after_forward, mp_policy=how.mixed_precision_policy,

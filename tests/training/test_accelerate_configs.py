@@ -45,7 +45,7 @@ def test_the_leaves_of_zero3_are_the_layers(recipe, monkeypatch):
 @pytest.mark.parametrize('change, why', [
     (dict(kind='DEEPSPEED'), "distributed_type must be MULTI_GPU, MULTI_CPU or FSDP: DeepSpeed has a loop of its own, "
                              "see tools/accelerate, got 'DEEPSPEED'"),
-    (dict(FSDP_VERSION='1'), 'fsdp_version must be 2, got 1'),
+    (dict(FSDP_VERSION='1'), "fsdp_version must be 2, got '1'"),
     (dict(FSDP_CPU_RAM_EFFICIENT_LOADING='true'), 'fsdp_cpu_ram_efficient_loading must be false, or all processes')])
 def test_what_a_learner_cannot_do_is_refused_before_anything_is_cut(change, why, monkeypatch, data):
     import libmoe_nb.training.distributed as d
