@@ -1,5 +1,5 @@
 "A model in pieces: what two processes save, two, one and two again go on from, and nobody sees half of it."
-import shutil, time
+import json, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from launch_settings import told_by
 from small_runs import Stop
 from transformers.distributed import DistributedConfig
+from typer.testing import CliRunner
+from libmoe_nb.cli import app
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
 from libmoe_nb.training.checkpoints import Checkpoint, checkpoints, consolidate, resume, save_checkpoint
@@ -100,7 +102,7 @@ def begun(folder):
                           learn.model.modules()), name=name, different=furthest(straight, again, ()))
         run(start(checkpoint=folder/kind/'run', stop=2))
     told['full'] = refused = []
-    write, learn = HuggingFaceStorageWriter.write_data, learner(spread(folder, 'ep'), distribute=True)
+    write, learn = HuggingFaceStorageWriter.write_data, learner(spread(folder, 'ep'), distribute=True, stop=1)
     run(learn)
     def full(self, *args):
         if torch.distributed.get_rank() == 1: raise OSError(28, 'No space left on device')
@@ -247,3 +249,14 @@ def test_consolidated_to_one_model(chain, kind, tmp_path):
     with pytest.raises(ValueError, match='out must be the name of a folder that is not there yet'):
         consolidate(path, tmp_path/'model')
     assert not [*tmp_path.glob('.*')]
+
+def test_the_command_says_where_the_model_is_or_what_is_wrong(chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    say = lambda *args: CliRunner().invoke(app, ['consolidate', *map(str, args)], prog_name='libmoe')
+    done = say(chain.folder/'ep'/'run'/'step-00000002', '--json')
+    assert json.loads(done.output) == dict(model='consolidated/step-00000002'), done.output
+    assert MoEForCausalLM.from_pretrained('consolidated/step-00000002').num_parameters() > 1000
+    for args, why in (((tmp_path/'nowhere',), 'checkpoint must be the folder of a checkpoint, or one that holds some'),
+                      ((chain.folder/'ep'/'run'/'step-00000002',), 'out must be the name of a folder that is not there')):
+        done = say(*args)
+        assert done.exit_code == 2 and why in ' '.join(done.output.split()), done.output
