@@ -254,9 +254,9 @@ def test_the_command_says_where_the_model_is_or_what_is_wrong(chain, tmp_path, m
     monkeypatch.chdir(tmp_path)
     say = lambda *args: CliRunner().invoke(app, ['consolidate', *map(str, args)], prog_name='libmoe')
     done = say(chain.folder/'ep'/'run'/'step-00000002', '--json')
-    assert json.loads(done.output) == dict(model='consolidated/step-00000002'), done.output
+    assert json.loads(done.stdout) == dict(model='consolidated/step-00000002'), done.output
     assert MoEForCausalLM.from_pretrained('consolidated/step-00000002').num_parameters() > 1000
     for args, why in (((tmp_path/'nowhere',), 'checkpoint must be the folder of a checkpoint, or one that holds some'),
-                      ((chain.folder/'ep'/'run'/'step-00000002',), 'out must be the name of a folder that is not there')):
+                      ((chain.folder/'ep'/'run'/'step-00000002',), 'out must be the name of a folder that is not')):
         done = say(*args)
         assert done.exit_code == 2 and why in ' '.join(done.output.split()), done.output
