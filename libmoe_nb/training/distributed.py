@@ -80,8 +80,8 @@ def cut(
 def _as_told(accelerator, model):
     "The model, cut if the configuration of accelerate says so. On CPUs accelerate itself passes over that"
     kind = accelerator.distributed_type.value
-    check(kind in ('NO', 'MULTI_CPU', 'MULTI_GPU', 'FSDP'), 'distributed_type', kind,
-          'MULTI_GPU, MULTI_CPU or FSDP: DeepSpeed has a loop of its own, see tools/accelerate')
+    check(kind not in ('DEEPSPEED', 'MEGATRON_LM'), 'distributed_type', kind,
+          'of DDP or FSDP, since others have a loop of their own: see tools/accelerate')
     told = os.environ.get('ACCELERATE_USE_FSDP', '').lower() == 'true'
     if world_size() == 1 or is_sharded(model) or not (kind == 'FSDP' or told): return model
     from accelerate import FullyShardedDataParallelPlugin

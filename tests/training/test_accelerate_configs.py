@@ -43,8 +43,8 @@ def test_the_leaves_of_zero3_are_the_layers(recipe, monkeypatch):
     assert [type(m) for m in leaves] == [MoELayer] * 2
 
 @pytest.mark.parametrize('change, why', [
-    (dict(kind='DEEPSPEED'), "distributed_type must be MULTI_GPU, MULTI_CPU or FSDP: DeepSpeed has a loop of its own, "
-                             "see tools/accelerate, got 'DEEPSPEED'"),
+    (dict(kind='DEEPSPEED'), "distributed_type must be of DDP or FSDP, since others have a loop of their own: see "
+                             "tools/accelerate, got 'DEEPSPEED'"),
     (dict(FSDP_VERSION='1'), "fsdp_version must be 2, got '1'"),
     (dict(FSDP_CPU_RAM_EFFICIENT_LOADING='true'), 'fsdp_cpu_ram_efficient_loading must be false, or all processes')])
 def test_what_a_learner_cannot_do_is_refused_before_anything_is_cut(change, why, monkeypatch, data):
