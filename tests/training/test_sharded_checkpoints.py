@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from libmoe_nb.cli import app
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
-from libmoe_nb.training.checkpoints import Checkpoint, checkpoints, consolidate, resume, save_checkpoint
+from libmoe_nb.training.checkpoints import (Checkpoint, checkpoints, consolidate, resume, save_checkpoint,
+                                            StepReporter, TimedCheckpoint)
 from libmoe_nb.training.distributed import *
 from libmoe_nb.training.learner import moe_learner
 from libmoe_nb.training.pieces import is_sharded, stored_pieces, whole_tensors
@@ -57,7 +58,7 @@ def spread(folder, kind):
     more = {} if how is None else dict(distributed_config=DistributedConfig(**how))
     return MoEForCausalLM.from_pretrained(folder/kind, **more)
 
-def learner(model, checkpoint=None, stop=None, distribute=False, dropout=0.):
+def learner(model, checkpoint=None, stop=None, distribute=False, dropout=0., more=()):
     "AdamW that divides by no tiny number, so that rounding stays rounding"
     for m in model.modules():
         if hasattr(m, 'attention_dropout'): m.attention_dropout = dropout
@@ -65,7 +66,7 @@ def learner(model, checkpoint=None, stop=None, distribute=False, dropout=0.):
                            fingerprint='x')
     draws = Draws()
     cbs = [RoutingTelemetry(every=1), draws, *([Checkpoint(checkpoint, every=1, keep_last=9)] if checkpoint else []),
-           *([Stop(stop)] if stop else [])]
+           *([Stop(stop)] if stop else []), *more]
     learn = moe_learner(model, data, preset='tiny', batch_size=4, steps=3, lr=.02, device='cpu', cbs=cbs,
                         warmup_steps=1)
     learn.opt_func = partial(OptimWrapper, opt=partial(torch.optim.AdamW, eps=1e-2))
@@ -111,6 +112,14 @@ def begun(folder):
     try: save_checkpoint(learn, folder/'full')
     except OSError as e: refused.append(str(e).replace(str(folder), '...'))
     HuggingFaceStorageWriter.write_data = write
+    # the first process's clock says when to save, and who interrupts it stops both
+    steps, save = [], TimedCheckpoint(folder/'timed', 3600 * torch.distributed.get_rank())
+    def tell(step, **facts):
+        steps.append(step)
+        if step == 2: raise KeyboardInterrupt
+    learn = learner(spread(folder, 'ep'), distribute=True, more=[save, StepReporter(tell, save)])
+    run(learn)
+    told['interrupted'] = steps, learn.step
     return told
 
 def ended(folder):
@@ -214,6 +223,10 @@ def test_if_one_process_cannot_write_all_raise_and_nothing_is_there(chain):
         error, = both['full']
         assert error.startswith('process 1 could not write to .../full/.tmp-') and 'No space left' in error, error
     assert checkpoints(chain.folder/'full') == []
+
+def test_one_clock_and_one_interruption_for_all(chain):
+    assert [both['interrupted'] for both in chain.first] == [([1, 2], 2), ([], 2)]
+    assert [p.name for p in checkpoints(chain.folder/'timed')] == ['step-00000002']
 
 def fresh(chain, kind='ep'): return learner(MoEForCausalLM.from_pretrained(chain.folder/kind))
 
