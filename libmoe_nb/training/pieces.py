@@ -78,6 +78,7 @@ def stored_pieces(
         res[n] = torch.empty(m.size, dtype=m.properties.dtype, device='meta')
     return res
 
+# %% ../../nbs/training/pieces.ipynb #91a3d39d
 def read_pieces(
     tensors:dict, # name -> tensor, in pieces or whole, which is written over
     folder,       # which may hold more
