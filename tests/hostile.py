@@ -380,7 +380,7 @@ VALUES = ['-1', '0', '3', '1e400', 'nan', 'smoe', 'dense,xmoe', 'nowhere.txt', '
           '[bold]x', '\x1b[31m', 'é', '\ud800', '-', '--', "'", '$HOME', 'ban=', 'ban=1+', 'temperature=x', '%', '',
           'hf:', 'hf:/nowhere', 'hf:x::', ',', 'every 0th', 'first x', '9' * 400]
 COMMANDS = ['compare', 'train', 'upcycle', 'analyze', 'evaluate', 'report', 'ask', 'vlm compare', 'vlm train',
-            'vlm import', 'vlm evaluate', 'vlm data', 'reproduce', 'list', 'plan', 'nonsense', '']
+            'vlm import', 'vlm evaluate', 'vlm data', 'reproduce', 'list', 'plan', 'consolidate', 'nonsense', '']
 # each of these is refused before any work, so that no command begins to train
 REFUSED = {'compare': ['--steps', '0'], 'train': ['--steps', '0'], 'upcycle': ['--steps', '0'],
            'reproduce': ['--nonsense'], 'vlm compare': ['--nonsense'], 'vlm train': ['--nonsense'],

@@ -334,7 +334,7 @@ PLACES = {'': r'[^/]+\.(md|toml|ini|py|in|yml|cff)|LICENSE|\.gitignore', '.ci': 
           '.github': r'workflows/[^/]+\.yml|dependabot\.yml',
           'benchmarks': r'[^/]+\.(py|sh|json)', 'libmoe_nb': r'([^/.]+/)*[^/.]+\.(py|yaml)',
           'nbs': r'([^/.]+/)*[^/.]+\.(ipynb|yml|css|png|svg|csv)', 'results': r'([^/.][^/]*/)*[^/.][^/]*',
-          'tests': r'([^/.]+/)*[^/.]+\.py|fixtures/.*', 'tools': r'[^/]+\.(py|sbatch)'}
+          'tests': r'([^/.]+/)*[^/.]+\.py|fixtures/.*', 'tools': r'[^/]+\.(py|sbatch)|accelerate/[^/]+\.(py|yaml)'}
 
 def out_of_place(names):
     "Files that lie where no file of their kind belongs"

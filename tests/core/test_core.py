@@ -12,7 +12,8 @@ from libmoe_nb.core.files import (atomic_path, check_writable, file_digest, json
                                   read_json, write_json)
 from libmoe_nb.core.machine import available_cores
 from libmoe_nb.core.modes import autocast, evaluating, seeded, unwrap
-from libmoe_nb.core.ranks import is_main, mean_over_ranks, rank, sum_over_ranks, world_size
+from libmoe_nb.core.ranks import (all_or_none, is_main, mean_over_ranks, of_all_ranks, rank, sum_over_ranks,
+                                  world_size)
 from libmoe_nb.core.settings import read_intervention
 from libmoe_nb.core.words import format_duration, format_millions, format_number, format_percent, join_some
 
@@ -32,6 +33,12 @@ def in_a_group(n, world, path):
     x = torch.tensor([1., 10.]) * (n + 1)
     got = dict(rank=rank(), world=world_size(), main=is_main(), sum=sum_over_ranks(x).tolist(),
                mean=mean_over_ranks(x).tolist(), x=x.tolist(), counts=sum_over_ranks(torch.tensor([n, 2])).tolist())
+    got['said'], got['failed'] = of_all_ranks(f'I am {n}'), []
+    for bad in 1, None:
+        try:
+            with all_or_none():
+                if n == bad: raise OSError('no space')
+        except (OSError, RuntimeError) as e: got['failed'].append(f'{type(e).__name__}: {e}')
     Path(path, f'{n}.json').write_text(json.dumps(got))
     torch.distributed.destroy_process_group()
     assert (rank(), world_size()) == (0, 1)
@@ -43,6 +50,8 @@ def test_two_processes_sum(tmp_path):
     assert (a['rank'], a['world'], a['main'], b['rank'], b['world'], b['main']) == (0, 2, True, 1, 2, False)
     for r in (a, b): assert (r['sum'], r['mean'], r['counts']) == ([3, 30], [1.5, 15], [1, 4])
     assert (a['x'], b['x']) == ([1, 10], [2, 20])             # what was given is left as it is
+    for r in (a, b): assert r['said'] == ['I am 0', 'I am 1']
+    assert b['failed'] == ['OSError: no space'] and a['failed'] == ['RuntimeError: process 1 failed: OSError: no space']
 
 # files
 
