@@ -305,10 +305,18 @@ def test_no_machine_is_named():
         assert not [h for h in hosts if h in text], name
         assert not re.search(r'(?<![\w.:/])/(home|root|Users|work)/\w', text), name
 
+@pytest.mark.parametrize('path', sorted((ROOT/'.github'/'workflows').glob('*.yml')), ids=lambda p: p.name)
+def test_workflows_use_actions_at_a_commit_and_may_write_only_what_they_say(path):
+    "A tag can be moved by whoever takes over an action, a commit cannot"
+    text = path.read_text(encoding='utf-8')
+    uses = re.findall(r'\buses:[ \t]*(.*)', text)
+    assert uses and not [u for u in uses if not re.fullmatch(r'[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*', u)], uses
+    assert yaml.safe_load(text).get('permissions', {}).get('contents') == 'read'
+
 # what lies in the repository
 
 PLACES = {'': r'[^/]+\.(md|toml|ini|py|in|yml|cff)|LICENSE|\.gitignore', '.ci': r'run',
-          '.github': r'workflows/[^/]+\.yml',
+          '.github': r'workflows/[^/]+\.yml|dependabot\.yml',
           'benchmarks': r'[^/]+\.(py|sh|json)', 'libmoe_nb': r'([^/.]+/)*[^/.]+\.(py|yaml)',
           'nbs': r'([^/.]+/)*[^/.]+\.(ipynb|yml|css|png|svg|csv)', 'results': r'([^/.][^/]*/)*[^/.][^/]*',
           'tests': r'([^/.]+/)*[^/.]+\.py|fixtures/.*', 'tools': r'[^/]+\.(py|sbatch)'}
