@@ -129,6 +129,7 @@ def _again(cls, state):
     vars(new).update(state)
     return new
 
+# %% ../../nbs/models/configuration.ipynb #6f0a11c2
 def with_mixture(
     base,   # configuration of a language model
     config, # around it: a `MoEConfig`, or another that says which layers are mixtures

@@ -45,6 +45,7 @@ class UpcycledConfig:
                      doc="Name of an FFN in the model -> `MoESpec`")
     def __reduce_ex__(self, protocol): return _empty, (upcycled_config, type(self).dense_class), self.__dict__.copy()
 
+# %% ../../nbs/models/wrapping.ipynb #6f0a11c3
 @cache
 def upcycled_config(
     cls:type, # a configuration class of transformers
