@@ -20,10 +20,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from ..core.errors import did_you_mean
 from ..core.modes import seeded
-from .balancing import label_shares, model_aux_loss, padding_mask, routed_checkpoint
+from .balancing import (by_document, document_places, label_shares, model_aux_loss, padding_mask,
+                                        routed_checkpoint)
 from .cards import push_with_card, save_with_card
 from .configuration import MoEConfig
 from .ffns import find_ffns, is_linear, linear_weight
+from .hosting import HostedModel, count_loads
 from .parallel import SpreadExperts
 from .swapping import (as_built, draw_missing, fit_plans, keep_in_float32, layer_at, mark_initialized,
                                        moeify, own_layers, replaced_modules)
@@ -33,7 +35,7 @@ from ..moe.layers import MoELayer, noted
 from ..moe.recipes import recipe_options
 
 # %% ../../nbs/models/causal.ipynb #1a9ce569
-class MoEForCausalLM(SpreadExperts, PreTrainedModel, GenerationMixin):
+class MoEForCausalLM(HostedModel, SpreadExperts, PreTrainedModel, GenerationMixin):
     "A causal language model with a recipe's layers in the place of its feed-forward networks."
     config_class = MoEConfig
     base_model_prefix = 'base'
@@ -124,7 +126,7 @@ for _n in set(_cache_names) - {_cache_key}:
 def forward(self:MoEForCausalLM,
     input_ids=None,            # [B, S]
     attention_mask=None,       # [B, S], 0 at padding, which counts in no auxiliary loss
-    position_ids=None,         # [B, S]
+    position_ids=None,         # [B, S]; where they begin again, another document does
     past_key_values=None,      # cache of earlier tokens
     inputs_embeds=None,        # [B, S, d], in the place of input_ids
     labels=None,               # [B, S], shifted here; -100: no loss
@@ -144,8 +146,10 @@ def forward(self:MoEForCausalLM,
             inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep,
             return_dict=True, **kwargs)
     if notes is None: return _output(out)
-    shares = label_shares(labels, **kwargs) if aux_shares is None else aux_shares
-    aux = self._aux_loss(notes, input_ids if inputs_embeds is None else inputs_embeds, attention_mask, shares)
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    places = document_places(position_ids, attention_mask, inputs.shape[:2]) if aux_shares is None else None
+    shares = label_shares(labels, places=places, **kwargs) if aux_shares is None else aux_shares
+    aux = self._aux_loss(notes, inputs, attention_mask, shares, places)
     return _output(out, aux, tuple(r.router_logits for _, r in notes) if routers else None)
 
 # %% ../../nbs/models/causal.ipynb #bd42907e
@@ -158,11 +162,14 @@ def _output(out, aux=None, router_logits=None):
 
 # %% ../../nbs/models/causal.ipynb #5b9a491a
 @patch
-def _aux_loss(self:MoEForCausalLM, notes, inputs, attention_mask, shares=None):
+def _aux_loss(self:MoEForCausalLM, notes, inputs, attention_mask, shares=None, places=None):
     "The weighted auxiliary loss of one forward pass on inputs [B, S] or [B, S, d]; zero where there is no router"
-    total = model_aux_loss(notes, tuple(inputs.shape[:2]), {None: padding_mask(attention_mask, inputs)},
-                           reduction=self.config.aux_loss_reduction, shares=shares)
-    return total if torch.is_tensor(total) else torch.zeros((), device=inputs.device)
+    mask, shape = padding_mask(attention_mask, inputs), tuple(inputs.shape[:2])
+    if places is not None: notes, mask, shape = by_document(notes, places), places >= 0, tuple(places.shape)
+    total = model_aux_loss(notes, shape, {None: mask}, reduction=self.config.aux_loss_reduction, shares=shares)
+    if not torch.is_tensor(total): return torch.zeros((), device=inputs.device)
+    count_loads(self, notes, lambda layer: mask, total, shares is not None)
+    return total
 
 # %% ../../nbs/models/causal.ipynb #187077b6
 class _Body:
@@ -179,16 +186,12 @@ def base_model(self:MoEForCausalLM): return _Body(self.base)
 
 # %% ../../nbs/models/causal.ipynb #88cd2204
 @patch
-def __call__(self:MoEForCausalLM, *args, **kwargs):
-    "As in torch; the output of a forward in the place of ours gets the auxiliary loss"
-    if 'forward' not in self.__dict__ or not (self.training or kwargs.get('output_router_logits')):
-        return PreTrainedModel.__call__(self, *args, **kwargs)
-    with noted(own_layers(self).values()) as notes: out = PreTrainedModel.__call__(self, *args, **kwargs)
-    if not notes or not hasattr(out, 'aux_loss'): return out # our forward has run inside and kept the notes
+def aux_loss_of(self:MoEForCausalLM, notes, args, kwargs):
+    "The auxiliary loss of a call, whatever forward has run"
     inputs = next(t for t in (kwargs.get('input_ids'), kwargs.get('inputs_embeds'), *args) if t is not None)
-    out.aux_loss = self._aux_loss(notes, inputs, kwargs.get('attention_mask'))
-    if out.loss is not None: out.loss = out.loss + self.config.aux_loss_factor * out.aux_loss
-    return out
+    mask = kwargs.get('attention_mask')
+    places = document_places(kwargs.get('position_ids'), mask, inputs.shape[:2])
+    return self._aux_loss(notes, inputs, mask, places=places)
 
 # %% ../../nbs/models/causal.ipynb #595fe3ab
 @patch(as_prop=True)

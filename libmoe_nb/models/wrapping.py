@@ -20,8 +20,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from ..core.errors import check
 from .balancing import label_shares, model_aux_loss, routed_checkpoint
 from .cards import push_with_card, save_with_card
-from .configuration import plain_spec
+from .configuration import plain_spec, with_mixture
 from .ffns import module_at
+from .hosting import HostedModel, count_loads
 from .parallel import SpreadExperts
 from .swapping import (as_built, draw_missing, fit_plans, keep_in_float32, layer_at, mark_initialized,
                                        moeify, own_layers, replaced_modules)
@@ -38,10 +39,13 @@ class UpcycledConfig:
     libmoe = None                 # name of an FFN in the model -> dict of its spec
     aux_loss_reduction = 'mean'   # of the auxiliary losses over layers: 'mean', 'sum' or 'parts'
     output_router_logits = False  # always return router logits and the auxiliary loss?
+    aux_loss_factor = 1.          # what a trainer multiplies the auxiliary loss with
+    auto_map = {}                 # code of its own that TRL asks each configuration for: none
     specs = property(lambda self: {n: MoESpec.from_dict(s) for n, s in (self.libmoe or {}).items()},
                      doc="Name of an FFN in the model -> `MoESpec`")
     def __reduce_ex__(self, protocol): return _empty, (upcycled_config, type(self).dense_class), self.__dict__.copy()
 
+# %% ../../nbs/models/wrapping.ipynb #6f0a11c3
 @cache
 def upcycled_config(
     cls:type, # a configuration class of transformers
@@ -50,7 +54,8 @@ def upcycled_config(
     kind = f'{_prefix}{cls.model_type}'
     _same_renaming(cls.model_type, kind)
     return type(f'MoE{cls.__name__}', (UpcycledConfig, cls), dict(
-        model_type=kind, dense_class=cls, __module__=cls.__module__,
+        model_type=kind, dense_class=cls, __module__=cls.__module__, keys_to_ignore_at_inference=[
+            *getattr(cls, 'keys_to_ignore_at_inference', ['cache']), 'aux_loss', 'router_logits'],
         __doc__=f'A `{cls.__name__}` that says which layers are mixtures of experts.'))
 
 def _empty(make, cls):
@@ -66,8 +71,20 @@ def _same_renaming(old, new):
     except ImportError: return
     if (mapping := get(old)) is not None: register(new, mapping, overwrite=True)
 
+# %% ../../nbs/models/wrapping.ipynb #5f9cc3f0
+@patch
+def get_text_config(self:UpcycledConfig, decoder=None, encoder=None):
+    "As in transformers; where it is a part of this one, with what trainers of mixtures look for."
+    text = super(UpcycledConfig, self).get_text_config(decoder=decoder, encoder=encoder)
+    is_part = text is not self and not getattr(self, 'is_encoder_decoder', False)
+    return with_mixture(text, self) if is_part and self.libmoe else text
+
+@patch
+def to_dict(self:UpcycledConfig):
+    return {k: v for k, v in super(UpcycledConfig, self).to_dict().items() if k != 'aux_loss_factor'}
+
 # %% ../../nbs/models/wrapping.ipynb #6e04de4e
-class UpcycledMixin(SpreadExperts):
+class UpcycledMixin(HostedModel, SpreadExperts):
     "What the class of an upcycled model has beside its old class."
     takes_aux_shares = takes_aux_image_shares = True
     _built = {}  # what gave way, while a model is made on the meta device
@@ -165,24 +182,31 @@ def _aux_loss(model, notes, given, shares, image_shares):
         s = _row_shares(rows, shares, image_shares) if of == 'images' else shares
         loss = model_aux_loss(pairs, None if of == 'images' else shape, masks, kind, 'sum', s)
         total = total + loss / dict(sum=1, mean=len(notes), parts=sizes[stack])[how]
+    count_loads(model, notes, lambda l: masks[kind(l)], total, shares is not None)
     return total
 
 # %% ../../nbs/models/wrapping.ipynb #9caed8af
 def _forward_of(cls):
     "The forward of `cls`, with what routers add"
-    names = list(inspect.signature(cls.forward).parameters)[1:]
     @wraps(cls.forward)
     def forward(self, *args, output_router_logits=None, aux_shares=None, aux_image_shares=None, **kwargs):
         routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
         if not (self.training or routers): return cls.forward(self, *args, **kwargs)
         with noted(own_layers(self).values()) as notes: out = cls.forward(self, *args, **kwargs)
-        given = dict(zip(names, args)) | kwargs
+        given = _by_name(cls, args, kwargs)
         if aux_shares is None: aux_shares = label_shares(**given | dict(shifted=_shifts(self)))
         return _add_aux_loss(out, _aux_loss(self, notes, given, aux_shares, aux_image_shares),
                              tuple(r.router_logits for _, r in notes) if routers else None, given.get('labels'))
     return forward
 
+def _by_name(cls, args, kwargs): return dict(zip([*inspect.signature(cls.forward).parameters][1:], args)) | kwargs
 def _shifts(model): return getattr(model, 'loss_type', None) in ('ForCausalLM', 'ForConditionalGeneration')
+
+# %% ../../nbs/models/wrapping.ipynb #b3acf7e9
+@patch
+def aux_loss_of(self:UpcycledMixin, notes, args, kwargs):
+    "The auxiliary loss of a call, whatever forward has run"
+    return _aux_loss(self, notes, _by_name(self.dense_class, args, kwargs), None, None)
 
 # %% ../../nbs/models/wrapping.ipynb #6723916e
 @patch(as_prop=True)
