@@ -212,7 +212,8 @@ def xmoe_weighs_most_evenly(e):
     t = _weights(e).groupby('seed').mean()
     return t.xmoe - _others(t, 'xmoe').max(axis=1)
 
-@claim('fig. 6', 'XMoE weighs experts about equally evenly for all groups of tasks', 'entropy', below=.01, regime='vision')
+@claim('fig. 6', 'XMoE weighs experts about equally evenly for all groups of tasks', 'entropy', below=.01,
+       regime='vision')
 def xmoe_weighs_all_tasks_alike(e): return _weights(e).xmoe.groupby('seed').agg(lambda x: x.max() - x.min())
 
 @claim('fig. 6', 'TC-MoE weighs the experts of a token least evenly', 'entropy', above=.01, regime='vision')
@@ -397,7 +398,8 @@ def accuracies_close_on_vision(e):
     return t.max(axis=1) - t.min(axis=1)
 
 @claim('table 1', 'On vision-language, SharedE-V3 has the best mean rank (in the paper, with the larger data)', 'ranks',
-       above=.1, regime='vision', paper='2.46, the next is 3.33; with the smaller data XMoE is first, 3.08 against 3.33')
+       above=.1, regime='vision',
+       paper='2.46, the next is 3.33; with the smaller data XMoE is first, 3.08 against 3.33')
 def sharede_v3_ranks_first_on_vision(e):
     t = _ranks(e, regime='vision')
     return _others(t, 'sharede_v3').min(axis=1) - t.sharede_v3
@@ -411,8 +413,8 @@ def shared_experts_fastest(e):
 # %% ../../nbs/paper/claims.ipynb #f990c1ec
 def _hot(e, tau): return _accuracy(e, tau=tau) - _accuracy(e)
 
-@claim('table 9', 'For the shared-expert pair (in the paper, at the smaller size), a temperature of 10 costs more accuracy '
-       'than one of 0.1',
+@claim('table 9', 'For the shared-expert pair (in the paper, at the smaller size), a temperature of 10 costs more '
+       'accuracy than one of 0.1',
        'points of accuracy', above=1.,
        paper='BLiMP 56.87 and 55.41 against 70.30 and 69.65; at the larger size the other way round, 75.05 and 76.45 '
        'against 71.69 and 74.78')

@@ -25,8 +25,8 @@ def claims_said(name:str)->str: # of a claim
 # %% ../../nbs/paper/corrections.ipynb #35fb0618
 _when = '2026-11-27'
 _seven_recipes = 'smoe smoe_sigmoid xmoe sharede_v2 sharede_v3 tcmoe moe_plus_plus'.split()
-_noisy = ('Taken within each seed, the range of seven noisy numbers is too large, and more seeds do not mend it. Here it is '
-          'that of the means over seeds.')
+_noisy = ('Taken within each seed, the range of seven noisy numbers is too large, and more seeds do not mend it. Here '
+          'it is that of the means over seeds.')
 
 def _seven(e, name, *by, regime='language', **where):
     "Seeds and `by` down, the seven algorithms across; seeds that have all of them"
@@ -59,13 +59,14 @@ def _accuracy_change(e):
     return (t[0] - t[1]).dropna()
 
 @correction('best_expert_matters_little_on_vision', _when,
-            'Gains of some algorithms and losses of others cancel in a mean. Here it is the largest change of the seven, '
-            'whatever its sign.', below=1.)
+            'Gains of some algorithms and losses of others cancel in a mean. Here it is the largest change of the '
+            'seven, whatever its sign.', below=1.)
 def largest_change_on_vision(e): return _together(_accuracy_change(e), lambda s: s.abs().max())
 
 # %% ../../nbs/paper/corrections.ipynb #fa375af5
-_ranked = ("The mean rank in the paper's table counts perplexity as one more task (recomputed from its numbers, it agrees to "
-           "the last digit, and without perplexity it does not). The best of six noisy ranks is too good in each seed.")
+_ranked = ("The mean rank in the paper's table counts perplexity as one more task (recomputed from its numbers, it "
+           "agrees to the last digit, and without perplexity it does not). The best of six noisy ranks "
+           "is too good in each seed.")
 
 def ranks_with_perplexity(e):
     "Mean rank over tasks and perplexity, by seed; 1 is best"
@@ -91,15 +92,16 @@ def beyond_start(e, k, low, high):
     return (at - t) / (1 - t)
 
 @correction('first_choice_settles_later', _when,
-            'Sets overlap by chance more than first choices do (K of N experts, not one), so they look settled before anything '
+            'Sets overlap by chance more than first choices do (K of N experts, not one), so they look '
+            'settled before anything '
             "is learnt. Here saturation is counted from the untrained model's on.", above=.02)
 def first_choice_settles_later_than_chance(e):
     return (beyond_start(e, 'all', .1, .6) - beyond_start(e, 'first', .1, .6)).min(axis=1)
 
 # %% ../../nbs/paper/corrections.ipynb #a06384e3
 @correction('choices_settle_early', _when,
-            'The learning rate warms up during the first tenth of our training, and not during that of the paper. Here it '
-            'is a tenth after the warm-up.', above=0.)
+            'The learning rate warms up during the first tenth of our training, and not during that of the paper. '
+            'Here it is a tenth after the warm-up.', above=0.)
 def choices_settle_after_warm_up(e): return _settled(e, 'all', .18, .22).mean(axis=1) - .6
 
 @correction('pairs_hardly_change', _when,
@@ -115,11 +117,13 @@ def behaviour_beyond_chance(e): return claims['behaviour_differs'].measure(e) - 
 
 # %% ../../nbs/paper/corrections.ipynb #bb0047c1
 @correction('shared_experts_not_stabler', _when,
-            'Not stabler is a claim of one direction. A pair that is much less stable would have contradicted it.', below=.03)
+            'Not stabler is a claim of one direction. A pair that is much less stable would have contradicted it.',
+            below=.03)
 def shared_experts_at_most_as_stable(e): return claims['shared_experts_not_stabler'].measure(e)
 
 # %% ../../nbs/paper/corrections.ipynb #ecd3b403
-_blimp = ("The paper's numbers are of BLiMP, at its smaller size. The mean over all tasks has some that hardly move. Here only "
+_blimp = ("The paper's numbers are of BLiMP, at its smaller size. The mean over all tasks has some that "
+          "hardly move. Here only "
           'the task of minimal pairs counts, which is made like BLiMP.')
 
 def minimal_pairs(e, tau): return _accuracy(e, tau=tau, task='minimal_pairs')
@@ -135,8 +139,8 @@ def xmoe_ignores_temperature_on_pairs(e):
 
 # %% ../../nbs/paper/corrections.ipynb #aad3c5ca
 @correction('last_vision_layer_deviates', _when,
-            'A line through all layers but the last needs some. With three layers it goes through two points, and any last '
-            'layer is off it. A distance without sign is never 0, either.', above=.02)
+            'A line through all layers but the last needs some. With three layers it goes through two points, and any '
+            'last layer is off it. A distance without sign is never 0, either.', above=.02)
 def last_vision_layer_of_many(e):
     layers = e.rows('margin', regime='vision').depth.nunique()
     if layers < 6: raise NotTestable(f'the tower has {layers} layers, and a line needs more')

@@ -182,7 +182,8 @@ def correction(
     check(name in claims, 'name', name, 'that of a claim')
     kind = _kind_of(above=above, within=within, below=below)
     def register(f):
-        corrections[name] = Correction(date, why, replace(claims[name], measure=f, unit=unit or claims[name].unit, **kind))
+        better = replace(claims[name], measure=f, unit=unit or claims[name].unit, **kind)
+        corrections[name] = Correction(date, why, better)
         return f
     return register
 
