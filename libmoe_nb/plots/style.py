@@ -115,6 +115,7 @@ def make_axes(
     "The axes that were given, or new ones."
     return plt.subplots(figsize=(width, height), layout='constrained')[1] if ax is None else ax
 
+# %% ../../nbs/plots/style.ipynb #5c0ffee1
 _labels = dict(valid_perplexity='validation perplexity', valid_loss='validation loss (nats per token)',
     train_loss='training loss (nats per token)', train_perplexity='training perplexity', tokens='training tokens',
     step='steps', progress='share of training',
@@ -133,6 +134,7 @@ def axis_label(column:str)->str:
     "A column's name in words."
     return _labels.get(column, column.replace('_', ' '))
 
+# %% ../../nbs/plots/style.ipynb #5c0ffee2
 def plain_legend(
     legend, # of matplotlib
 ):
