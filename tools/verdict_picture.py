@@ -25,7 +25,7 @@ def verdicts():
 
 def draw(claims, said):
     from libmoe_nb.plots.verdicts import plot_verdicts
-    fig, raw, out, info = plot_verdicts(claims), io.BytesIO(), io.BytesIO(), PngInfo()
+    fig, raw, out, info = plot_verdicts(claims, 2, 5.4), io.BytesIO(), io.BytesIO(), PngInfo()
     fig.savefig(raw, dpi=200)
     info.add_text('Description', json.dumps(said))
     picture = Image.open(raw).convert('P', palette=Image.Palette.ADAPTIVE, colors=64)

@@ -16,8 +16,8 @@ from ..core.errors import check
 from ..core.files import read_json
 from ..moe.config import own_recipes
 from .campaign import figure_names
-from .pages import bound_text, effect_text, find_above, kept_results, verdict_colours
-from .verdicts import claims, verdict_table
+from .pages import bound_text, correction_text, effect_text, find_above, kept_results, verdict_colours
+from .verdicts import claims, correction_table, verdict_table
 
 # %% ../../nbs/paper/newer.ipynb #19244ee3
 @dataclass(frozen=True)
@@ -139,7 +139,10 @@ class ClaimTable:
         table:pd.DataFrame, # of `verdict_table`
         scale:str,          # of the runs
         pages=None,         # name of a claim -> address; None: `pages_of`
-    ): self.table, self.scale, self.pages = table, scale, pages_of() if pages is None else pages
+        better:pd.DataFrame=None, # of `correction_table`
+    ):
+        self.table, self.scale, self.pages = table, scale, pages_of() if pages is None else pages
+        self.better = {} if better is None else {r.claim: r for r in better.itertuples()}
 
     def __repr__(self):
         lines = [f'{r.verdict.upper():>14}  {r.figure}: {r.says}: {effect_text(r)}' for r in self.table.itertuples()]
@@ -166,6 +169,8 @@ def row(self:ClaimTable, r):
     word = ft.Span(short, cls='word', style=f'background:{verdict_colours[r.verdict]}')
     found = [ft.NotStr(effect_picture(r))] * bool(r.seeds) + [effect_text(r) if r.seeds else r.why, ft.Small(asked)]
     printed = [ft.Small(f'paper: {r.paper}')] * bool(r.paper)
+    again = correction_text(self.better.get(r.claim))
+    found += [ft.Small(ft.B('corrected'), f' {again}')] * bool(again)
     return ft.Tr(ft.Td(word), ft.Td(r.says, ' (', where, ')', *printed), ft.Td(*found, ft.Small(f'scale {self.scale}')),
                  ft.Td(*newer or '–'))
 
@@ -195,7 +200,7 @@ def all_claims(
 )->ClaimTable:
     "Every claim with its verdict."
     kept = kept or kept_results()
-    return ClaimTable(verdict_table(kept), kept.info['scale'], pages)
+    return ClaimTable(verdict_table(kept), kept.info['scale'], pages, correction_table(kept))
 
 def labelled(
     table:pd.DataFrame, # of `verdict_table`

@@ -6,7 +6,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/paper/pages.html.md"""
 
 # %% auto #0
 __all__ = ['verdict_colours', 'find_above', 'Kept', 'kept_results', 'runs_for', 'title_of', 'stands_on', 'effect_text',
-           'bound_text', 'VerdictBox', 'verdicts_of', 'printed', 'over_seeds', 'beside_paper']
+           'bound_text', 'correction_text', 'VerdictBox', 'verdicts_of', 'printed', 'over_seeds', 'beside_paper']
 
 # %% ../../nbs/paper/pages.ipynb #006b1620
 import fastcore.xml as ft, math, pandas as pd
@@ -19,8 +19,8 @@ from ..moe.config import own_recipes
 from ..plots.verdicts import verdict_looks
 from .campaign import figure_names, get_scale
 from .controls import control_titles
-from . import claims as statements
-from .verdicts import Evidence, claims, verdict_table
+from . import claims as statements, corrections as _better
+from .verdicts import Evidence, claims, correction_table, verdict_table
 
 # %% ../../nbs/paper/pages.ipynb #25915ec6
 def find_above(
@@ -134,6 +134,15 @@ def bound_text(
     return dict(above=f'at least {row.bound:.3g}, with an interval above 0', below=f'an interval below {row.bound:.3g}',
                 within=f'an interval within ±{row.bound:.3g}')[row.kind]
 
+# %% ../../nbs/paper/pages.ipynb #22e129db
+def correction_text(
+    row, # of `correction_table`, or None
+)->str:
+    "What was wrong with a measure, and what the better one says."
+    if row is None: return ''
+    found = effect_text(row) if row.seeds else row.why
+    return f'on {row.date}: {row.flaw} By that measure: {row.verdict}, {found}, asked for {bound_text(row)}.'
+
 # %% ../../nbs/paper/pages.ipynb #028eeec1
 class VerdictBox:
     "Verdicts on some claims, as HTML and as plain text."
@@ -141,12 +150,15 @@ class VerdictBox:
         table:pd.DataFrame, # of `verdict_table`
         runs:list,          # of `stands_on`
         command:str='',     # that made the results
-    ): self.table, self.runs, self.command = table, runs, command
+        better:pd.DataFrame=None, # of `correction_table`
+    ):
+        self.table, self.runs, self.command = table, runs, command
+        self.better = {} if better is None else {r.claim: r for r in better.itertuples()}
 
     def facts(self, row):
         "Names and texts of what is said about a claim"
         shown = dict(found=effect_text(row) if row.seeds else '', why=row.why, asked=bound_text(row), paper=row.paper,
-                     newer=row.newer)
+                     newer=row.newer, corrected=correction_text(self.better.get(row.claim)))
         return {k: v for k, v in shown.items() if v}
 
     def __repr__(self):
@@ -156,7 +168,8 @@ class VerdictBox:
         return '\n'.join([*res, *(f'runs, {t}' for t in self.runs)])
 
 # %% ../../nbs/paper/pages.ipynb #616d5a4b
-_names = dict(found='Found', why='Why', asked='Asked for', paper='Paper', newer='Newer work')
+_names = dict(found='Found', why='Why', asked='Asked for', paper='Paper', newer='Newer work',
+              corrected='Corrected')
 _soft = 'opacity:.75; font-size:.85em'
 
 @patch
@@ -193,7 +206,7 @@ def verdicts_of(
     chosen = [c for n, c in claims.items() if {*names} & of[n] and regime in (None, c.regime)]
     needed = ','.join(f for c in chosen for f in figure_names(c.figure) if {f, c.name} & {*names})
     runs = [t for r in dict.fromkeys(c.regime for c in chosen) for t in stands_on(kept, needed, r)]
-    return VerdictBox(verdict_table(kept, chosen), runs, kept.info.get('command', ''))
+    return VerdictBox(verdict_table(kept, chosen), runs, kept.info.get('command', ''), correction_table(kept, chosen))
 
 # %% ../../nbs/paper/pages.ipynb #6e17dae7
 def printed(

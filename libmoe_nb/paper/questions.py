@@ -12,7 +12,7 @@ __all__ = ['harm_statistics', 'ranked', 'harm_correlations', 'harm_table', 'firs
 import numpy as np, pandas as pd
 from scipy import stats
 from ..core.errors import check
-from .verdicts import interval
+from .verdicts import interval, jackknife
 
 # %% ../../nbs/paper/questions.ipynb #65c3c20f
 harm_statistics = dict(load='load', weight='mean weight', margin='margin of its tokens', partner='strongest partner',
@@ -96,10 +96,12 @@ def agreement(
     seeds = {s: d.droplevel('seed').dropna() for s, d in rates.groupby('seed')}
     pairs = lambda x: [(a, b) for i, a in enumerate(x) for b in x[i + 1:]]
     found = {f'{a} and {b}': [tau(d[a], d[b]) for d in seeds.values() if len(d) > 2] for a, b in pairs([*rates])}
-    for c in rates:
-        both = [pd.concat([seeds[a][c], seeds[b][c]], axis=1).dropna() for a, b in pairs([*seeds])]
-        found[f'{c}, two seeds'] = [tau(*d.to_numpy().T) for d in both if len(d) > 2]
     effects = {k: interval(v) for k, v in found.items() if v}
+    for c in rates:
+        whole = [d[c] for d in seeds.values() if len(d) > 2]
+        both = lambda x: [pd.concat(p, axis=1).dropna().to_numpy().T for p in pairs(x)]
+        mean = lambda x: np.mean([tau(*t) for t in both(x) if t.shape[1] > 2])
+        if len(whole) > 1: effects[f'{c}, two seeds'] = jackknife(whole, mean, .95)
     return pd.DataFrame({k: dict(effect=e.estimate, low=e.low, high=e.high, n=e.n) for k, e in effects.items()}).T
 
 # %% ../../nbs/paper/questions.ipynb #48a7f50a

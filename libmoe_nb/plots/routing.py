@@ -185,6 +185,7 @@ def plot_panels(
 def _panel(ax, df, x, y, by, dash, title, log):
     "One table; returns the ends of its lines by what the legend calls them"
     ax.set_title(title, fontweight='normal', fontsize=9, parse_math=False); ax.set_xlabel(axis_label(x))
+    ax.set_ylabel(axis_label(y), fontsize=8)
     if not len(df):
         ax.text(.5, .5, 'not run yet', transform=ax.transAxes, ha='center', va='center', color='#777777')
         ax.set(xticks=[], yticks=[])

@@ -115,19 +115,26 @@ def make_axes(
     "The axes that were given, or new ones."
     return plt.subplots(figsize=(width, height), layout='constrained')[1] if ax is None else ax
 
+# %% ../../nbs/plots/style.ipynb #5c0ffee1
 _labels = dict(valid_perplexity='validation perplexity', valid_loss='validation loss (nats per token)',
     train_loss='training loss (nats per token)', train_perplexity='training perplexity', tokens='training tokens',
     step='steps', progress='share of training',
     perplexity='validation perplexity', load_max_mean='busiest expert / mean load',
-    margin='router margin (best − second score)', change_rate='expert change rate (0: nothing changed)',
-    saturation='router saturation (1: as at the end)', loss_change='change of loss (nats per token)',
+    margin='router margin (best − second score)', change_rate='change rate (0: nothing changed)',
+    saturation='saturation (1: as at the end)', loss_change='change of loss (nats per token)',
     accuracy_change='change of accuracy', entropy='entropy of load (1: uniform)',
-    dead_experts='experts without a token', aux_loss='auxiliary loss')
+    dead_experts='experts without a token', aux_loss='auxiliary loss', training_loss='nats per token',
+    change_rate_defined='change rate (0: nothing changed)', margin_of_weights='margin of weights',
+    balance='balance loss (1: even)', balance_curve='balance loss (1: even)', output_similarity='cosine (1: the same)',
+    output_similarity_as_released='as released', strongest_pairs='share of pairs', accuracy='accuracy (%)',
+    points='points of accuracy', perturbation='change of loss (nats per token)',
+    weight_entropy='weight entropy (1: even)', allocation_entropy='allocation entropy (1: even)')
 
 def axis_label(column:str)->str:
     "A column's name in words."
     return _labels.get(column, column.replace('_', ' '))
 
+# %% ../../nbs/plots/style.ipynb #5c0ffee2
 def plain_legend(
     legend, # of matplotlib
 ):

@@ -21,18 +21,18 @@ _regimes = dict(language='Language', vision='Vision-language')
 def plot_verdicts(
     df:pd.DataFrame, # columns figure, regime, label, verdict; a row a claim
     columns:int=3,   # of claims beside each other
-    width:float=9.6, # in inches
+    width:float=9.6, # in inches; two columns in 5.4 can be read on a phone
 ):                   # Figure
     "A mark for each claim, with its label; claims of one figure together, and how many have each verdict."
     lines = _lines_of(df)
-    tall = -(-len(lines) // columns)
-    fig, ax = plt.subplots(figsize=(width, .62 + .172 * tall))
+    tall, narrow = -(-len(lines) // columns), width < 7
+    fig, ax = plt.subplots(figsize=(width, .62 + .172 * tall + .25 * narrow))
     ax.set(xlim=(0, columns), ylim=(-tall + .4, .6)); ax.axis('off')
-    fig.subplots_adjust(0.005, 0, .995, 1 - .45 / fig.get_figheight())
+    fig.subplots_adjust(0.005, 0, .995, 1 - (.45 + .25 * narrow) / fig.get_figheight())
     for i, (figure, *rest) in enumerate(lines):
         again = figure == lines[i - 1][0] and rest[0] is not None and i % tall  # a column begins with its figure
         _claim_line(ax, i // tall, -(i % tall), '' if again else figure, *rest)
-    _counts(fig, df)
+    _counts(fig, df, 3 if narrow else 5)
     return fig
 
 # %% ../../nbs/plots/verdicts.ipynb #898309f3
@@ -55,13 +55,13 @@ def _claim_line(ax, column, y, figure, label, verdict):
             parse_math=False)
 
 # %% ../../nbs/plots/verdicts.ipynb #1b7a6412
-def _counts(fig, df):
+def _counts(fig, df, columns):
     "How many claims have each verdict, on top"
     n = df.verdict.value_counts()
     there = [w for w in verdict_looks if n.get(w)]
     marks = [plt.Line2D([], [], marker=f'${verdict_looks[w][1]}$', ls='', color='white', ms=4) for w in there]
     backs = [plt.Line2D([], [], marker='s', ls='', color=verdict_looks[w][0], ms=9, mew=0) for w in there]
     from matplotlib.legend_handler import HandlerTuple
-    fig.legend([*zip(backs, marks)], [f'{n[w]} {w}' for w in there], loc='upper center', ncols=len(there), fontsize=9,
+    fig.legend([*zip(backs, marks)], [f'{n[w]} {w}' for w in there], loc='upper center', ncols=min(len(there), columns), fontsize=9,
                handler_map={tuple: HandlerTuple(ndivide=1, pad=0)}, handlelength=1, handletextpad=.4,
                columnspacing=1.6, borderpad=.1)
