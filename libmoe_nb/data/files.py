@@ -43,7 +43,7 @@ class _Zst(io.RawIOBase):
         try: import zstandard
         except ImportError: raise ValueError(f'{path} needs the package zstandard: pip install zstandard') from None
         self.make = lambda: zstandard.ZstdDecompressor(max_window_size=1<<31).decompressobj()
-        self.file, self.frame, self.packed, self.bytes = open(path, 'rb'), None, b'', b''
+        self.file, self.frame, self.packed, self.bytes = _openers[''](path), None, b'', b''
     def readable(self): return True
     def close(self): self.file.close(); super().close()
     def readinto(self, into):
@@ -58,15 +58,21 @@ class _Zst(io.RawIOBase):
         return n
 
 # %% ../../nbs/data/files.ipynb #cf7f1b3a
-_openers = {'': lambda p: open(p, 'rb'), '.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open,
+_openers = {'': lambda p: p if hasattr(p, 'read') else open(p, 'rb'), '.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open,
             '.zst': lambda p: io.BufferedReader(_Zst(p), 1<<20)}
-def _open(path): return closing(_openers.get(Path(path).suffix.lower(), _openers[''])(path))
+def open_packed(
+    path,      # whose suffix tells how it is packed
+    file=None, # it, open already; None: the local file
+):             # of bytes, to be used in a `with`
+    "Open a file that may be packed."
+    unpack = _openers.get(os.path.splitext(path)[1].lower(), _openers[''])
+    return closing(unpack(path if file is None else file))
 
 # %% ../../nbs/data/files.ipynb #47e36618
 _PART = 1<<24
 def _read_text(path, part=None):
     part, offset = part or _PART, 0
-    with _open(path) as f:
+    with open_packed(path) as f:
         while data := f.read(part):
             if len(data) == part and data[-1:] != b'\n': data += f.readline(part)
             while (b := f.peek(1)[:1]) and 0x80 <= b[0] < 0xC0: data += f.read(1)    # never inside a character
@@ -74,8 +80,11 @@ def _read_text(path, part=None):
             offset += len(data)
 
 # %% ../../nbs/data/files.ipynb #6037fbbc
-def _naming(path, items):
-    "`items`, read from `path`; an error says of which file"
+def naming_file(
+    path,
+    items, # what is read from it
+):
+    "The items; an error says of which file."
     try: from zstandard import ZstdError
     except ImportError: ZstdError = EOFError
     try: yield from items
@@ -87,7 +96,7 @@ _LINE = 1<<28    # bytes: packed, a line of any length is a small file
 def _read_lines(path):
     "Lines with number and offset, from a file that may be packed."
     offset = 0
-    with _open(path) as f:
+    with open_packed(path) as f:
         for n,line in enumerate(iter(partial(f.readline, _LINE + 1), b''), 1):
             if len(line) > _LINE: raise ValueError(f'{path} line {n} is longer than {_LINE:,} bytes')
             yield n, offset, line; offset += len(line)
@@ -129,7 +138,12 @@ def _int(digits):
     except ValueError: return float(digits)    # Python reads no integers of more than 4,300 digits
 _decoder = json.JSONDecoder(parse_int=_int)
 
-def _parse(line, where, offset):
+def parse_record(
+    line:bytes,
+    where:str,   # for messages
+    offset:int,  # of the line in its file, in bytes
+):
+    "What a line of JSON says, or a `ValueError` that says what is wrong with it."
     try: return _decoder.decode(_decode(line, where, offset).lstrip('\ufeff'))
     except json.JSONDecodeError as e:
         raise ValueError(f'{where} is not valid JSON: {e.msg} at column {e.colno}') from None
@@ -139,24 +153,29 @@ def _read_jsonl(path, domain, text_field, domain_field, want=None):
     for n,offset,line in _read_lines(path):
         if not line.strip() or want and not domain_field and not want(domain): continue
         where = f'{path} line {n}'
-        res = as_document(_parse(line, where, offset), domain, text_field, domain_field, where)
+        res = as_document(parse_record(line, where, offset), domain, text_field, domain_field, where)
         if not (want and domain_field) or want(res.domain): yield res
 
 # %% ../../nbs/data/files.ipynb #05322808
-def _columns(names, fields): return sorted({n if n in names else n.split('.')[0] for n in fields if n} & set(names))
+def columns_of(
+    names,  # of all columns
+    fields, # 'a.b' is field b of column a; None: none
+)->list:    # names
+    "The columns that hold some fields."
+    return sorted({n if n in names else n.split('.')[0] for n in fields if n} & set(names))
 
 def _parquet_batches(path, fields):
     import pyarrow.parquet as pq
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
-        for b in file.iter_batches(256, columns=_columns(names, fields)): yield names, b
+        for b in file.iter_batches(256, columns=columns_of(names, fields)): yield names, b
 
 def _arrow_batches(path, fields):
     import pyarrow as pa
     with pa.memory_map(str(path)) as m, pa.ipc.open_stream(m) as file:
         names = file.schema.names
         for b in file:
-            for a in range(0, len(b), 256): yield names, b.select(_columns(names, fields)).slice(a, 256)
+            for a in range(0, len(b), 256): yield names, b.select(columns_of(names, fields)).slice(a, 256)
 
 def _checked(path, batches):
     import pyarrow as pa
@@ -174,7 +193,13 @@ def _row(batch, i, where):
         except UnicodeDecodeError as e: _decode(e.object, f'{where}, column {name!r},')
     return res
 
-def _to_rows(batch, names, numbers, path):
+def rows_of_batch(
+    batch,   # of arrow
+    names,   # of all columns of the file: those that were not read are None
+    numbers, # of its rows in the file
+    path,
+)->list:     # of dicts
+    "The rows of a part of a table."
     try: rows = batch.to_pylist()
     except UnicodeDecodeError: rows = (_row(batch, i, f'{path} row {n}') for i,n in enumerate(numbers))
     return [{**dict.fromkeys(names), **r} for r in rows]
@@ -185,7 +210,7 @@ def _read_table(path, batches, domain, text_field, domain_field, want=None):
     for names, b in _checked(path, batches(path, (text_field, domain_field))):
         some = [i for i in range(len(b)) if not want or domain_field or want(domain)]
         part, numbers, n = b if len(some) == len(b) else b.take(some), [n+i+1 for i in some], n+len(b)
-        for k,r in zip(numbers, _to_rows(part, names, numbers, path) if some else ()):
+        for k,r in zip(numbers, rows_of_batch(part, names, numbers, path) if some else ()):
             res = as_document(r, domain, text_field, domain_field, f'{path} row {k}')
             if not (want and domain_field) or want(res.domain): yield res
 
@@ -231,7 +256,7 @@ def choose_split(
 # %% ../../nbs/data/files.ipynb #53c225c2
 def _read_saved(path, **kw):
     for n in _named_in(path/'state.json', '_data_files'):
-        yield from _naming(path/n, _read_table(path/n, _arrow_batches, **kw))
+        yield from naming_file(path/n, _read_table(path/n, _arrow_batches, **kw))
 
 # %% ../../nbs/data/files.ipynb #1ab1c0cd
 def file_parts(
@@ -269,8 +294,8 @@ def read_file(
     path, suffix = Path(path), text_suffix(path)
     fields = dict(domain=domain, text_field=text_field, domain_field=domain_field, want=want)
     if path.is_dir(): return _read_saved(path, **fields)
-    if not has_records(path): return _naming(path, (Document(t, domain, str(path)) for t in _read_text(path)))
-    return _naming(path, (_read_parquet if suffix == '.parquet' else _read_jsonl)(path, **fields))
+    if not has_records(path): return naming_file(path, (Document(t, domain, str(path)) for t in _read_text(path)))
+    return naming_file(path, (_read_parquet if suffix == '.parquet' else _read_jsonl)(path, **fields))
 
 # %% ../../nbs/data/files.ipynb #7f88fd0d
 def hash_parts(

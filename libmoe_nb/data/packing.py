@@ -32,7 +32,11 @@ def train_tokenizer(
     return tok
 
 # %% ../../nbs/data/packing.ipynb #3417b545
-def _encode(tok, texts):
+def encode_texts(
+    tok,   # a `tokenizers.Tokenizer`
+    texts, # strings
+)->list:   # of lists of ids
+    "The tokens of texts, in which the end of text is a text like another."
     before = tok.encode_special_tokens
     tok.encode_special_tokens = True
     try: return [e.ids for e in tok.encode_batch_fast(texts, add_special_tokens=False)]
@@ -64,7 +68,7 @@ def write_tokens(
     starts = [0]
     with open(path, 'wb') as f:
         for batch in text_batches(text, pieces):
-            for ids in _encode(tok, batch):
+            for ids in encode_texts(tok, batch):
                 f.write(np.array([eos, *ids], dtype=dtype).tobytes()); starts.append(starts[-1]+len(ids)+1)
         f.write(np.array([eos], dtype=dtype).tobytes())
     return np.array(starts)
