@@ -83,6 +83,11 @@ def _identity(learn):
                 steps=b.steps, sequence_length=getattr(b.dataset, 'sequence_length', None),
                 optimizer=type(getattr(learn.opt, 'opt', learn.opt)).__name__)
 
+def _bookmark(learn):
+    "Of a stream, where its lanes stand, for the files of other data stay as they were"
+    b = getattr(learn.dls.train, 'bookmark', None)
+    return dict(bookmark=b) if b else {}
+
 def _state(learn):
     return dict(opt=learn.opt.state_dict(), rng=rng_state(), recorder=_recorder_state(learn),
                 callbacks={cb.name: cb.state() for cb in learn.cbs if hasattr(type(cb), 'state')})
@@ -121,7 +126,7 @@ def save_checkpoint(
     folder, tensors = Path(folder), {}
     info = dict(identity=_identity(learn), settings=getattr(learn, 'settings', {}), step=learn.step,
                 position=learn.dls.train.position, place=list(place), train_iter=learn.train_iter,
-                **take_out_tensors(_state(learn), tensors, 'state'))
+                **_bookmark(learn), **take_out_tensors(_state(learn), tensors, 'state'))
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
     new, path = folder/f'.tmp-{os.getpid()}', folder/f'step-{learn.step:08d}'
@@ -302,5 +307,6 @@ def _load_checkpoint(learn, path, info, change=()):
     asked = {k: v for k, v in learn.opt.state_dict().items() if k in ('param_groups', 'hypers')}
     learn.opt.load_state_dict({**s['opt'], **asked})
     learn.step, learn.dls.train.position = info['step'], info['position']
+    learn.dls.train.bookmark = info.get('bookmark')
     learn.resumed = Resumed(path, info, s, change)
     _load_callbacks(learn, s['callbacks'])
