@@ -272,6 +272,8 @@ def _sources_of(name, **kw):
         if not c.available:
             raise ValueError(f"data={name!r} needs the package {c.package}: pip install 'libmoe-nb[demo]'")
         return [Source(name, lambda _: c.read(), c.key, name)]
+    if '://' in name: raise ValueError(f'data={name!r} is a URL, and what lies there is read as a stream: add '
+                                       'stream=True, or --stream')
     if name.startswith('hf:'): return [_hf_source(name, **kw)]
     if os.path.lexists(_home(name)): return _path_sources(name, **kw)
     if looks_like_path(name): raise ValueError(f'data={name!r} does not exist: expected a file, a folder, '
