@@ -3,7 +3,7 @@
 python benchmarks/stream.py [--gb .5 5] [--steps 200] [--folder DIR] [--json benchmarks/stream.json]
 
 For each size, a process of its own goes once through the whole corpus (shards of JSON lines, 16 lanes), then trains the
-preset `tiny` on it for some steps. Resident memory is noted at every twentieth of the pass, and before and after training."""
+preset `tiny` on it for some steps. Resident memory is noted at every twentieth of the pass, before and after training."""
 import argparse, json, os, random, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -24,7 +24,8 @@ def write_corpus(folder, gb):
     for k in range(SHARDS):
         with open(folder / f'part-{k:05}-of-{SHARDS:05}.jsonl', 'w', encoding='ascii') as f:
             while f.tell() < gb * 1e9 / SHARDS:
-                docs = [f'{{"text": "{n + i} {" ".join(rng.choices(paragraphs, k=rng.randint(1, 12)))}"}}\n' for i in range(500)]
+                texts = [' '.join(rng.choices(paragraphs, k=rng.randint(1, 12))) for _ in range(20)]
+                docs = [f'{{"text": "{n + i} {t}"}}\n' for i, t in enumerate(texts)]
                 n += len(docs)
                 f.write(''.join(docs))
     return n
@@ -85,8 +86,9 @@ def main():
             (folder := Path(d) / 'corpus').mkdir()
             n = write_corpus(folder, gb)
             size = sum(f.stat().st_size for f in folder.iterdir())
-            out = subprocess.run([sys.executable, __file__, '--measure', str(folder), '--steps', str(a.steps)],
-                                 stdout=subprocess.PIPE, text=True, check=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+            command = [sys.executable, __file__, '--measure', str(folder), '--steps', str(a.steps)]
+            out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True,
+                                 env=dict(os.environ, OMP_NUM_THREADS='1'))
             rows.append(dict(gb=round(size / 1e9, 2), documents=n, shards=SHARDS, **json.loads(out.stdout)))
         print(json.dumps(rows[-1]), flush=True)
         if a.json: Path(a.json).write_text('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n', encoding='utf-8')

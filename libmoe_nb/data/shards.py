@@ -80,7 +80,8 @@ def _file_shards(name):
     fs, base, home, found = _listed(name)
     rels = {p: p.removeprefix(base) for p in found}
     if not (kept := {p: r for p, r in rels.items() if _readable(r)}):
-        raise ValueError(f'data={name!r} names no shard: expected .jsonl (also packed: .gz, .bz2, .xz, .zst) or .parquet')
+        raise ValueError(f'data={name!r} names no shard: expected .jsonl (also packed: .gz, .bz2, .xz, .zst) or '
+                         '.parquet')
     left = [r for r in rels.values() if r not in kept.values() and not r.startswith(('.', '_'))]
     if left: warnings.warn(f'data={name!r}: a stream leaves out {len(left)} files that are neither .jsonl nor .parquet '
                            f'({some_names(left)})', stacklevel=2)

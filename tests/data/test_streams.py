@@ -1,8 +1,12 @@
 "A stream of shards: each document once an epoch, wherever it is interrupted and whoever goes on."
 import gzip
 import json
+import os
 import random
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -16,6 +20,7 @@ from libmoe_nb.data.lanes import Place, TokenStream, count_lanes, deal_shards
 from libmoe_nb.data.shards import find_shards, read_shard
 from libmoe_nb.data.splitting import document_digest
 from libmoe_nb.data.text_streams import read_text, stream_data
+from libmoe_nb.training.batches import TrainBatches
 
 SIZES = 13, 4, 31, 9, 22  # documents of the shards
 STARTS = np.cumsum([0, *SIZES])
@@ -153,8 +158,8 @@ def test_a_process_opens_its_own_shards_alone(corpus, words, monkeypatch):
 
 def test_order_depends_on_seed_and_epoch_and_mixes(corpus, words):
     stream = stream_of(corpus, words, buffer=16)
-    a, b = (documents([*(torch.stack([x['input_ids'], x['labels']], 1) for x in islice(stream.batches(1, seed), 60))], 0, 1)
-            for seed in (0, 1))
+    rows = lambda seed: [torch.stack([x['input_ids'], x['labels']], 1) for x in islice(stream.batches(1, seed), 60)]
+    a, b = (documents(rows(seed), 0, 1) for seed in (0, 1))
     assert sorted(a[:TOTAL]) == sorted(b[:TOTAL]) == [*range(TOTAL)] and a[:TOTAL] != b[:TOTAL]
     assert a[:TOTAL] != a[TOTAL : 2 * TOTAL] and sum(x + 1 == y for x, y in zip(a, a[1:])) < TOTAL / 4
 
@@ -225,7 +230,8 @@ def test_other_damage(tmp_path, words, kind):
     (shard,) = find_shards(path)
     if kind == 'gone':
         path.unlink()
-    told = dict(cut=r'a\.jsonl\.gz is damaged .* after row \d+: ', field="row 1 has no field text_field='body': found 'text'",
+    told = dict(cut=r'a\.jsonl\.gz is damaged .* after row \d+: ',
+                field="row 1 has no field text_field='body': found 'text'",
                 gone='is missing, and was there', table=r'a\.parquet is damaged .*after row 300: ')[kind]
     with pytest.raises(ValueError, match=told):
         list(read_shard(shard, text_field='body' if kind == 'field' else 'text'))
@@ -258,4 +264,22 @@ def test_a_long_document_is_no_longer_read_for_each_block(tmp_path, words):
     (tmp_path / 'a.jsonl').write_text(json.dumps(dict(text='7 ' * 60_000)) + '\n' + json.dumps(dict(text='1 2')))
     whole, places = read(stream_of(tmp_path, words), 1500)
     assert Place(*places[0]).used > 40_000
-    assert torch.equal(read(stream_of(tmp_path, words), 1, 1, places)[0][0], read(stream_of(tmp_path, words), 1501)[0][-1])
+    after = read(stream_of(tmp_path, words), 1501)[0][-1]
+    assert torch.equal(read(stream_of(tmp_path, words), 1, 1, places)[0][0], after)
+
+
+def test_two_processes_share_one_bookmark_and_one_goes_on(corpus, words, tmp_path):
+    "Each with a worker of its own"
+    here = Path(__file__)
+    own = dict(os.environ, PYTHONPATH=str(here.parents[2]), OMP_NUM_THREADS='1')
+    command = [sys.executable, str(here.with_name('stream_process.py'))]
+    ps = [subprocess.Popen([*command, str(r), '2', str(corpus), str(tmp_path / 'store'), '1'], stdout=subprocess.PIPE,
+                           text=True, env=own) for r in range(2)]
+    (a, mark), (b, same) = (json.loads(p.communicate(timeout=240)[0].splitlines()[-1]) for p in ps)
+    alone = TrainBatches(stream_of(corpus, words), 4, 6, seed=3)
+    whole = [y for _, y, *_ in alone]
+    assert mark == same == [*alone.bookmark] and mark[0] == 6
+    assert [y[0::2].tolist() for y in whole] == a and [y[1::2].tolist() for y in whole] == b
+    on = TrainBatches(stream_of(corpus, words), 4, 2, seed=3)
+    on.position, on.bookmark = mark[0], mark
+    assert all(torch.equal(x[1], y[1]) for x, y in zip(on, alone))
