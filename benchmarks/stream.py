@@ -3,7 +3,7 @@
 python benchmarks/stream.py [--gb .5 5] [--steps 200] [--folder DIR] [--json benchmarks/stream.json]
 
 For each size, a process of its own goes once through the whole corpus (shards of JSON lines, 16 lanes), then trains the
-preset `tiny` on it for some steps. Resident memory is noted at every twentieth of the pass, before and after training."""
+preset `tiny` on it for some steps. Resident memory is noted at every twentieth of the pass, and around training."""
 import argparse, json, os, random, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 

@@ -98,8 +98,8 @@ def _training(
 # %% ../nbs/cli.ipynb #515f6b00
 def _streaming(
     stream: Annotated[bool, _option('Read the text while training, from .jsonl and .parquet files in a folder, behind '
-                                    'a URL such as s3://bucket/corpus or hf://datasets/OWNER/NAME, or from a dataset of '
-                                    'the hub; --max-bytes of each domain are sampled for tokenizer and validation.',
+                                    'a URL such as s3://bucket/corpus or hf://datasets/OWNER/NAME, or from a dataset '
+                                    'of the hub; --max-bytes of each domain are sampled for tokenizer and validation.',
                                     '--stream')] = False,
     workers: Annotated[int, _option('Processes that read a stream, for each that trains (default 0: it reads itself). '
                                     'They change no result.')] = 0,

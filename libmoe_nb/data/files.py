@@ -58,7 +58,8 @@ class _Zst(io.RawIOBase):
         return n
 
 # %% ../../nbs/data/files.ipynb #cf7f1b3a
-_openers = {'': lambda p: p if hasattr(p, 'read') else open(p, 'rb'), '.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open,
+_openers = {'': lambda p: p if hasattr(p, 'read') else open(p, 'rb'),
+            '.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open,
             '.zst': lambda p: io.BufferedReader(_Zst(p), 1<<20)}
 def open_packed(
     path,      # whose suffix tells how it is packed
