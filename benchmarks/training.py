@@ -11,7 +11,7 @@ data and callbacks count, and starting does not. Printed are the median step of 
 each one's time over that of `plain`. Times are those of the processor, which another process on the machine does not
 lengthen; with --wall, those that pass. Memory is the peak of a process of its own above what it held before the model
 was made. Target: `ours` below 1.05 where a step takes 100 ms."""
-import argparse, json, multiprocessing, os, statistics, tempfile, time, warnings
+import argparse, dataclasses, json, multiprocessing, os, statistics, tempfile, time, warnings
 import torch
 from libmoe_nb.core.files import write_json
 from libmoe_nb.moe.config import get_preset
@@ -142,7 +142,7 @@ def main():
     warnings.filterwarnings('ignore')
     from libmoe_nb.data.text import text_data
     preset = get_preset(a.preset)
-    if a.batch_size: preset = preset.replace(batch_size=a.batch_size)
+    if a.batch_size: preset = dataclasses.replace(preset, batch_size=a.batch_size)
     data = text_data('python', vocab_size=preset.vocab_size, sequence_length=preset.sequence_length,
                      max_bytes=2_000_000)
     torch.set_num_threads(a.threads)

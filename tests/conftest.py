@@ -25,5 +25,25 @@ def write_texts(folder):
             (folder/d/f'{i}.txt').write_text(f'{d} number {i}.\n{words}\n' * 2)
     return folder
 
+@pytest.fixture
+def at_once(monkeypatch):
+    "Workers of `side_by_side` and `together` start at once"
+    from libmoe_nb.experiments import jobs
+    from processes import Piped
+    def start(threads, more):
+        return Piped('from libmoe_nb.experiments.jobs import work; work()',
+                     env=dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), **more))
+    monkeypatch.setattr(jobs, '_start_process', start)
+
+@pytest.fixture
+def drawn(): "Figures of pages are drawn here, though the other tests of a file leave that out"
+
+@pytest.fixture
+def undrawn(request, monkeypatch):
+    "Figures of pages are made and not drawn, which takes longest of all: for tests that are about something else"
+    if 'drawn' in request.fixturenames: return
+    from libmoe_nb.plots import style
+    monkeypatch.setattr(style, 'figure_uri', lambda fig: style.close_figure(fig) and 'data:image/svg+xml;base64,')
+
 @pytest.fixture(scope='module')
 def texts(tmp_path_factory): return write_texts(tmp_path_factory.mktemp('texts'))

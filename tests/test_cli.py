@@ -8,6 +8,7 @@ from libmoe_nb.cli import app
 from libmoe_nb.training.log import run_log_path
 from processes import Forked
 
+pytestmark = pytest.mark.usefixtures('undrawn')
 SMALL = '--preset tiny --steps 4 --batch-size 4 --sequence-length 64 --vocab-size 300 --threads 1'.split()
 
 @pytest.fixture(autouse=True, scope='module')
@@ -33,7 +34,7 @@ def process(*args): return Forked('from libmoe_nb.cli import main; main()', *arg
 
 # results
 
-def test_compare_on_a_users_folder(texts, tmp_path):
+def test_compare_on_a_users_folder(texts, tmp_path, drawn):
     res = libmoe('compare', '--data', texts, '--recipes', 'dense,smoe,moe_plus_plus', *SMALL, '--out',
                  tmp_path/'runs', '--json')
     assert res.exit_code == 0, res.stderr

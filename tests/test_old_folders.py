@@ -23,6 +23,7 @@ from libmoe_nb.training.log import read_log
 from libmoe_nb.experiments.upcycle import upcycle_and_train
 from libmoe_nb.models.wrapping import load_upcycled
 
+pytestmark = pytest.mark.usefixtures('undrawn')
 FIXTURES = Path(__file__).resolve().parent/'fixtures'
 EXPECTED = json.loads((FIXTURES/'expected.json').read_text(encoding='utf-8'))
 RUNS = {n.split('-')[0]: n for n in EXPECTED['runs']['names']}

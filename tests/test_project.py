@@ -22,7 +22,21 @@ def source(cell): return ''.join(cell['source'])
 
 NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb')
                    if not any(part.startswith(('.', '_')) for part in p.relative_to(NBS).parts))
-each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(NBS)))
+
+def of_all(things, called=str):
+    "One test that looks at each of many things: as many tests would take longer than what they do"
+    def together(test):
+        def test_each():
+            wrong = []
+            for thing in things:
+                try: test(thing)
+                except AssertionError as e: wrong.append(f'{called(thing)}: {e}')
+            assert not wrong, '\n'.join(wrong)
+        test_each.__doc__ = test.__doc__
+        return test_each
+    return together
+
+each_notebook = of_all(NOTEBOOKS, lambda p: str(p.relative_to(NBS)))
 QUARTO = yaml.safe_load(read('_quarto.yml'))
 PYPROJECT = tomllib.loads(read('pyproject.toml'))
 EXPORT = re.compile(r'^#\s*\|\s*(export|exports|exporti)\b', re.M)
@@ -75,13 +89,13 @@ def test_light_imports(module, allowed):
     loaded = set(python(f'import sys, {module}; print(*sys.modules)').split())
     assert not loaded & set(HEAVY) - set(allowed)
 
-@pytest.mark.parametrize('name', MODULES)
+@of_all(MODULES)
 def test_imports_go_one_way(name):
     "At the top of a file and inside functions alike, in the order of the sidebar"
     later = MODULES[MODULES.index(name)+1:]
     assert not [m for m in later if f'libmoe_nb.{m}' in imported(name)], f'{name} imports a module that comes after it'
 
-@pytest.mark.parametrize('name', MODULES)
+@of_all(MODULES)
 def test_private_names_stay_at_home(name):
     tree = ast.parse(module_path(name).read_text(encoding='utf-8'))
     ours = {a.asname or a.name.split('.')[-1] for n in ast.walk(tree) if is_import(n) for a in n.names
@@ -219,6 +233,7 @@ def test_imports_have_cells_of_their_own(path):
         assert '#| hide' in text, f'imports and other code in a shown cell: {text}'
         assert {n.id for n in names} <= known, f'imports and code that needs other cells: {text}'
 
+@cache
 def extras():
     "Modules of packages that only an extra for users brings"
     settings = configparser.ConfigParser(delimiters=['='])
@@ -305,10 +320,18 @@ def test_no_machine_is_named():
         assert not [h for h in hosts if h in text], name
         assert not re.search(r'(?<![\w.:/])/(home|root|Users|work)/\w', text), name
 
+@pytest.mark.parametrize('path', sorted((ROOT/'.github'/'workflows').glob('*.yml')), ids=lambda p: p.name)
+def test_workflows_use_actions_at_a_commit_and_may_write_only_what_they_say(path):
+    "A tag can be moved by whoever takes over an action, a commit cannot"
+    text = path.read_text(encoding='utf-8')
+    uses = re.findall(r'\buses:[ \t]*(.*)', text)
+    assert uses and not [u for u in uses if not re.fullmatch(r'[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*', u)], uses
+    assert yaml.safe_load(text).get('permissions', {}).get('contents') == 'read'
+
 # what lies in the repository
 
 PLACES = {'': r'[^/]+\.(md|toml|ini|py|in|yml|cff)|LICENSE|\.gitignore', '.ci': r'run',
-          '.github': r'workflows/[^/]+\.yml',
+          '.github': r'workflows/[^/]+\.yml|dependabot\.yml',
           'benchmarks': r'[^/]+\.(py|sh|json)', 'libmoe_nb': r'([^/.]+/)*[^/.]+\.(py|yaml)',
           'nbs': r'([^/.]+/)*[^/.]+\.(ipynb|yml|css|png|svg|csv)', 'results': r'([^/.][^/]*/)*[^/.][^/]*',
           'tests': r'([^/.]+/)*[^/.]+\.py|fixtures/.*', 'tools': r'[^/]+\.(py|sbatch)'}

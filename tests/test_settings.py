@@ -26,6 +26,7 @@ from libmoe_nb.training.learner import moe_learner
 from libmoe_nb.models.initialisations import initialisations
 from libmoe_nb.models.upcycling import upcycle
 
+pytestmark = pytest.mark.usefixtures('undrawn')
 LAYER = [f.name for f in dataclasses.fields(MoESpec)]
 MODEL = [f.name for f in dataclasses.fields(Preset)]
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from cli_runner import libmoe
 from libmoe_nb import cli
 
-pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
+pytestmark = [pytest.mark.filterwarnings('ignore::FutureWarning'), pytest.mark.usefixtures('undrawn')]
 
 @pytest.fixture(scope='module')
 def real(tmp_path_factory):

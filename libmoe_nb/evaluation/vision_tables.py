@@ -41,10 +41,12 @@ def made_answers(
 # %% ../../nbs/evaluation/vision_tables.ipynb #8ee183fb
 def _mean_and_error(d):
     "Mean over subtasks, and its standard error over images"
-    by, image = d.right.astype(float).groupby(d.subtask), d.image.where(d.image != '', d.id)
-    part = ((d.right - by.transform('mean')) / (by.transform('size') * d.subtask.nunique())).groupby(image).sum()
+    right, task = d.right.to_numpy(dtype=float), pd.factorize(d.subtask, sort=True)[0]
+    image, n = pd.factorize(d.image.where(d.image != '', d.id))[0], np.bincount(task)
+    mean = np.bincount(task, right) / n
+    part = np.bincount(image, (right - mean[task]) / (n[task] * len(n)))
     G = len(part)
-    return dict(questions=len(d), images=G, accuracy=by.mean().mean(),
+    return dict(questions=len(d), images=G, accuracy=mean.mean(),
                 stderr=math.sqrt(G / (G - 1) * (part**2).sum()) if G > 1 else math.nan)
 
 def _runs(df): return [c for c in ('model', 'seed', 'condition', 'intervention') if c in df]

@@ -40,6 +40,11 @@ def named():
     return data, compare('dense,smoe', data, 'tiny', out=box/'runs', evaluate=questions(NAMES), **SMALL)
 
 @functools.cache
+def page():
+    "Its page"
+    return named()[1].report()
+
+@functools.cache
 def lost():
     "Two recipes that diverge with both seeds"
     data = write(box := folder('lost'), ['a', 'b'])

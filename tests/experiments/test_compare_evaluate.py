@@ -18,6 +18,7 @@ from libmoe_nb.evaluation.suites import make_suite
 from libmoe_nb.training.learner import moe_learner
 from libmoe_nb.training.log import RunLog, read_log
 
+pytestmark = pytest.mark.usefixtures('undrawn')
 SMALL = dict(steps=10, hidden_size=32, batch_size=4, warmup_steps=1, progress=None)
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,5 @@
 "Runs of a comparison side by side: the same to the bit as one after the other, whatever happens to some of them."
-import json, os, shutil
+import json, shutil
 
 import pytest
 
@@ -9,8 +9,8 @@ from libmoe_nb.experiments.compare import compare
 from libmoe_nb.experiments.jobs import TasksFailed
 from libmoe_nb.moe.config import recipe, recipes
 from made_text import fill
-from processes import Piped
 
+pytestmark = pytest.mark.usefixtures('undrawn')
 SMALL = dict(preset='tiny', hidden_size=16, head_dim=8, batch_size=2, steps=40, warmup_steps=1, valid_tokens=512)
 names = lambda res: [f.name for f in res.folders]
 
@@ -18,14 +18,6 @@ names = lambda res: [f.name for f in res.folders]
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('texts')
     return text_data(fill(folder/'texts', docs=12), vocab_size=300, sequence_length=32, cache_dir=folder/'cache')
-
-@pytest.fixture
-def at_once(monkeypatch):
-    "Workers start at once"
-    def start(threads, more):
-        return Piped('from libmoe_nb.experiments.jobs import work; work()',
-                     env=dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), **more))
-    monkeypatch.setattr(jobs, '_start_process', start)
 
 def files(folder):
     "What must be equal: all but times and speeds"

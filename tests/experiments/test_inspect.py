@@ -17,6 +17,7 @@ from libmoe_nb.models.causal import from_scratch
 from libmoe_nb.analysis.traces import make_trace, read_trace
 from test_adapters import FAMILIES
 
+pytestmark = pytest.mark.usefixtures('undrawn')
 transformers.logging.set_verbosity_error()
 # every class that the installed transformers has; a few otherwise
 ALL = os.environ.get('LIBMOE_ALL_FAMILIES')
@@ -64,7 +65,7 @@ def refused(says, *args):
 
 # our own
 
-def test_a_run(runs, tmp_path):
+def test_a_run(runs, tmp_path, drawn):
     res = libmoe('analyze', runs.folders[0], '--out', tmp_path/'a', '--tokens', 1500, '--json', '--threads', 1)
     assert res.exit_code == 0, res.stderr
     d = json.loads(res.stdout)                            # stdout is the JSON and nothing else

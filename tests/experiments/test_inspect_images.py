@@ -16,6 +16,7 @@ from libmoe_nb.experiments.inspect import analyze
 from libmoe_nb.models.asking import ask_all, load_vision_language, small_processor
 from libmoe_nb.models.vision import VisionLanguageSize, llava_from_scratch, upcycle_parts, vision_size
 
+pytestmark = pytest.mark.usefixtures('undrawn')
 FEW = ['--tokens', 500, '--threads', 1]
 
 

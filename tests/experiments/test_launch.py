@@ -1,10 +1,10 @@
 "One model in several processes: the command is stopped by a batch system, and one process ends what two began."
-import os, signal, subprocess, sys, time
-from pathlib import Path
+import os, signal, sys, threading
 
 import pytest, torch
 from safetensors.torch import load_file
 
+from libmoe_nb.cli import main
 from libmoe_nb.core.ranks import joined, launched, world_size
 from libmoe_nb.experiments.compare import train
 from libmoe_nb.experiments.jobs import Task, TasksFailed, together
@@ -13,27 +13,36 @@ import job_functions as f
 SMALL = dict(data='python', preset='tiny', steps=24, batch_size=4, sequence_length=64, traces=1024, max_bytes=150_000,
              device='cpu', threads=1, progress=None)
 
-def begin(out):
+def stopped(out, least, monkeypatch):
+    "The exit code of the command, told by a batch system to end when the log has so many steps"
     args = ['train', 'sharede_v3', '--preset', 'tiny', '--data', 'python', '--out', str(out), '--device', 'cpu',
             '--launch', '2', '--threads', '1', '--steps', '24', '--batch-size', '4', '--sequence-length', '64',
             '--traces', '1024', '--max-bytes', '150000']
-    code = 'import sys; from libmoe_nb.cli import main; main()'
-    return subprocess.Popen([sys.executable, '-c', code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2])))
+    monkeypatch.setattr(sys, 'argv', ['libmoe', *args])
+    ended = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail('the command does not hear'))
+    def ask():
+        while steps_of(out) < least and not ended.wait(.02): pass
+        if not ended.is_set(): os.kill(os.getpid(), signal.SIGTERM)
+    (asking := threading.Thread(target=ask, daemon=True)).start()
+    try:
+        with pytest.raises(SystemExit) as e: main()
+    finally:
+        ended.set()
+        asking.join()
+        signal.signal(signal.SIGTERM, before)
+    return e.value.code
 
 def steps_of(out):
     try: return sum('"train"' in l for l in (out/'log.jsonl').read_text().splitlines())
     except OSError: return 0
 
 @pytest.mark.filterwarnings('ignore:going on from')
-def test_what_two_processes_began_one_ends(tmp_path):
+def test_what_two_processes_began_one_ends(tmp_path, at_once, monkeypatch, capsys):
     out = tmp_path/'two'
     for least in (3, 8):                            # begun by two, gone on with by two
-        process, end = begin(out), time.monotonic() + 120
-        while steps_of(out) < least and process.poll() is None and time.monotonic() < end: time.sleep(.02)
-        process.send_signal(signal.SIGTERM)
-        said, wrong = process.communicate(timeout=120)
-        assert process.returncode == 130 and 'Traceback' not in wrong, wrong
+        code, wrong = stopped(out, least, monkeypatch), capsys.readouterr().err
+        assert code == 130 and 'stopping after this step' in wrong and 'Traceback' not in wrong, wrong
         assert [*(out/'checkpoints').glob('step-*')] and not (out/'result.json').exists()
     began = steps_of(out)
     ended = train('sharede_v3', out=out, **SMALL)

@@ -12,6 +12,7 @@ from libmoe_nb.experiments.run import Run, RunOptions, run_config, run_hash, run
 from libmoe_nb.experiments.upcycle import upcycle_and_train
 from libmoe_nb.moe.config import get_preset
 
+pytestmark = pytest.mark.usefixtures('undrawn')
 SMALL = dict(hidden_size=16, head_dim=8, batch_size=2, sequence_length=32, steps=6, warmup_steps=1, valid_tokens=512)
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,5 @@
 "Kernels against the loop, over random sizes, dtypes and routings; and what surrounds a layer in real training"
-import copy, subprocess, sys, threading
+import copy, sys, threading
 from types import SimpleNamespace
 
 import pytest, torch
@@ -219,13 +219,16 @@ def test_what_is_saved_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): e(x, index, w)
     assert sum(kept.values()) <= 1.3 * (T*K*h*4 + T*K*8 + T*4)   # pre-activations and plan, some padding
 
-def test_benchmark_runs_and_writes_rows(tmp_path):
-    import json, pathlib
+def test_benchmark_runs_and_writes_rows(tmp_path, monkeypatch):
+    import json, pathlib, runpy
     script = pathlib.Path(__file__).parents[2] / 'benchmarks/experts.py'
-    out = subprocess.run([sys.executable, script, '--quick', '--shapes', 'C', '--routings', 'balanced', '--dtypes',
-                          'float32', '--threads', '1',
-                          '--json', tmp_path/'r.json'], capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
+    monkeypatch.setattr(sys, 'argv', [str(script), '--quick', '--shapes', 'C', '--routings', 'balanced', '--dtypes',
+                                      'float32', '--threads', '1', '--json', str(tmp_path/'r.json')])
+    for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): monkeypatch.setenv(name, '1')
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    threads = torch.get_num_threads()
+    try: runpy.run_path(str(script), run_name='__main__')
+    finally: torch.set_num_threads(threads)
     rows = json.loads((tmp_path/'r.json').read_text())
     assert {'shape', 'routing', 'dtype', 'mode', 'implementation', 'ratio', 'milliseconds'} <= set(rows[0])
     assert {'dense', 'loop', 'sorted', 'transformers_grouped'} <= {r['implementation'] for r in rows}

@@ -1,7 +1,6 @@
 "Several processes: what they train together is what one trains."
-import os, subprocess, sys
-
 import pytest, torch
+from processes import run_ranks
 from libmoe_nb.models.causal import from_scratch
 from libmoe_nb.training.checkpoints import checkpoints
 from libmoe_nb.training.log import read_log
@@ -39,12 +38,7 @@ import torch.distributed as dist; dist.destroy_process_group()
 def test_two_processes_train_as_one(data, cache, tmp_path):
     from safetensors.torch import load_file
     code = TWO.format(tests=str(ROOT/'tests'/'training'), root=str(ROOT))
-    (tmp_path/'two.py').write_text(code)
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                           str(tmp_path/'two.py'), str(tmp_path), str(cache)],
-                          capture_output=True, text=True, timeout=300,
-                          env=dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1'))
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in run_ranks(code, tmp_path, cache): assert done.returncode == 0, done.stderr[-2000:]
     a, b = (load_file(tmp_path/f'state{r}.safetensors') for r in range(2))
     assert_same(a, b)
     one = fit(make(None, data, dropout=False,
