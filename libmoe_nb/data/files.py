@@ -191,6 +191,7 @@ def _row(batch, i, where):
         except UnicodeDecodeError as e: _decode(e.object, f'{where}, column {name!r},')
     return res
 
+# %% ../../nbs/data/files.ipynb #9ef61847
 def rows_of_batch(
     batch,   # of arrow
     names,   # of all columns of the file: those that were not read are None

@@ -118,6 +118,7 @@ def _documents(self:TokenStream, lane, lanes, seed, place):
                 yield begin._replace(taken=k), np.array([self.eos_token_id, *ids], dtype=np.int32), held[i][1]
         taken = 0
 
+# %% ../../nbs/data/lanes.ipynb #38e309e0
 def _cut(held, used, n):
     "So many tokens of documents and their domains [2, n], from a token of the first document on"
     parts = []
@@ -202,6 +203,7 @@ def parts(self:TokenStream,
         now[own] = stand[np.searchsorted(mine, own)]
         yield dict(input_ids=ids[:, :-1], labels=ids[:, 1:], domain=domain[:, :-1]), now
 
+# %% ../../nbs/data/lanes.ipynb #c7e796ac
 @patch
 def batches(self:TokenStream, batch_size:int, seed:int=0, start:int=0):
     "Endless whole batches from number `start` on, as those of a `PackedDataset`."

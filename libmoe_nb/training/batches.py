@@ -70,8 +70,7 @@ class TrainBatches:
         store_attr()
         # number of the next batch; how many batches of the coming epoch are done already
         self.position, self.skip = 0, 0
-        self.rank, self.world = 0, 1     # which part of each batch this process takes
-        self.tokens = None               # of the last batch, padding and the parts of all processes included
+        self.rank, self.world, self.tokens = 0, 1, None # its part of each batch; tokens of all parts of the last one
         self.bookmark = None             # of a `TokenStream`: a position, and where its lanes stand there
         self.as_batch, self.device = getattr(dataset, 'as_batch', as_batch), None
     def __len__(self): return self.steps
