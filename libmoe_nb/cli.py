@@ -102,6 +102,15 @@ def _training(
 ): ...
 
 # %% ../nbs/cli.ipynb #515f6b00
+def _streaming(
+    stream: Annotated[bool, _option('Read the text while training, from .jsonl and .parquet files in a folder, behind '
+                                    'a URL such as s3://bucket/corpus or hf://datasets/OWNER/NAME, or from a dataset '
+                                    'of the hub; --max-bytes of each domain are sampled for tokenizer and validation.',
+                                    '--stream')] = False,
+    workers: Annotated[int, _option('Processes that read a stream, for each that trains (default 0: it reads itself). '
+                                    'They change no result.')] = 0,
+): ...
+
 def _launching(
     launch: Annotated[Optional[int], _option('Train in so many processes of this machine, each with a part of every '
                                              'batch (default 1). Under torchrun or accelerate launch: leave it out.',
@@ -111,7 +120,7 @@ def _launching(
 # %% ../nbs/cli.ipynb #27504acf
 @app.command()
 @friendly_errors
-@with_options(_budget, _reading, _training, _machine)
+@with_options(_budget, _reading, _streaming, _training, _machine)
 def compare(
     recipes: Annotated[Optional[str], _option('Names with commas (see `libmoe list`). Default: all eight.')] = None,
     seeds: Annotated[int, _option('Train each recipe this many times (default 1; 3 or more show what is chance).')] = 1,
@@ -144,7 +153,7 @@ def _comparison(res):
 # %% ../nbs/cli.ipynb #9c661fca
 @app.command(cls=_Command)
 @friendly_errors
-@with_options(_budget, _reading, _training, _launching, _machine)
+@with_options(_budget, _reading, _streaming, _training, _launching, _machine)
 def train(
     recipe: Annotated[str, _argument('RECIPE', 'Name of the recipe, e.g. smoe (see `libmoe list`).')],
     out: Annotated[Optional[Path],

@@ -46,12 +46,16 @@ def check_early(
     data=None,   # as `text_data` takes it
     device=None,
     max_bytes:int=None, text_field:str='text', domain_field:str=None, # see `text_data`
+    stream:bool=False, # is the text read as training goes on?
 ):
     "Refuse folders, texts and devices that cannot be, before anything heavy is imported."
     if (max_bytes or 0) < 0: raise ValueError(f'--max-bytes must be at least 0, got {max_bytes}')
     if device is not None: check_device(device)
     if out is not None: check_writable(Path(out))
-    if data is None: return
+    if stream:
+        from libmoe_nb.data.shards import find_shards
+        find_shards(data)
+    if data is None or stream: return
     from libmoe_nb.data.sources import find_sources
     find_sources(data, text_field=text_field, domain_field=domain_field)
 
@@ -75,7 +79,7 @@ def check_training(
     if log is not None and log not in tracker_names: raise ValueError(did_you_mean('tracker', log, tracker_names))
     fields = {k: v for k, v in kw.items() if k in preset_fields + spec_fields}
     named_recipes(recipes, *apply_overrides(preset, fields), options or {})
-    early = 'out', 'data', 'device', 'max_bytes', 'text_field', 'domain_field'
+    early = 'out', 'data', 'device', 'max_bytes', 'text_field', 'domain_field', 'stream'
     check_early(**{k: kw[k] for k in early if k in kw})
 
 # %% ../nbs/options.ipynb #4b831b29

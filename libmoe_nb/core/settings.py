@@ -134,7 +134,7 @@ settings |= dict(
     final_lr_fraction=_share, weight_decay=_weight, betas=_pair(_below_one), grad_clip=_weight,
     released_schedule=_flag, bf16=_flag, fp16=_flag, nonfinite=_one_of('stop', 'skip'),
     expert_bias_rate=_weight, seed=_whole(0, 2**63 - 1), threads=_maybe(_whole(1, 1024)), jobs=_maybe(_whole(1, 1024)),
-    processes=_maybe(_whole(1, 1024)),
+    processes=_maybe(_whole(1, 1024)), workers=_whole(0, 1024), stream=_flag,
     valid_batch_size=_maybe(_size), valid_steps=_maybe(_whole()), valid_tokens=_maybe(_whole(1, 10**15)),
     checkpoint_seconds=_weight, mismatches=_whole(0), dense=_flag, domains=_flag, keep_models=_flag)
 

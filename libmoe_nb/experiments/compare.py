@@ -19,8 +19,10 @@ from ..core.files import check_writable, locked_folder
 from ..core.machine import find_device, use_threads
 from ..core.ranks import is_main, joined, launched
 from ..core.settings import read_setting, seed_list
+from ..data.shards import find_shards
 from ..data.sources import default_data, find_sources
-from ..data.text import TextData, text_data
+from ..data.text import TextData
+from ..data.text_streams import read_text
 from ..evaluation.suites import Suite, make_suite
 from .comparison import Comparison, tell_outcome
 from .jobs import Task, check_sendable, share_cores, side_by_side, together, values_of
@@ -78,23 +80,24 @@ def make_plan(
                 fp16=read_setting('fp16', fp16), nonfinite=read_setting('nonfinite', nonfinite))
 
 # %% ../../nbs/experiments/compare.ipynb #e2ff164b
-# options of `text_data` that a comparison passes on, and what they are if nobody says
-_reading = dict(max_bytes=4_000_000, text_field='text', domain_field=None, cache_dir=None)
+# options of `read_text` that a comparison passes on, and what they are if nobody says
+_reading = dict(max_bytes=4_000_000, text_field='text', domain_field=None, cache_dir=None, stream=False, workers=0)
 
 @patch
 def read(self:Plan,
     data,               # a `TextData`, or what `text_data` takes; None: the packaged corpora that are installed
     progress,           # told 'data' before text is read
     threads:int=None,   # see `use_threads`
-    **reading,          # options of `text_data`
+    **reading,          # options of `read_text`
 )->Plan:
     "The plan with its text, of whose sizes the preset becomes."
     source, threads, reading = data, use_threads(threads), _reading | reading
     if not isinstance(data, TextData):
         read_setting('text_field', reading['text_field'])
-        find_sources(data, text_field=reading['text_field'], domain_field=reading['domain_field'])
+        if reading['stream']: find_shards(data)
+        else: find_sources(data, text_field=reading['text_field'], domain_field=reading['domain_field'])
         progress('data')
-        data = text_data(data, vocab_size=self.preset.vocab_size, sequence_length=self.preset.sequence_length,
+        data = read_text(data, vocab_size=self.preset.vocab_size, sequence_length=self.preset.sequence_length,
                          **reading)
     preset = dataclasses.replace(self.preset, vocab_size=data.vocab_size, sequence_length=data.sequence_length)
     return dataclasses.replace(self, preset=preset, data=data, info=_info(data, source, threads, reading))
@@ -102,7 +105,8 @@ def read(self:Plan,
 # %% ../../nbs/experiments/compare.ipynb #47da62b5
 def _info(data, source, threads, reading):
     "What is worth knowing of a run but does not determine it"
-    reading = {k: reading[k] for k in ('max_bytes', 'text_field', 'domain_field')}
+    reading = {k: reading[k] for k in ('max_bytes', 'text_field', 'domain_field')} | (
+        dict(stream=True) if reading['stream'] else {})
     unigram = dict(perplexity=data.unigram_perplexity(), domains=data.unigram_perplexity(by_domain=True))
     return dict(libmoe_nb=__version__, torch=torch.__version__, python=platform.python_version(),
                 machine=f'{platform.system()} {platform.machine()}', threads=threads,
@@ -128,7 +132,7 @@ def _suite(evaluate, data, out=None):
     n = 25 if evaluate is True else evaluate
     path = out and out/f'suite-{n}-{data.fingerprint[:8]}.jsonl'
     if path and path.exists(): return Suite.load(path)
-    suite = _fitting(make_suite(data, num_examples=n), data)
+    suite = _fitting(make_suite(getattr(data, 'sample', data), num_examples=n), data)
     if path: suite.save(path)
     return suite
 
@@ -253,7 +257,7 @@ def compare(
     mismatches:int=0,      # compare routing in training and in use every so many steps; changes no result
     evaluate=None,         # score models on tasks made of validation text: True, how many of each, or a `Suite`
     log=None,              # 'tensorboard', 'trackio' or 'wandb': send telemetry there, too; changes no result
-    **kwargs,              # fields of `Preset` and `MoESpec`, and max_bytes, text_field, domain_field, cache_dir
+    **kwargs,              # fields of `Preset` and `MoESpec`, and those of `read_text`
 )->Comparison:
     "Train recipes under one budget, and report. Runs that are finished in `out` are not repeated."
     out, progress, seeds = Path(out), _observer(progress), seed_list(seeds)

@@ -368,6 +368,7 @@ def _shell_line(self, data):
     words += ['--preset', self.config['preset']['name'], '--recipes', ','.join(self.recipe_names), '--seeds',
               str(len(self.seeds))]
     if 'max_bytes' in changed: changed['max_bytes'] = changed['max_bytes'] or 0      # the shell's word for all
+    words += ['--stream'] * changed.pop('stream', False)
     for k, v in changed.items():
         words += ([f'--{k.replace("_", "-")}', str(v)] if k in _flags
                   else ['--set', f'{k}={v if isinstance(v, str) else json.dumps(v)}'])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..analysis.traces import probe_batches
 from ..data.sources import default_data, find_sources
 from ..data.text import TextData, check_ids, text_data
+from ..data.text_streams import read_text
 
 # %% ../../nbs/experiments/probe.ipynb #30dcfdf5
 def _encode(tokenizer, text): return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -150,6 +151,6 @@ def _split_probe(subject, data, known, size, reading):
     tokenizer = subject.tokenizer or data.tokenizer
     text = data
     if not isinstance(data, TextData):
-        text = text_data(data, tokenizer=tokenizer, sequence_length=size['sequence_length'], **reading)
+        text = read_text(data, tokenizer=tokenizer, sequence_length=size['sequence_length'], **reading)
     return Probe(*_held_out(text, tokenizer, **size), data_name(data or default_data()),
                  own and same_documents(text, known.get('parts')), own)

@@ -11,7 +11,8 @@ __all__ = ['image_fields', 'next_token_loss', 'as_batch', 'take_rows', 'TrainBat
 import torch, torch.nn.functional as F
 from itertools import islice
 from torch import Tensor
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
+from ..core.ranks import sum_over_ranks, world_size
 
 # %% ../../nbs/training/batches.ipynb #bdbb5124
 def next_token_loss(
@@ -69,18 +70,37 @@ class TrainBatches:
         store_attr()
         # number of the next batch; how many batches of the coming epoch are done already
         self.position, self.skip = 0, 0
-        self.rank, self.world = 0, 1     # which part of each batch this process takes
-        self.tokens = None               # of the last batch, padding and the parts of all processes included
-        self.as_batch = getattr(dataset, 'as_batch', as_batch)
+        self.rank, self.world, self.tokens = 0, 1, None # its part of each batch; tokens of all parts of the last one
+        self.bookmark = None             # of a `TokenStream`: a position, and where its lanes stand there
+        self.as_batch, self.device = getattr(dataset, 'as_batch', as_batch), None
     def __len__(self): return self.steps
     def __iter__(self):
         todo, self.skip = self.steps - self.skip, 0
-        for b in islice(self.dataset.batches(self.batch_size, self.seed, self.position), todo):
-            self.position, self.tokens = self.position + 1, b['labels'].numel()
-            yield self.as_batch(_share(b, self.rank, self.world))
-    def one_batch(self): return self.as_batch(next(self.dataset.batches(self.batch_size, self.seed, self.position)))
-    def to(self, device): return self
+        for b, self.tokens, places in islice(self._parts(), todo):
+            self.position += 1
+            if places is not None: self.bookmark = self.position, self._together(places)
+            yield self.as_batch(b)
+    def one_batch(self): return self.as_batch(next(self._parts())[0])
+    def to(self, device): self.device = device; return self
     def new(self, **kwargs): return self
+
+# %% ../../nbs/training/batches.ipynb #29dbe53e
+@patch
+def _parts(self:TrainBatches):
+    "From the next batch on: the part of this process, tokens of the whole, and where a stream stands then"
+    d, read = self.dataset, (self.batch_size, self.seed, self.position)
+    if not hasattr(d, 'parts'):
+        yield from ((_share(b, self.rank, self.world), b['labels'].numel(), None) for b in d.batches(*read))
+        return
+    known = self.bookmark[1] if self.bookmark and self.bookmark[0] == self.position else None
+    for b, places in d.parts(*read, known, self.rank, self.world):
+        yield b, b['labels'].shape[1] * self.batch_size, places
+
+@patch
+def _together(self:TrainBatches, places):
+    "Where all lanes of a stream stand, as a list: each process knows its own"
+    if world_size() == 1: return places.tolist()
+    return (sum_over_ranks(places.to(self.device or 'cpu')) // (world_size() // self.world)).tolist()
 
 # %% ../../nbs/training/batches.ipynb #d5843bba
 def _counts_nowhere(b):

@@ -372,11 +372,12 @@ def fit_cosine(self:MoELearner,
 @delegates(Learner.lr_find)
 def lr_find(self:MoELearner, **kwargs):
     "fastai's `lr_find`, after which training goes on as if it had not been."
-    train, before = self.dls.train, (self.step, self.dls.train.position, self.resumed)
+    train = self.dls.train
+    before = self.step, train.position, train.bookmark, self.resumed
     rng, self.resumed = rng_state(), None
     try: return Learner.lr_find(self, **kwargs)
     finally:
-        self.step, train.position, self.resumed = before
+        self.step, train.position, train.bookmark, self.resumed = before
         train.skip = 0
         set_rng_state(rng)
         # where it is empty: fastai made it for this
