@@ -16,7 +16,7 @@ from ..core.files import write_atomic, write_json, check_is_folder, read_record
 from ..core.words import format_number, format_percent, join_words, plural
 from ..evaluation.significance import ranking_verdict
 from .comparison import Comparison, result_cells, verdict
-from .run import run_hash, run_name
+from .run import precision_name, run_hash, run_name
 from ..moe.config import recipes
 from ..plots.experts import plot_loads
 from ..plots.routing import plot_by_layer, plot_over_checkpoints
@@ -123,7 +123,7 @@ def _budget_facts(self):
     c, p, tokens = self.config, self.config['preset'], self.config['preset']['steps'] * self.step_tokens
     return {'budget': f"{plural(p['steps'], 'step')} of {plural(p['batch_size'], 'sequence')}: "
                       f"{plural(tokens, 'token')}{_epochs(tokens, self.info['data']['train_tokens'])}; AdamW, peak "
-                      f"learning rate {p['learning_rate']:g}, {'bf16' if c['bf16'] else 'float32'}",
+                      f"learning rate {p['learning_rate']:g}, {precision_name(c)}",
             'fairness': f"seed{'s' * (len(self.seeds) != 1)} {', '.join(map(str, self.seeds))}; for one seed all "
                         f"recipes read the same batches and start with the same embeddings, attention and norms"}
 

@@ -62,6 +62,6 @@ def _counts(fig, df, columns):
     marks = [plt.Line2D([], [], marker=f'${verdict_looks[w][1]}$', ls='', color='white', ms=4) for w in there]
     backs = [plt.Line2D([], [], marker='s', ls='', color=verdict_looks[w][0], ms=9, mew=0) for w in there]
     from matplotlib.legend_handler import HandlerTuple
-    fig.legend([*zip(backs, marks)], [f'{n[w]} {w}' for w in there], loc='upper center', ncols=min(len(there), columns), fontsize=9,
-               handler_map={tuple: HandlerTuple(ndivide=1, pad=0)}, handlelength=1, handletextpad=.4,
-               columnspacing=1.6, borderpad=.1)
+    fig.legend([*zip(backs, marks)], [f'{n[w]} {w}' for w in there], loc='upper center',
+               ncols=min(len(there), columns), fontsize=9, handlelength=1, handletextpad=.4, columnspacing=1.6,
+               borderpad=.1, handler_map={tuple: HandlerTuple(ndivide=1, pad=0)})

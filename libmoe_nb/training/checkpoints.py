@@ -6,7 +6,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/training/checkpoints.html.md"""
 
 # %% auto #0
 __all__ = ['take_out_tensors', 'put_back_tensors', 'save_checkpoint', 'checkpoints', 'Checkpoint', 'TimedCheckpoint',
-           'StepReporter', 'resume', 'Resumed']
+           'StepReporter', 'resume', 'Resumed', 'consolidate']
 
 # %% ../../nbs/training/checkpoints.ipynb #a33091e0
 import json, os, shutil, time, warnings, numpy as np, torch
@@ -18,8 +18,9 @@ from fastcore.all import L, patch
 from ..core.errors import check, differences, tell_differences
 from ..core.files import file_digest, flush_to_disk
 from ..core.modes import unwrap
-from ..core.ranks import is_main
+from ..core.ranks import all_or_none, is_main, of_all_ranks, rank
 from .learner import rng_state, set_rng_state
+from .pieces import *
 
 # %% ../../nbs/training/checkpoints.ipynb #a8ed30fa
 with warnings.catch_warnings():
@@ -93,22 +94,26 @@ def _state(learn):
                 callbacks={cb.name: cb.state() for cb in learn.cbs if hasattr(type(cb), 'state')})
 
 # %% ../../nbs/training/checkpoints.ipynb #133b4f7e
-_FORMAT = 'libmoe checkpoint 1'
+_FORMAT, _IN_PIECES = 'libmoe checkpoint 1', 'libmoe checkpoint in pieces 1'
 def _seal(info): return blake2b(json.dumps(info, sort_keys=True).encode(), digest_size=16).hexdigest()
 
-def _write_folder(folder, model, info, tensors):
-    "Fill `folder` with a checkpoint's files"
-    save_model(model, folder/'model.safetensors', metadata=dict(format='pt'))
+def _write_folder(folder, model, info, tensors, pieces=None):
+    "Fill `folder` with a checkpoint's files; `pieces`: files of the model's pieces that are there -> their digests"
+    if pieces is None: save_model(model, folder/'model.safetensors', metadata=dict(format='pt'))
     save_file(tensors, folder/'training.safetensors')
     if hasattr(model, 'config'): model.config.save_pretrained(folder)
-    info = dict(format=_FORMAT, **info, files={p.name: file_digest(p) for p in sorted(folder.iterdir())})
+    files = {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.is_file()} | (pieces or {})
+    info = dict(format=_FORMAT if pieces is None else _IN_PIECES, **info, files=files)
     (folder/'checkpoint.json').write_text(json.dumps(dict(info, seal=_seal(info))))
     for p in [*folder.iterdir(), folder]: flush_to_disk(p)
 
 # %% ../../nbs/training/checkpoints.ipynb #b6169dbf
-def _clear(folder):
-    "Remove what killed processes left"
+def _begin(folder):
+    "A new folder to write to, after what killed processes left is removed"
+    folder.mkdir(parents=True, exist_ok=True)
     for p in [*folder.glob('.tmp-*'), *folder.glob('.trash')]: shutil.rmtree(p, ignore_errors=True)
+    (new := folder/f'.tmp-{os.getpid()}').mkdir()
+    return new
 
 def _remove(path):
     "Remove a checkpoint; its name goes first, so that none is ever seen half removed"
@@ -116,26 +121,48 @@ def _remove(path):
         trash = path.rename(path.with_name('.trash'))
         shutil.rmtree(trash, ignore_errors=True)
 
+def _put(new, path):
+    "Give a folder that is written its name"
+    old = path.with_name(f'{path.name}-old')
+    if path.exists(): _remove(old); path.rename(old)
+    new.rename(path)
+    flush_to_disk(path.parent); _remove(old)
+
 # %% ../../nbs/training/checkpoints.ipynb #ac92a649
 def save_checkpoint(
     learn,          # a `MoELearner`
     folder,         # where checkpoints are kept
     place=(0, 0),   # epochs that are complete, and batches of the next one
 )->Path:            # the new folder in it
-    "Write the state of training into a new folder `step-...` of `folder`."
-    folder, tensors = Path(folder), {}
+    "Write the state of training into a new folder `step-...` of `folder`; all processes together if it is in pieces."
+    path, model, state = Path(folder)/f'step-{learn.step:08d}', unwrap(learn.model), _state(learn)
+    if is_sharded(model): return _save_pieces(learn, model, state, path, place)
+    info, tensors = _about(learn, state, place)
+    new = _begin(path.parent)
+    _write_folder(new, model, info, tensors)
+    _put(new, path)
+    return path
+
+def _about(learn, state, place):
+    "What a checkpoint's JSON holds, and the tensors of `state`"
     info = dict(identity=_identity(learn), settings=getattr(learn, 'settings', {}), step=learn.step,
                 position=learn.dls.train.position, place=list(place), train_iter=learn.train_iter,
-                **_bookmark(learn), **take_out_tensors(_state(learn), tensors, 'state'))
-    folder.mkdir(parents=True, exist_ok=True)
-    _clear(folder)
-    new, path = folder/f'.tmp-{os.getpid()}', folder/f'step-{learn.step:08d}'
-    new.mkdir()
-    _write_folder(new, unwrap(learn.model), info, tensors)
-    old = path.with_name(f'{path.name}-old')
-    if path.exists(): _remove(old); path.rename(old)
-    new.rename(path)
-    flush_to_disk(folder); _remove(old)
+                **_bookmark(learn))
+    return info | take_out_tensors(state, tensors := {}, 'state'), tensors
+
+# %% ../../nbs/training/checkpoints.ipynb #eac8953a
+def _save_pieces(learn, model, state, path, place):
+    moments, rest = split_moments(learn.opt, optimizer_names(model, learn.opt))
+    info, tensors = _about(learn, state | dict(opt=rest, rng=of_all_ranks(state['rng'])), place)
+    with all_or_none(): new = _begin(path.parent) if is_main() else None
+    new = of_all_ranks(new)[0]
+    mine = write_pieces(model.state_dict(), new/'model') + write_pieces(moments, new/'optimizer')
+    pieces = {}
+    for told in of_all_ranks({p.relative_to(new).as_posix(): file_digest(p) for p in mine}): pieces |= told
+    with all_or_none():
+        if is_main():
+            _write_folder(new, model, info, tensors, pieces)
+            _put(new, path)
     return path
 
 # %% ../../nbs/training/checkpoints.ipynb #95b9c169
@@ -150,7 +177,7 @@ def checkpoints(
 # %% ../../nbs/training/checkpoints.ipynb #97da0d63
 class Checkpoint(Callback):
     "Saves the state of training every `every` steps and at the end of a fit."
-    order, run_valid, main_only = 70, False, True
+    order, run_valid, main_only, together = 70, False, True, True
     def __init__(self,
         folder,               # where checkpoints are kept
         every:int=None,       # steps between two of them; None: only at the end
@@ -172,14 +199,21 @@ class Checkpoint(Callback):
 @patch
 def save(self:Checkpoint):
     "Save now, and remove checkpoints that are too old; a run that diverged is not saved."
-    if not is_main() or self.learn.diverged: return
-    if not all(p.isfinite().all() for p in self.learn.model.parameters()):
-        warnings.warn(f'no checkpoint was saved at step {self.learn.step}: there are weights that are not finite, '
-                      f'and earlier checkpoints are kept')
+    learn, model = self.learn, unwrap(self.learn.model)
+    if not (is_main() or is_sharded(model)) or learn.diverged: return
+    if not _all_finite(model):
+        if is_main():
+            warnings.warn(f'no checkpoint was saved at step {learn.step}: there are weights that are not finite, and '
+                          f'earlier checkpoints are kept')
         return
-    save_checkpoint(self.learn, self.folder, self.place)
-    for p in checkpoints(self.folder)[self.keep_last:]: _remove(p)
-    if hasattr(self.learn, 'throughput'): self.learn.throughput.pause()
+    save_checkpoint(learn, self.folder, self.place)
+    if is_main():
+        for p in checkpoints(self.folder)[self.keep_last:]: _remove(p)
+    if hasattr(learn, 'throughput'): learn.throughput.pause()
+
+def _all_finite(model):
+    mine = all(own_piece(p).isfinite().all() for p in model.parameters())
+    return all(of_all_ranks(mine)) if is_sharded(model) else mine
 
 # %% ../../nbs/training/checkpoints.ipynb #d3675133
 class TimedCheckpoint(Checkpoint):
@@ -193,7 +227,8 @@ class TimedCheckpoint(Checkpoint):
         self.seconds, self.at_end, self.saved = seconds, at_end, time.monotonic()
     def after_batch(self):
         super().after_batch()
-        if time.monotonic() - self.saved > self.seconds: self.save()
+        due = time.monotonic() - self.saved > self.seconds
+        if of_all_ranks(due)[0] if is_sharded(self.learn.model) else due: self.save()
     def after_fit(self):
         if self.at_end and self.place[0]: super().after_fit()
     def save(self):
@@ -203,33 +238,38 @@ class TimedCheckpoint(Checkpoint):
 # %% ../../nbs/training/checkpoints.ipynb #62464299
 class StepReporter(Callback):
     "Tells of each step; saves if the answer is an interruption."
-    order, run_valid, main_only = 80, False, True
+    order, run_valid, main_only, together = 80, False, True, True
     def __init__(self,
         tell,            # called with step=, loss= and tokens_per_second=
         checkpoint=None, # a `Checkpoint` of the same learner; None: nothing is saved
     ): self.tell, self.checkpoint = tell, checkpoint
-    def after_batch(self):
+    def answer(self):
+        "The interruption with which the function answers, or None"
         l = self.learn
         try: self.tell(step=l.step, loss=l.loss.item(), tokens_per_second=l.throughput.value)
-        except KeyboardInterrupt:
-            if self.checkpoint is not None: self.checkpoint.save()
-            raise
+        except KeyboardInterrupt as e: return e
+    def after_batch(self):
+        stop = self.answer() if is_main() or not is_sharded(self.learn.model) else None
+        if is_sharded(self.learn.model) and of_all_ranks(stop is not None)[0]: stop = stop or KeyboardInterrupt()
+        if stop is None: return
+        if self.checkpoint is not None: self.checkpoint.save()
+        raise stop
 
 # %% ../../nbs/training/checkpoints.ipynb #a016cb41
-def _read_checkpoint(path, identity):
-    "A checkpoint's JSON, or a `ValueError` that says why it is refused"
+def _read_checkpoint(path, identity=None, part=slice(None)):
+    "A checkpoint's JSON, or a `ValueError` that says why it is refused; `part`: files to look at"
     refuse = lambda why: ValueError(f'checkpoint {path} is {why}')
     try: info = json.loads((path/'checkpoint.json').read_text())
     except (OSError, ValueError, RecursionError) as e:
         raise refuse(f'damaged: checkpoint.json cannot be read ({type(e).__name__})') from None
-    if not isinstance(info, dict) or info.get('format') != _FORMAT: raise refuse(f'no {_FORMAT}')
+    if not isinstance(info, dict) or info.get('format') not in (_FORMAT, _IN_PIECES): raise refuse(f'no {_FORMAT}')
     if info.pop('seal', None) != _seal(info): raise refuse('damaged: checkpoint.json is not what was written')
     told = dict(files=dict, identity=dict, place=list, dict=list, step=int, position=int, train_iter=int)
     lack = [k for k, c in told.items() if not isinstance(info.get(k), c)]
     if lack: raise refuse(f'damaged: its {lack[0]} is none')
-    for n, d in info['files'].items():
+    for n, d in [*info['files'].items()][part]:
         if not (path/n).is_file() or file_digest(path/n) != d: raise refuse(f'damaged: {n} is not what was written')
-    for k, v in identity.items():
+    for k, v in (identity or {}).items():
         if info['identity'].get(k) != v: raise refuse(f'of another run: its {k} is {info["identity"].get(k)}, not {v}')
     return info
 
@@ -242,13 +282,19 @@ def resume(
     "Take a learner to where its newest valid checkpoint stands; its next fit goes on from there."
     if learn.opt is None: learn.create_opt()
     refused, identity = [], _identity(learn)
-    for path in checkpoints(folder):
-        try: info = _read_checkpoint(path, identity)
-        except ValueError as e: refused.append(str(e)); continue
+    together = of_all_ranks if is_sharded(unwrap(learn.model)) else lambda said: [said]
+    for path in together(checkpoints(folder))[0]:
+        info, why = _read_or_why(path, identity, len(together(None)))
+        if why := next((w for w in together(why) if w), None): refused.append(why); continue
         for r in refused: warnings.warn(f'{r}; using {path.name}')
         _load_checkpoint(learn, path, info, [change] if isinstance(change, str) else list(change))
         return path
     if refused: raise ValueError(f'no checkpoint in {folder} can be used: ' + '; '.join(refused))
+
+def _read_or_why(path, identity, readers):
+    "A checkpoint's JSON and None, or None and why it is refused; of several readers each looks at some files"
+    try: return _read_checkpoint(path, identity, slice(rank() if readers > 1 else 0, None, readers)), None
+    except ValueError as e: return None, str(e)
 
 # %% ../../nbs/training/checkpoints.ipynb #462325bb
 class Resumed:
@@ -300,13 +346,64 @@ def _load_callbacks(learn, states):
         if name in states: cb.load_state(states[name])
 
 def _load_checkpoint(learn, path, info, change=()):
-    learn.model.to(learn.dls.device)
-    load_model(unwrap(learn.model), path/'model.safetensors')
+    model, pieces = unwrap(learn.model), info['format'] == _IN_PIECES
+    if not is_sharded(model): learn.model.to(learn.dls.device)
     s = put_back_tensors(dict(dict=info['dict']), load_file(path/'training.safetensors'))
+    if pieces or is_sharded(model): opt = _load_pieces(learn, model, path, s['opt'], pieces)
+    else: load_model(model, path/'model.safetensors'); opt = s['opt']
     # the moments are the checkpoint's, the settings this learner's
     asked = {k: v for k, v in learn.opt.state_dict().items() if k in ('param_groups', 'hypers')}
-    learn.opt.load_state_dict({**s['opt'], **asked})
+    learn.opt.load_state_dict({**opt, **asked})
     learn.step, learn.dls.train.position = info['step'], info['position']
+    if pieces: s['rng'] = s['rng'][rank() % len(s['rng'])]
     learn.dls.train.bookmark = info.get('bookmark')
     learn.resumed = Resumed(path, info, s, change)
     _load_callbacks(learn, s['callbacks'])
+
+# %% ../../nbs/training/checkpoints.ipynb #58c0c752
+def _by_name(saved, names):
+    "What a checkpoint of one process has of the moments, as one in pieces has it, and names in its file"
+    s = saved['state']
+    at, keys, rest = dict(enumerate(s)) if isinstance(s, list) else s, {}, {}
+    for i, n in enumerate(names):
+        own = {k for k, v in at.get(i, {}).items() if isinstance(v, Tensor) and v.dim()}
+        keys |= {(n, k): f'state.opt.state.{i}.{k}' for k in own}
+        rest[n] = {k: None if k in own else v for k, v in at.get(i, {}).items()}
+    return keys, rest
+
+def _load_pieces(learn, model, path, saved, pieces):
+    "Read the model, and return the optimiser's state: from a checkpoint in pieces, or from a whole one into pieces"
+    names, of_model, of_opt = optimizer_names(model, learn.opt), path, path
+    if pieces: of_model, of_opt = path/'model', path/'optimizer'
+    params = dict(model.named_parameters())
+    there = stored_pieces(of_model)
+    read_pieces({n: t for n, t in model.state_dict().items() if n in there}, of_model)   # one of two that are tied
+    keys, rest = ({}, saved) if pieces else _by_name(saved, [n for n, p in params.items() if p.requires_grad])
+    if pieces: keys = {(n, k): f'{n}.{k}' for n, s in rest.items() for k, v in s.items() if v is None}
+    moments = read_moments(params, keys, of_opt) if keys else {}
+    state = [{k: moments.get((n, k), v) for k, v in rest.get(n, {}).items()} for n in names]
+    as_list = isinstance(learn.opt.state_dict()['state'], list)
+    return dict(state=state if as_list else {i: s for i, s in enumerate(state) if s})
+
+# %% ../../nbs/training/checkpoints.ipynb #50781471
+def consolidate(
+    checkpoint, # its folder; or that of a run, or one that holds checkpoints, of which the newest is taken
+    out,        # a new folder for `from_pretrained`
+)->Path:        # `out`
+    "Write the model of a checkpoint whole: one safetensors file and its configuration."
+    path, out = Path(checkpoint), Path(out)
+    if not (path/'checkpoint.json').is_file():
+        found = checkpoints(path) or checkpoints(path/'checkpoints')
+        check(found, 'checkpoint', str(checkpoint), 'the folder of a checkpoint, or one that holds some')
+        path = found[0]
+    check(not out.exists(), 'out', str(out), 'the name of a folder that is not there yet')
+    info = _read_checkpoint(path)
+    (new := out.with_name(f'.{out.name}.{os.getpid()}.tmp')).mkdir(parents=True)
+    try:
+        in_pieces = info['format'] == _IN_PIECES
+        save_file(whole_tensors(path/'model') if in_pieces else load_file(path/'model.safetensors'),
+                  new/'model.safetensors', metadata=dict(format='pt'))
+        for p in path.glob('*config.json'): shutil.copyfile(p, new/p.name)
+        new.rename(out)
+    finally: shutil.rmtree(new, ignore_errors=True)
+    return out
