@@ -150,7 +150,7 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
     import gzip
     from libmoe_nb.data import files
     from libmoe_nb.data.sources import load_documents
-    monkeypatch.setattr(files, '_LINE', 1000)
+    monkeypatch.setattr(files, 'LONGEST_LINE', 1000)
     with gzip.open(tmp_path/'a.jsonl.gz', 'wb') as f: f.write(lines([dict(text='x')]) + b'{"text": "' + b'a' * 10**6)
     with pytest.raises(ValueError, match=r'a.jsonl.gz line 2 is longer than 1,000 bytes'):
         list(load_documents(tmp_path/'a.jsonl.gz'))
