@@ -32,7 +32,8 @@ def test_a_soak_goes_on_and_tells(tmp_path):
                                          (dict(dead=lambda i: 1), 'dead'),
                                          (dict(entropy=lambda i: .4), 'dead'),
                                          (dict(loss=lambda i: 5 - .1 * min(i, 16 - i)), 'drift'),
-                                         (dict(nonfinite=lambda i: int(i > 3)), 'nonfinite')], ids=['memory', 'dead', 'entropy', 'drift', 'nonfinite'])
+                                         (dict(nonfinite=lambda i: int(i > 3)), 'nonfinite')],
+                         ids=['memory', 'dead', 'entropy', 'drift', 'nonfinite'])
 def test_what_is_not_as_it_should_be(change, bad):
     from types import SimpleNamespace
     made = dict(loss=lambda i: 5 - .1 * i, dead=lambda i: i % 2, entropy=lambda i: .9, nonfinite=lambda i: 0,

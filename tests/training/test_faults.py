@@ -85,7 +85,8 @@ def test_a_data_worker_that_dies_is_one_sentence_and_the_run_goes_on(tmp_path, m
     assert dead.exit_code == 1 and not dies.exists() and 'Traceback' not in dead.output
     told = dead.stderr.strip().splitlines()[-1]
     assert re.fullmatch(r'libmoe: a process that reads data, number \d+, (was ended by a signal \(Killed\)|ended): '
-                        r"memory may have run out\. What is finished is kept; give the same command again to go on from here\.",
+                        r"memory may have run out\. What is finished is kept; give the same command again to go on "
+                        r"from here\.",
                         told)
     (kept,) = checkpoints(tmp_path/'dead'/'checkpoints')
     assert kept.name in ('step-00000003', 'step-00000004') and not (tmp_path/'dead'/'result.json').exists()
