@@ -225,10 +225,13 @@ class TimedCheckpoint(Checkpoint):
     ):
         super().__init__(folder, keep_last=1)
         self.seconds, self.at_end, self.saved = seconds, at_end, time.monotonic()
+    def before_train(self):
+        super().before_train()
+        self.sharded = is_sharded(self.learn.model)
     def after_batch(self):
         super().after_batch()
         due = time.monotonic() - self.saved > self.seconds
-        if of_all_ranks(due)[0] if is_sharded(self.learn.model) else due: self.save()
+        if of_all_ranks(due)[0] if self.sharded else due: self.save()
     def after_fit(self):
         if self.at_end and self.place[0]: super().after_fit()
     def save(self):
@@ -243,14 +246,15 @@ class StepReporter(Callback):
         tell,            # called with step=, loss= and tokens_per_second=
         checkpoint=None, # a `Checkpoint` of the same learner; None: nothing is saved
     ): self.tell, self.checkpoint = tell, checkpoint
+    def before_train(self): self.sharded = is_sharded(self.learn.model)
     def answer(self):
         "The interruption with which the function answers, or None"
         l = self.learn
         try: self.tell(step=l.step, loss=l.loss.item(), tokens_per_second=l.throughput.value)
         except KeyboardInterrupt as e: return e
     def after_batch(self):
-        stop = self.answer() if is_main() or not is_sharded(self.learn.model) else None
-        if is_sharded(self.learn.model) and of_all_ranks(stop is not None)[0]: stop = stop or KeyboardInterrupt()
+        stop = self.answer() if is_main() or not self.sharded else None
+        if self.sharded and of_all_ranks(stop is not None)[0]: stop = stop or KeyboardInterrupt()
         if stop is None: return
         if self.checkpoint is not None: self.checkpoint.save()
         raise stop
