@@ -13,7 +13,6 @@ __all__ = ['claims_said', 'perplexities_of_means', 'accuracies_of_means', 'accur
 
 # %% ../../nbs/paper/corrections.ipynb #b7742189
 import numpy as np, pandas as pd
-from . import claims as stated
 from . import claims as _statements
 from .verdicts import NotTestable, NotThere, claims, correction, jackknife
 
