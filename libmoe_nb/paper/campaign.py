@@ -83,7 +83,7 @@ def _questions(few, vocab_size, **kw):
     return [*(g(f'xmoe {n}', f'XMoE, {n.replace("_", " ")}', ('xmoe', 'fig6', 'fig14'), ('xmoe',), few, variant=n,
                 options=dict(xmoe=o), priority=3) for n, o in xmoe.items()),
             g('controls', 'Routers that never learn', ('controls', 'harm', 'fig14'), ('random_fixed', 'hash'), few,
-              settings=unbalanced, options=dict(hash=dict(vocab_size=vocab_size)), priority=3, variant='control')]
+              settings=unbalanced, options=dict(hash=dict(num_ids=vocab_size)), priority=3, variant='control')]
 
 def _sizes(faithful, second, second_seeds, **kw):
     "Four recipes with the paper's initialisation and layout, and another size"

@@ -26,11 +26,11 @@ class FixedRouter(SoftmaxRouter):
 class HashRouter(SoftmaxRouter):
     "Each entry of the vocabulary has its own K experts, drawn once, with equal weights."
     ids = None # of the tokens of the batch, see `give_ids`
-    def __init__(self, hidden_size, num_experts, top_k, *, vocab_size:int=4096, **kwargs):
-        self.vocab_size = vocab_size
+    def __init__(self, hidden_size, num_experts, top_k, *, num_ids:int=4096, **kwargs):
+        self.num_ids = num_ids
         super().__init__(hidden_size, num_experts, top_k, **kwargs)
     def build(self, hidden_size, num_choices):
-        self.register_buffer('table', torch.empty(self.vocab_size, num_choices))
+        self.register_buffer('table', torch.empty(self.num_ids, num_choices))
     def reset_parameters(self): self.table.normal_()
     def logits(self, x, previous_logits=None):
         given = None if self.ids is None else self.ids.numel()

@@ -1,12 +1,12 @@
 "The campaign: its list of runs, a small piece made again to the bit, an interruption, and names that nobody knows."
 import json, re, shutil
-import pandas as pd, pytest
+import pandas as pd, pytest, torch
 from libmoe_nb.core.files import write_json
 from libmoe_nb.experiments.compare import compare
 from libmoe_nb.experiments.run import run_name
 from libmoe_nb.moe.config import recipes
 from libmoe_nb.paper.campaign import chosen_groups, claims_of, figure_names, group_table, plan_campaign, scales
-from libmoe_nb.paper.controls import control_titles
+from libmoe_nb.paper.controls import CampaignRun, control_recipes, control_titles
 from libmoe_nb.paper.measures import measures_for
 from libmoe_nb.paper.results import read_results, reproduce, results_folder
 from libmoe_nb.paper.verdicts import claims, verdict_table
@@ -94,6 +94,17 @@ def test_figures_of_a_claim_are_read():
 def test_controls_are_recipes_in_the_block_alone():
     plan_campaign('fig3', 'tiny', '/nonexistent')
     assert not {*control_titles} & {*recipes}
+
+def test_every_group_of_the_list_makes_its_models(tmp_path):
+    "A run whose model cannot be made would only be known after hours of others."
+    c, seen, ids = plan_campaign(None, 'mini', tmp_path), set(), torch.arange(8)[None]
+    for g, r in c.runs:
+        if (key := (g.name, r.config['recipe'])) in seen or r.config.get('start'): continue
+        seen.add(key)
+        with control_recipes(), torch.no_grad():
+            run = CampaignRun(r.folder, r.config, r.data, r.options, info=r.info)
+            assert run.learner().model(input_ids=ids).logits.isfinite().all(), key
+    assert {n for _, n in seen} >= {'hash', 'random_fixed', 'smoe', 'dense'}
 
 def test_a_start_is_another_run_and_changes_the_shared_experts_alone(tmp_path):
     c = plan_campaign('fig3', 'tiny', tmp_path)
