@@ -30,7 +30,7 @@ from .telemetry import Perplexity, Throughput, TokenLoss
 # %% ../../nbs/training/learner.ipynb #217f9a90
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')
-    from fastai.basics import (Callback, CancelBackwardException, CancelEpochException, CancelStepException,
+    from fastai.basics import (event, Callback, CancelBackwardException, CancelEpochException, CancelStepException,
                                DataLoaders, Learner, OptimWrapper, ValueMetric, L, default_device, set_seed)
     import fastai.callback.progress, fastai.callback.schedule  # which bring `no_bar`, `fit_one_cycle` and `lr_find`
     from fastai.callback.training import GradientClip
@@ -192,6 +192,18 @@ def _do_fit(self:MoELearner):
         self.epoch = epoch
         self._with_events(self._do_epoch, 'epoch', CancelEpochException)
         if self.diverged: break
+
+# %% ../../nbs/training/learner.ipynb #1a966d4c
+def _hears(callback, event_name):
+    return (event_name in vars(callback) or hasattr(type(callback), event_name)
+            or type(callback).__call__ is not Callback.__call__)
+
+@patch
+def _call_one(self:MoELearner, event_name):
+    "Tell an event to the callbacks that hear it, in their order"
+    check(hasattr(event, event_name), 'event_name', event_name, 'one of fastai.basics.event')
+    for cb in self.cbs.sorted('order'):
+        if event_name == 'after_fit' or _hears(cb, event_name): cb(event_name)
 
 # %% ../../nbs/training/learner.ipynb #f8436173
 @patch

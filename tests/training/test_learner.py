@@ -168,3 +168,19 @@ def test_a_model_in_evaluation_mode_is_trained(data):
     see, model = SeeModes(), from_scratch('smoe', 'tiny', seed=0, **SMALL).eval()
     fit(make(None, data, model=model, dropout=False, cbs=[see]), epochs=1)
     assert all(all(m.values()) for m in see.seen)
+
+def test_an_event_is_told_to_those_who_hear_it(data):
+    told = []
+    class Heard(Callback):
+        def after_pred(self): told.append('method')
+    class Every(Callback):
+        def __call__(self, event_name): told.append(event_name)
+    class Once(Callback):
+        def before_fit(self): self.run = False
+        def after_pred(self): told.append('never')
+    once, made = Once(), Callback(after_fit=lambda self: told.append('function'))
+    learn = make('smoe', data, cbs=[Heard(), Every(), made, once])
+    fit(learn, epochs=1)
+    assert 'method' in told and 'after_pred' in told and told.count('function') == 1
+    assert 'never' not in told and once.run
+    with pytest.raises(ValueError, match='event_name'): learn('before_lunch')
