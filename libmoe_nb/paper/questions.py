@@ -6,7 +6,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/paper/questions.html.md"""
 
 # %% auto #0
 __all__ = ['harm_statistics', 'ranked', 'harm_correlations', 'harm_table', 'first_is_worst', 'late_rates', 'agreement',
-           'two_by_two']
+           'two_by_two', 'apart', 'apart_table']
 
 # %% ../../nbs/paper/questions.ipynb #46d3ddfa
 import numpy as np, pandas as pd
@@ -118,3 +118,28 @@ def two_by_two(
                'beyond their sum': d[both] - d[first] - d[second] + d[base]}
     found = {k: interval(v) for k, v in effects.items() if len(v)}
     return pd.DataFrame({k: dict(effect=e.estimate, low=e.low, high=e.high, seeds=e.n) for k, e in found.items()}).T
+
+# %% ../../nbs/paper/questions.ipynb #9d09c8c4
+def apart(
+    wide,  # [seeds, algorithms] of a number
+)->float:  # standard deviations between seeds of one algorithm
+    "How far algorithms lie apart, beyond what seeds alone would put between them."
+    x = np.asarray(wide, float)
+    S, A = x.shape
+    check(S > 1 and A > 1, 'wide', f'{S} seeds of {A} algorithms', 'two of each at least')
+    rest = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
+    noise = (rest ** 2).sum() / ((S - 1) * (A - 1))
+    between = x.mean(0).var(ddof=1) - noise / S
+    return float(np.sqrt(max(between, 0) / noise)) if noise > 0 else (np.inf if between > 0 else 0.)
+
+def apart_table(
+    numbers:dict,  # name -> a table with columns seed, recipe and value; rows of one run are averaged
+)->pd.DataFrame:   # index name; columns effect, low, high, n
+    "How far algorithms lie apart in each of several numbers; the interval leaves out a seed at a time."
+    rows = {}
+    for name, t in numbers.items():
+        wide = t.pivot_table(index='seed', columns='recipe', values='value').dropna()
+        if len(wide) < 2 or wide.shape[1] < 2: continue
+        e = jackknife([*wide.to_numpy()], lambda seeds: apart(np.stack(seeds)), .95)
+        rows[name] = dict(effect=e.estimate, low=e.low, high=e.high, n=e.n)
+    return pd.DataFrame(rows, index=['effect', 'low', 'high', 'n']).T
