@@ -18,6 +18,7 @@ forks.set_forkserver_preload(OTHERS)
 def _run(code, argv, env, cwd, ends):
     assert not any(m.split('.')[0] == 'libmoe_nb' for m in sys.modules)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.current_process()._config['daemon'] = False    # as a fresh one, it may have children
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

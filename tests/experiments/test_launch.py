@@ -1,5 +1,5 @@
 "One model in several processes: the command is stopped by a batch system, and one process ends what two began."
-import os, signal, sys, threading
+import json, os, random, signal, sys, threading
 
 import pytest, torch
 from safetensors.torch import load_file
@@ -13,11 +13,11 @@ import job_functions as f
 SMALL = dict(data='python', preset='tiny', steps=24, batch_size=4, sequence_length=64, traces=1024, max_bytes=150_000,
              device='cpu', threads=1, progress=None)
 
-def stopped(out, least, monkeypatch):
+def stopped(out, least, monkeypatch, data='python', *more):
     "The exit code of the command, told by a batch system to end when the log has so many steps"
-    args = ['train', 'sharede_v3', '--preset', 'tiny', '--data', 'python', '--out', str(out), '--device', 'cpu',
+    args = ['train', 'sharede_v3', '--preset', 'tiny', '--data', str(data), '--out', str(out), '--device', 'cpu',
             '--launch', '2', '--threads', '1', '--steps', '24', '--batch-size', '4', '--sequence-length', '64',
-            '--traces', '1024', '--max-bytes', '150000']
+            '--traces', '1024', '--max-bytes', '150000', *more]
     monkeypatch.setattr(sys, 'argv', ['libmoe', *args])
     ended = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail('the command does not hear'))
@@ -45,12 +45,28 @@ def test_what_two_processes_began_one_ends(tmp_path, at_once, monkeypatch, capsy
         assert code == 130 and 'stopping after this step' in wrong and 'Traceback' not in wrong, wrong
         assert [*(out/'checkpoints').glob('step-*')] and not (out/'result.json').exists()
     began = steps_of(out)
-    ended = train('sharede_v3', out=out, **SMALL)
-    whole = train('sharede_v3', out=tmp_path/'one', **SMALL)
-    assert 8 <= began < 24 and steps_of(out) == steps_of(tmp_path/'one') == 24
+    ended_by_one(tmp_path, 8 <= began < 24, SMALL)
+
+def ended_by_one(folder, began, settings):
+    "What is in `two` is ended by this process, and equals what it does alone"
+    ended, whole = (train('sharede_v3', out=folder/n, **settings) for n in ('two', 'one'))
+    assert began and steps_of(folder/'two') == steps_of(folder/'one') == settings['steps']
     assert abs(ended['perplexity'] / whole['perplexity'] - 1) < 1e-3 and ended['tokens'] == whole['tokens']
-    a, b = (load_file(tmp_path/n/'model'/'model.safetensors') for n in ('two', 'one'))
+    a, b = (load_file(folder/n/'model'/'model.safetensors') for n in ('two', 'one'))
     assert all(torch.allclose(a[n], b[n], atol=2e-3) for n in b)
+
+@pytest.mark.filterwarnings('ignore:going on from')
+def test_a_stream_that_two_processes_read_is_read_on_by_one(tmp_path, at_once, monkeypatch, capsys):
+    (corpus := tmp_path/'corpus').mkdir()
+    words = random.Random(0).choices('a few words of a corpus that is read in lanes by each process'.split(), k=30_000)
+    for k in range(5):
+        mine = words[6000 * k:6000 * k + 6000]
+        (corpus/f'{k}.jsonl').write_text('\n'.join(json.dumps(dict(text=' '.join(mine[i:i + 40])))
+                                                   for i in range(0, 6000, 40)))
+    code = stopped(tmp_path/'two', 4, monkeypatch, corpus, '--stream', '--workers', '1', '--vocab-size', '300')
+    wrong, began = capsys.readouterr().err, steps_of(tmp_path/'two')
+    assert code == 130 and 'Traceback' not in wrong, wrong
+    ended_by_one(tmp_path, 4 <= began < 24, dict(SMALL, data=str(corpus), stream=True, vocab_size=300))
 
 def test_a_batch_that_cannot_be_shared_out_is_refused_first(tmp_path):
     with pytest.raises(ValueError, match='batch_size must be a multiple of the number of processes, 3'):
