@@ -23,7 +23,7 @@ from ..experiments.vision_stages import stage_name
 from .campaign import chosen_groups, claims_of, figure_names, get_scale, plan_campaign
 from .measures import measure_path, measure_run, measures, measures_for
 from .verdicts import Evidence, claims, verdict_table
-from .vision_measures import image_traces, keep_vision, vision_tables
+from .vision_measures import image_traces, keep_vision, to_measure, vision_tables
 
 # %% ../../nbs/paper/results.ipynb #e5cebf0c
 def collect(
@@ -138,7 +138,7 @@ def _see(c, folder, jobs, threads, tell, train=True):
                            progress=lambda event, name=None, **kw: event == 'plan' or tell(event, name, **kw))
     how = dict(root=str(c.vision.root), test=c.vision.test, folder=folder)
     tasks = [Task(stage_name(s), keep_vision, dict(how, config=s)) for s in _sighted(c)
-             if c.vision.finished(s) and not vision_tables(s, folder)]
+             if c.vision.finished(s) and to_measure(s, folder)]
     if tasks: tell('measure', f'{len(tasks)} models that see')
     values_of(side_by_side(tasks, jobs, threads), 'measurements')
 
