@@ -54,6 +54,7 @@ def test_a_packaged_model_comes_before_a_folder_of_its_name(dense, tmp_path, mon
 
 def test_a_name_on_the_hub(dense, tmp_path, monkeypatch):
     "With a network it is left to the hub; without one, what was downloaded before is found"
+    monkeypatch.setattr(loading, 'no_network', lambda: False)
     assert find_model('somebody/some-moe') == 'somebody/some-moe' and model_folder('gpt2') == ('gpt2', {})
     snapshot = tmp_path/'hub'/'models--me--my-model'/'snapshots'/'abc'
     shutil.copytree(dense, snapshot)
