@@ -149,13 +149,15 @@ def measure_vision(
     return res | _stability(_traces(folder), result['steps'])
 
 # %% ../../nbs/paper/vision_measures.ipynb #925e9e6a
+def _place(config, folder, sizes): return Path(folder)/f'{stage_name(config)}-{run_hash(dict(sizes, version=2))}'
+
 def vision_tables(
     config:dict, folder, # as `keep_vision`
     **sizes,
 )->dict: # name -> table; {}: not measured yet
     "The tables that `keep_vision` has kept."
-    folder = Path(folder)/f'{stage_name(config)}-{run_hash(dict(sizes, version=2))}'
-    return {p.stem: pd.read_csv(p) for p in sorted(folder.glob('*.csv'))} if (folder/'accuracy.csv').exists() else {}
+    place = _place(config, folder, sizes)
+    return {p.stem: pd.read_csv(p) for p in sorted(place.glob('*.csv'))} if (place/'accuracy.csv').exists() else {}
 
 # %% ../../nbs/paper/vision_measures.ipynb #1d16adf8
 def to_measure(
@@ -172,13 +174,12 @@ def keep_vision(
     progress=None, **sizes,               # for `measure_vision`
 )->int: # tables that were computed
     "The tables of a last stage, computed once, for `side_by_side`."
-    folder = Path(folder)/f'{stage_name(config)}-{run_hash(dict(sizes, version=2))}'
-    if not to_measure(config, folder.parent, **sizes): return 0
-    probe = stage_folder(root, stage_name(config))/'probe'
-    if (folder/'accuracy.csv').exists() and probe.exists():
-        return _keep(_where(read_image_traces(probe)['tower']), folder)
-    make_folder(folder)
-    return _keep(measure_vision(root, config, test, **sizes), folder)
+    if not to_measure(config, folder, **sizes): return 0
+    place, probe = _place(config, folder, sizes), stage_folder(root, stage_name(config))/'probe'
+    if (place/'accuracy.csv').exists() and probe.exists():
+        return _keep(_where(read_image_traces(probe)['tower']), place)
+    make_folder(place)
+    return _keep(measure_vision(root, config, test, **sizes), place)
 
 def _keep(tables, folder):
     for n in sorted(tables, reverse=True):    # accuracy comes last, and says that all are there
