@@ -87,6 +87,7 @@ def moeify(
     "Swap feed-forward networks of a model for layers of a recipe, with random weights."
     specs = resolve_specs(model, spec, layers)
     ffns = {name: model.get_submodule(name) for name in specs}
+    _check_whole(ffns)
     for name, ffn in ffns.items(): check_seam(name, ffn)
     for name, ffn in ffns.items(): _check_width(model, name, ffn, specs[name])
     new = {name: like_ffn(build_layer(specs[name]), ffn) for name, ffn in ffns.items()}
@@ -133,6 +134,10 @@ def like_ffn(
     "Move a layer to the device, the dtype and the mode of an FFN."
     p = next(ffn.parameters())
     return layer.to(device=p.device, dtype=p.dtype).train(ffn.training)
+
+def _check_whole(ffns):
+    cut = [n for n, ffn in ffns.items() if any(hasattr(p, 'ds_id') for p in ffn.parameters())]
+    check(not cut, 'model', cut and cut[0], 'whole, and ZeRO-3 has cut it: make it before `TrainingArguments`')
 
 def _check_width(model, name, ffn, spec):
     family, config = ffn_family(ffn), getattr(model, 'config', None)
