@@ -187,8 +187,8 @@ def effect_picture(
     colour, dash = verdict_colours[r.verdict], 'stroke-dasharray="2 2"'
     width = max(at(r.high) - at(r.low), 1)
     bar = f'<rect x="{at(r.low):.1f}" width="{width:.1f}" y="6" height="4" fill="{colour}" opacity=".45"/>'
-    ends = ''.join(f'<path d="M{x} 4l{d} 4l{-d} 4z" fill="{colour}"/>' for v, x, d in ((r.low, 4, -4), (r.high, 156, 4))
-                   if not -2 <= v / unit <= 3)
+    ends = ''.join(f'<path d="M{x} 4l{d} 4l{-d} 4z" fill="{colour}"/>' for off, x, d in
+                   ((r.low < -2 * unit, 4, -4), (r.high > 3 * unit, 156, 4)) if off)
     return (f'<svg width="160" height="16" role="img" aria-label="effect {r.effect:.3g}, bound {r.bound:.3g}">{line(0)}'
             + ''.join(line(b, dash) for b in bounds if b) + bar + ends
             + f'<circle cx="{at(r.effect):.1f}" cy="8" r="4" fill="{colour}"/></svg><br>')
