@@ -284,6 +284,18 @@ def test_formulas_have_single_backslashes(path):
     for cell in cells(path):
         if cell['cell_type'] == 'markdown': assert not [t for t, _ in formulas(source(cell)) if doubled(t)]
 
+@cache
+def documented_names():
+    index = importlib.import_module('libmoe_nb._modidx').d['syms']
+    return {name.rsplit('.', 1)[-1] for names in index.values() for name in names}
+
+@each_notebook
+def test_no_link_within_a_link(path):
+    "nbdev makes a link of a name in backticks; within the brackets of another link both are lost"
+    for cell in cells(path):
+        if cell['cell_type'] == 'markdown':
+            assert not {*re.findall(r'\[`([\w.]+)`\]\(', source(cell))} & documented_names(), source(cell)
+
 # README and continuous integration
 
 def shell_blocks(text): return re.findall(r'^```sh\n(.*?)^```', text, re.M|re.S)

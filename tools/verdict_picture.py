@@ -20,8 +20,9 @@ PICTURE = ROOT/'nbs'/'images'/'verdicts.png'
 def shown(picture=PICTURE): return json.loads(Image.open(picture).text['Description'])
 
 def verdicts():
-    claims = labelled(all_claims(kept_results(start=ROOT)).table)
-    return claims, {label: verdict for label, verdict in zip(claims.label, claims.verdict)}
+    claims = labelled(all_claims(kept_results(start=ROOT)))
+    said = [v if v == c else f"{v}, corrected: {c}" for v, c in zip(claims.verdict, claims.corrected)]
+    return claims, dict(zip(claims.claim, said))
 
 def draw(claims, said):
     from libmoe_nb.plots.verdicts import plot_verdicts

@@ -12,6 +12,7 @@ __all__ = ['drop_top1', 'drop_top12', 'ranking', 'next_ranked', 'drop_top', 'ban
 import torch
 from torch import Tensor
 from ..core.errors import check
+from ..moe.routers import Router
 from ..moe.routing import Routing, stable_topk
 
 # %% ../../nbs/analysis/interventions.ipynb #a3f8c378
@@ -135,7 +136,8 @@ def temperature(
         if r.router is None:
             raise ValueError('temperature needs a record that knows its router, got one with router=None')
         scores = r.router.score(r.router_logits / tau)
-        index = r.router.choose(scores)
+        plain = type(r.router).choose is Router.choose and r.router.expert_bias is None and r.router.n_group == 1
+        index = r.top_k_index if plain else r.router.choose(scores)
         return r.replace(scores=scores, top_k_index=index,
                          top_k_weights=r.router.weigh(scores, index).to(r.top_k_weights))
     return heat

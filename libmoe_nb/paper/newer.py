@@ -58,7 +58,8 @@ _remarks = dict(
     four_spread_evenly=[('disagrees', '2507.01351', 'vision tokens are long-tailed where language is even')],
     reasoning_least_even=[('qualifies', '2605.06663', 'standard mixtures specialise by syntax'),
                           ('qualifies', '2603.11114', 'a task can be read off the routing with 92.5 %')],
-    outputs_differ=[('disagrees', '2603.05806', 'the best expert has a cosine of up to 0.95 with the mixture')])
+    outputs_differ=[('disagrees', '2603.05806', 'the best expert has a cosine of up to 0.95 with the mixture'),
+                    ('qualifies', '2605.12476', 'the balance loss makes rows of a router three times more alike')])
 
 # %% ../../nbs/paper/newer.ipynb #697dfde7
 _remarks |= dict(
@@ -187,11 +188,11 @@ def effect_picture(
     colour, dash = verdict_colours[r.verdict], 'stroke-dasharray="2 2"'
     width = max(at(r.high) - at(r.low), 1)
     bar = f'<rect x="{at(r.low):.1f}" width="{width:.1f}" y="6" height="4" fill="{colour}" opacity=".45"/>'
-    ends = ''.join(f'<path d="M{x} 4l{d} 4l{-d} 4z" fill="{colour}"/>' for off, x, d in
-                   ((r.low < -2 * unit, 4, -4), (r.high > 3 * unit, 156, 4)) if off)
+    ends = ''.join(f'<path d="M{x} 4l{d} 4l{-d} 4z" fill="{colour}"/>' for out, x, d in
+                   ((r.low / unit < -2, 4, -4), (r.high / unit > 3, 156, 4)) if out)
     return (f'<svg width="160" height="16" role="img" aria-label="effect {r.effect:.3g}, bound {r.bound:.3g}">{line(0)}'
             + ''.join(line(b, dash) for b in bounds if b) + bar + ends
-            + f'<circle cx="{at(r.effect):.1f}" cy="8" r="4" fill="{colour}"/></svg><br>')
+            + f'<circle cx="{min(max(at(r.effect), 9), 151):.1f}" cy="8" r="4" fill="{colour}"/></svg><br>')
 
 # %% ../../nbs/paper/newer.ipynb #eae81e53
 def all_claims(
@@ -203,7 +204,9 @@ def all_claims(
     return ClaimTable(verdict_table(kept), kept.info['scale'], pages, correction_table(kept))
 
 def labelled(
-    table:pd.DataFrame, # of `verdict_table`
-)->pd.DataFrame:        # as `plot_verdicts` takes it, language first
-    "With a few words for each claim."
-    return table.assign(label=table.claim.map(claim_label)).sort_values('regime', kind='stable')
+    claims:ClaimTable, # of `all_claims`
+)->pd.DataFrame:       # as `plot_verdicts` takes it, language first
+    "Its table with a few words for each claim, and the verdict by a corrected measure where there is one."
+    t = claims.table
+    corrected = [claims.better[r.claim].verdict if r.claim in claims.better else r.verdict for r in t.itertuples()]
+    return t.assign(label=t.claim.map(claim_label), corrected=corrected).sort_values('regime', kind='stable')

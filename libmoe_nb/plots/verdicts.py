@@ -19,7 +19,7 @@ _regimes = dict(language='Language', vision='Vision-language')
 # %% ../../nbs/plots/verdicts.ipynb #12750190
 @in_style()
 def plot_verdicts(
-    df:pd.DataFrame, # columns figure, regime, label, verdict; a row a claim
+    df:pd.DataFrame, # columns figure, regime, label, verdict, and perhaps corrected; a row a claim
     columns:int=3,   # of claims beside each other
     width:float=9.6, # in inches; two columns in 5.4 can be read on a phone
 ):                   # Figure
@@ -37,22 +37,27 @@ def plot_verdicts(
 
 # %% ../../nbs/plots/verdicts.ipynb #898309f3
 def _lines_of(df):
-    "What each line shows: a heading alone, or figure, label and verdict"
+    "What each line shows: a heading alone, or figure, label, verdict and the verdict by a corrected measure"
     res = []
     for regime, d in df.groupby('regime', sort=False):
         res.append((_regimes.get(regime, regime), None, None))
-        res += [(r.figure, r.label, r.verdict) for r in d.itertuples()]
+        better = d.get('corrected', d.verdict)
+        res += [(r.figure.split(',')[0], r.label, r.verdict, b) for r, b in zip(d.itertuples(), better)]
     return res
 
-def _claim_line(ax, column, y, figure, label, verdict):
+def _claim_line(ax, column, y, figure, label, verdict, better=None):
     if label is None: return ax.text(column + .01, y, figure, fontsize=9.5, fontweight='bold', va='center')
     colour, sign = verdict_looks[verdict]
-    ax.text(column + .155, y, figure.split(',')[0], fontsize=7, color='#666666', va='center', ha='right',
+    ax.text(column + .155, y, figure, fontsize=7, color='#666666', va='center', ha='right',
             parse_math=False)
     ax.plot(column + .19, y, 's', ms=9, color=colour, mew=0)
     ax.text(column + .19, y - .03, sign, fontsize=7, color='white', va='center', ha='center', fontweight='bold')
-    ax.text(column + .225, y, label, fontsize=7.6, color='#222222' if verdict[:3] != 'not' else '#777777', va='center',
-            parse_math=False)
+    said = ax.text(column + .225, y, label, fontsize=7.6, color='#222222' if verdict[:3] != 'not' else '#777777',
+                   va='center', parse_math=False)
+    if better == verdict: return
+    colour, sign = verdict_looks[better]
+    ax.annotate(f'→ {sign}', (1, .5), (3, 0), said, 'offset points', fontsize=7, color=colour, va='center',
+                fontweight='bold', annotation_clip=False)
 
 # %% ../../nbs/plots/verdicts.ipynb #1b7a6412
 def _counts(fig, df, columns):

@@ -46,7 +46,7 @@ def test_one_seed_of_seven_gives_no_verdict(tmp_path):
     assert {*t.verdict} <= {'undecided', 'not run'} and (t.seeds <= 1).all()
 
 def test_the_figure_says_each_verdict_once_in_colours_of_the_pages(table):
-    fig = plot_verdicts(labelled(table.table))
+    fig = plot_verdicts(labelled(table))
     texts = [t.get_text() for t in fig.axes[0].texts]
     assert {w: c for w, (c, _) in verdict_looks.items()} == verdict_colours
     for c in claims: assert claim_label(c) in texts, c
