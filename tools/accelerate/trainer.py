@@ -40,7 +40,8 @@ def main(args=None):
                             weight_decay=preset.weight_decay, warmup_steps=preset.warmup_steps, logging_steps=1,
                             lr_scheduler_type='cosine', save_strategy='no', report_to='none', disable_tqdm=True,
                             use_cpu=a.device == 'cpu', bf16=os.environ.get('ACCELERATE_MIXED_PRECISION') == 'bf16')
-    trainer = Trainer(model, how, train_dataset=Blocks(data.train), callbacks=[RouterCallback()] * (a.recipe != 'dense'))
+    callbacks = [RouterCallback()] * (a.recipe != 'dense')
+    trainer = Trainer(model, how, train_dataset=Blocks(data.train), callbacks=callbacks)
     done = trainer.train()
     trainer.save_model(a.out/'model')
     return done.training_loss
