@@ -12,13 +12,15 @@ ZeRO-3 gathers parameters that nothing will use. Held against `ddp` are the loss
 them (four digits), and all saved weights, in float32. The optimiser of `rare` is SGD: Adam, in `script`, makes a full
 step of a difference in rounding where a gradient is almost zero. `bf16`: the script at the precision that the files
 name, of which the loss is told and the saved weights are looked at for what is not finite.
-A way that takes longer than `--limit` seconds is written down as hung."""
+A way that takes longer than `--limit` seconds is written down as hung. What the file has from these versions is not
+run again."""
 import argparse, json, os, re, subprocess, sys, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = 'dense', 'smoe', 'smoe_sigmoid', 'xmoe', 'sharede_v2', 'sharede_v3', 'tcmoe', 'moe_plus_plus'
 WAYS = 'ddp', 'zero2', 'zero3'
+CASES = 'script', 'rare', 'bf16'
 
 
 def rare(recipe, out):
@@ -36,6 +38,7 @@ def rare(recipe, out):
                       callbacks=[RouterCallback()] * (recipe != 'dense'))
     trainer.train()
     trainer.save_model(f'{out}/model')
+    trainer.accelerator.end_training()
 
 
 def launch(way, script, precision, limit, leaves=True):
@@ -90,21 +93,23 @@ def compare(case, recipe, box, limit):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--recipes', nargs='+', choices=RECIPES, default=RECIPES)
-    p.add_argument('--cases', nargs='+', choices=['script', 'rare', 'bf16'], default=['script', 'rare', 'bf16'])
+    p.add_argument('--cases', nargs='+', choices=CASES, default=CASES)
     p.add_argument('--limit', type=float, default=300); p.add_argument('--json', type=Path)
     p.add_argument('--rare', nargs=2, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.rare: return rare(*a.rare)
     from importlib.metadata import version
-    rows = []
+    about = {n: version(n) for n in ('deepspeed', 'torch', 'transformers', 'accelerate')}
+    place = lambda r: (CASES.index(r['case']), RECIPES.index(r['recipe']), WAYS.index(r['way']))
+    kept = json.loads(a.json.read_text()) if a.json and a.json.exists() else {}
+    rows = {place(r): r for r in kept.get('rows', [])} if all(kept.get(n) == v for n, v in about.items()) else {}
     with tempfile.TemporaryDirectory() as box:
-        for case in a.cases:
-            for recipe in a.recipes:
-                for row in compare(case, recipe, Path(box), a.limit):
-                    rows.append(row); print(json.dumps(row), flush=True)
-    if a.json:
-        about = {n: version(n) for n in ('deepspeed', 'torch', 'transformers', 'accelerate')}
-        a.json.write_text(json.dumps(about | dict(rows=rows), indent=1) + '\n')
+        for case, recipe in ((c, r) for c in a.cases for r in a.recipes):
+            if place(dict(case=case, recipe=recipe, way=WAYS[-1])) in rows: continue
+            for row in compare(case, recipe, Path(box), a.limit):
+                rows[place(row)] = row; print(json.dumps(row), flush=True)
+            told = about | dict(rows=[rows[k] for k in sorted(rows)])
+            if a.json: a.json.write_text(json.dumps(told, indent=1) + '\n')
 
 
 if __name__ == '__main__': main()

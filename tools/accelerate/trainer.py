@@ -44,6 +44,7 @@ def main(args=None):
     trainer = Trainer(model, how, train_dataset=Blocks(data.train), callbacks=callbacks)
     done = trainer.train()
     trainer.save_model(a.out/'model')
+    trainer.accelerator.end_training()                               # the processes part before they end
     return done.training_loss
 
 if __name__ == '__main__': print('loss:', main())
