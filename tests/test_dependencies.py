@@ -156,6 +156,7 @@ for args in json.loads(sys.argv[1]):
     except SystemExit as e: print('exit', e.code or 0, file=sys.stderr, flush=True)
 """
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_no_message_of_a_dependency_reaches_a_user(tmp_path, monkeypatch):
     monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))

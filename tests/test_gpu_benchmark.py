@@ -30,6 +30,7 @@ def at_once(monkeypatch):
     monkeypatch.setattr(subprocess, 'run', run)
     return seen
 
+@pytest.mark.long
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.usefixtures('undrawn')
 def test_gpu_script_runs_without_one(tmp_path, monkeypatch, request, capsys):

@@ -9,6 +9,7 @@ import numerics
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
 
+@pytest.mark.long
 def test_a_soak_goes_on_and_tells(tmp_path):
     call = ['--steps', '12', '--every', '4', '--recipes', 'moe_plus_plus', '--precisions', 'bf16', '--tokens', '4096',
             '--state', str(tmp_path/'state'), '--json', str(tmp_path/'n.json'), '--growth', '1e9', '--entropy', '0']

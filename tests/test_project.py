@@ -303,7 +303,7 @@ def shell_blocks(text): return re.findall(r'^```sh\n(.*?)^```', text, re.M|re.S)
 def test_ci_runs_the_commands_of_the_readme():
     blocks = shell_blocks(read('README.md'))
     home = '\n'.join(source(c) for c in cells(NBS/'index.ipynb') if c['cell_type'] == 'markdown')
-    assert blocks == shell_blocks(home) and len(blocks) == 3 and all(len(b.splitlines()) == 1 for b in blocks)
+    assert blocks == shell_blocks(home) and len(blocks) == 4 and all(len(b.splitlines()) == 1 for b in blocks)
     ci = read('.ci/run')
     function = re.search(r'^readme\(\).*$', ci, re.M)[0]
     for n, block in enumerate(blocks, 1):
@@ -311,7 +311,7 @@ def test_ci_runs_the_commands_of_the_readme():
                               check=True).stdout
         assert said == block
         assert f'$(readme {n}' in ci
-    assert ci.count('eval "$run"') == 3
+    assert ci.count('eval "$run"') == 4
     for own in ('pip install -e', 'nbdev-test --', 'pytest -'): assert own not in ci
 
 def test_readme_is_up_to_date():

