@@ -213,7 +213,10 @@ def test_analysis():
     near(was['summary'], EXPECTED['analysis'])
     args = '--tokens', 256, '--out', 'again', '--device', 'cpu', '--threads', 1, '--json'
     now = json.loads(libmoe('analyze', f"runs/{RUNS['xmoe']}", *args).stdout)
-    near(now['summary'], EXPECTED['analysis'])
+    # experts at random are drawn by the bits of logits, which differ between processors
+    drawn = {('output similarity', 'random'), *(('loss change: random routing', k) for k in ('value', 'meaning'))}
+    near(now['summary'], [{k: v for k, v in r.items() if (r['metric'], k) not in drawn} for r in EXPECTED['analysis']])
+    near({r['metric']: r['random'] for r in now['summary']}, {'output similarity': .41}, .2)
     assert now['held_out'] and now['own_data'] and now['domains'] == was['domains']
     assert {p.name for p in Path('analysis').iterdir()} <= {p.name for p in Path('again').iterdir()}
     a, b = read_trace('analysis/trace.safetensors'), read_trace('again/trace.safetensors')

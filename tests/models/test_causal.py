@@ -6,6 +6,7 @@ from hub_made import hub_in_place
 from processes import run_forked
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from likeness import same_logits
 from libmoe_nb.moe.config import presets, recipes
 from libmoe_nb.models.cards import model_card
 from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
@@ -53,7 +54,7 @@ def test_save_load_same_bits(recipe, tmp_path):
     for cls in (AutoModelForCausalLM, MoEForCausalLM):
         back, info = cls.from_pretrained(tmp_path, output_loading_info=True)
         assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys']
-        assert torch.equal(back(x).logits, m(x).logits)
+        assert same_logits(back(x).logits, m(x).logits)
         assert not back.training
         assert back.config.spec == m.config.spec
 
@@ -77,7 +78,8 @@ d, recipes, small = Path(sys.argv[1]), sys.argv[2].split(), eval(sys.argv[3])
 x = torch.load(d/'x.pt')
 for r in recipes:
     want = load_file(d/f'{r}.safetensors')
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(d/r)(x).logits, want['logits']), r
+    model = AutoModelForCausalLM.from_pretrained(d/r)
+    assert torch.allclose(model(x).logits, want['logits'], rtol=1e-5, atol=1e-5), r
     w = from_scratch(r, 'tiny', seed=3, **small).state_dict()
     name = 'down_proj.weight' if r == 'dense' else 'experts.down_proj'
     assert torch.equal(w[f'base.model.layers.1.mlp.{name}'], want['scratch']), r
@@ -91,7 +93,7 @@ def test_sharded(recipe, tmp_path):
     m, x = make(recipe), tokens()
     m.save_pretrained(tmp_path, max_shard_size='20KB')
     assert len(list(tmp_path.glob('*.safetensors'))) > 2 and (tmp_path/'model.safetensors.index.json').exists()
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, m(x).logits)
+    assert same_logits(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, m(x).logits)
 
 def test_no_weight_of_a_shard_may_be_missing(tmp_path):
     make('smoe').save_pretrained(tmp_path, max_shard_size='20KB')
@@ -179,7 +181,7 @@ def test_push_to_hub(how, hub, tmp_path):
             and not [n for n in hub.files if n.endswith('.py')])
     assert b"from_pretrained('mixture')" in hub.files['README.md']
     (tmp_path/'down').mkdir()
-    assert torch.equal(unpack(hub, tmp_path/'down')(x).logits, m(x).logits)
+    assert same_logits(unpack(hub, tmp_path/'down')(x).logits, m(x).logits)
 
 def test_a_card_on_the_hub_is_kept(hub):
     m = make('smoe')
@@ -212,7 +214,7 @@ def test_dtypes(dtype, tmp_path):
     low.save_pretrained(tmp_path/'low')
     auto = AutoModelForCausalLM.from_pretrained(tmp_path/'low', dtype='auto')
     assert auto.dtype == dtype
-    assert torch.equal(auto(x).logits, low(x).logits)
+    assert same_logits(auto(x).logits, low(x).logits)
     assert {p.dtype for p in AutoModelForCausalLM.from_config(m.config, dtype=dtype).parameters()} == {dtype}
 
 def test_buffers_and_options_survive(tmp_path):
@@ -222,7 +224,7 @@ def test_buffers_and_options_survive(tmp_path):
     back = AutoModelForCausalLM.from_pretrained(tmp_path)
     for a, b in zip(moe_layers(m).values(), moe_layers(back).values()):
         assert torch.equal(a.router.expert_bias, b.router.expert_bias)
-    assert torch.equal(back(tokens()).logits, m(tokens()).logits)
+    assert same_logits(back(tokens()).logits, m(tokens()).logits)
     # the non-persistent ones too
     for (n, a), (_, b) in zip(m.named_buffers(), back.named_buffers()): assert torch.equal(a, b), n
 
@@ -232,14 +234,14 @@ def test_some_layers_only(tmp_path):
                      moe_intermediate_size=16).eval()
     assert [n.split('.')[3] for n in moe_layers(m)] == ['1', '3']
     m.save_pretrained(tmp_path)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits, m(tokens()).logits)
+    assert same_logits(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits, m(tokens()).logits)
 
 @pytest.mark.parametrize('device_map', ['cpu', 'auto', 'balanced', 'sequential', {'': 'cpu'}])
 def test_device_map(device_map, tmp_path):
     m = make('moe_plus_plus')
     m.save_pretrained(tmp_path, max_shard_size='20KB')
     back = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
-    assert torch.equal(back(tokens()).logits, m(tokens()).logits)
+    assert same_logits(back(tokens()).logits, m(tokens()).logits)
     assert torch.equal(back.generate(tokens(), max_new_tokens=4, do_sample=False),
                        m.generate(tokens(), max_new_tokens=4, do_sample=False))
 
@@ -270,12 +272,12 @@ def test_copies_and_pickles(recipe):
     m, x = make(recipe), tokens()
     m.train()(x, labels=x)
     for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
-        assert torch.equal(other.eval()(x).logits, m.eval()(x).logits)
+        assert same_logits(other.eval()(x).logits, m.eval()(x).logits)
         with torch.no_grad(): [p.zero_() for p in other.parameters()]
     assert m(x).logits.abs().sum() > 0
     fresh = make(recipe, seed=5)
     fresh.load_state_dict(m.state_dict())
-    assert torch.equal(fresh(x).logits, m(x).logits)
+    assert same_logits(fresh(x).logits, m(x).logits)
 
 # ---- initialisation
 def test_initialised_from_empty_memory():
@@ -452,7 +454,7 @@ def test_trainer(recipe, checkpointed, tmp_path):
     m.eval()
     torch.testing.assert_close(metrics['eval_loss'], m(x, labels=x).loss.item(), atol=1e-4, rtol=1e-4)
     trainer.save_model(str(tmp_path/'saved'))
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path/'saved')(x).logits, m(x).logits)
+    assert same_logits(AutoModelForCausalLM.from_pretrained(tmp_path/'saved')(x).logits, m(x).logits)
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_autocast(recipe):
@@ -475,7 +477,7 @@ def test_families(name, recipe, tmp_path):
     m.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(back.base) is type(m.base)
-    assert torch.equal(back(x).logits, m(x).logits)
+    assert same_logits(back(x).logits, m(x).logits)
     args = dict(max_new_tokens=5, do_sample=False)
     assert torch.equal(back.generate(x, **args), m.generate(x, use_cache=False, **args))
     c = count_parameters(m)
@@ -489,7 +491,7 @@ def test_tied_embeddings(name, tmp_path):
     m.save_pretrained(tmp_path)
     assert 'base.lm_head.weight' not in load_file(tmp_path/'model.safetensors')
     back = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert tied(back) and torch.equal(back(x).logits, m(x).logits)
+    assert tied(back) and same_logits(back(x).logits, m(x).logits)
     w = load_file(tmp_path/'model.safetensors')
     save_file({n: t for n, t in w.items() if 'embed_tokens' not in n}, tmp_path/'model.safetensors',
               metadata=dict(format='pt'))
@@ -505,7 +507,7 @@ def test_resizing_embeddings(tie, tmp_path):
     torch.testing.assert_close(m(x).logits[..., :96], want)
     assert m(torch.full((1, 3), 99), labels=torch.full((1, 3), 99)).loss.isfinite()
     m.save_pretrained(tmp_path)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, m(x).logits)
+    assert same_logits(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, m(x).logits)
 
 def test_attention_implementation(tmp_path):
     m = make('smoe')

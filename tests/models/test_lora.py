@@ -5,6 +5,7 @@ from processes import run_forked
 from transformers import AutoConfig, AutoModelForCausalLM
 
 peft = pytest.importorskip('peft', reason='pip install peft')
+from likeness import same_logits
 from libmoe_nb.models.lora import add_lora, lora_targets  # noqa: E402
 from libmoe_nb.analysis.model_metrics import expert_parameter_similarity  # noqa: E402
 from libmoe_nb.models.causal import from_scratch  # noqa: E402
@@ -46,10 +47,10 @@ def cycle(base, tmp_path, parts, **kw):
     assert not torch.allclose(after, want, atol=1e-3)
     model.save_pretrained(tmp_path/'adapter')
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path/'adapter')
-    assert torch.equal(logits(back), after)
+    assert same_logits(logits(back), after)
     assert torch.equal(model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False),
                        back.generate(input_ids=IDS, max_new_tokens=4, do_sample=False))
-    with back.disable_adapter(): assert torch.equal(logits(back), want)
+    with back.disable_adapter(): assert same_logits(logits(back), want)
     with record_routing(model) as records: logits(model)
     assert len(records) == len(moe_layers(base)) and all(len(r) == 1 for r in records.values())
     merged = model.merge_and_unload()
@@ -57,7 +58,7 @@ def cycle(base, tmp_path, parts, **kw):
     torch.testing.assert_close(logits(merged), after, atol=1e-4, rtol=1e-4)
     moved = {n for n, t in merged.state_dict().items() if not torch.equal(t, before[n])}
     merged.save_pretrained(tmp_path/'merged')
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path/'merged')), logits(merged))
+    assert same_logits(logits(AutoModelForCausalLM.from_pretrained(tmp_path/'merged')), logits(merged))
     return trained, moved
 
 @pytest.mark.parametrize('recipe', SPARSE)
@@ -196,7 +197,7 @@ def test_virtual_tokens(kind, family, tmp_path):
             and any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before))
     model.save_pretrained(tmp_path)
     back = peft.PeftModel.from_pretrained(copy.deepcopy(m), tmp_path)
-    with torch.no_grad(): assert torch.equal(model.eval()(input_ids=IDS).logits, back.eval()(input_ids=IDS).logits)
+    with torch.no_grad(): assert same_logits(model.eval()(input_ids=IDS).logits, back.eval()(input_ids=IDS).logits)
     # peft 0.21 knows the cache by its old name only, so generation from prefixes fails with transformers 5.24: here by
     # an error, on a Llama in silence
     if kind == 'PrefixTuningConfig': return
