@@ -95,6 +95,7 @@ def test_a_base_model_gets_the_name_that_it_takes(name, model, quiet):
         m(ids(4), **({} if f is none else {name: 'a cache'}))
     assert base == dict(old='a cache', new='a cache', none=1)
 
+@pytest.mark.long
 @torch.no_grad()
 def test_compiled(quiet):
     m = from_scratch('dense', 'tiny', seed=0, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16,

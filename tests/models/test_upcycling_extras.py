@@ -177,7 +177,8 @@ for d in sorted(Path(sys.argv[1]).iterdir()):
         bad = [n for n in have.keys() | told.keys()
                if n not in have or n not in told or not torch.equal(have[n], told[n])]
         with torch.no_grad(): out = model(**want['inputs'])[0]
-        print('WRONG' if bad or not torch.allclose(out, want['out'], rtol=1e-5, atol=1e-5) else 'same', d.name, *sorted(bad)[:3])
+        right = not bad and torch.allclose(out, want['out'], rtol=1e-5, atol=1e-5)
+        print('same' if right else 'WRONG', d.name, *sorted(bad)[:3])
     except Exception as e: print('WRONG', d.name, repr(e)[:300])
 '''
 MORE = dict(falcon_h1=dict(head_dim=8, mamba_d_state=4, mamba_d_conv=2, mamba_n_heads=4, mamba_d_head=8,
