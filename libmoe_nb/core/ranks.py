@@ -12,6 +12,7 @@ __all__ = ['world_size', 'rank', 'is_main', 'sum_over_ranks', 'mean_over_ranks',
 import os
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 
 # %% ../../nbs/core/ranks.ipynb #f98194f0
 def world_size()->int:
@@ -52,6 +53,14 @@ def launched()->tuple: # this process's number, and how many there are
     "What a launcher says; 0 and 1 without one."
     return int(os.environ.get('RANK') or 0), int(os.environ.get('WORLD_SIZE') or 1)
 
+_stores, _numbers = [], count()
+
+def _meet(device):
+    dist, (r, n), time = _group(), launched(), timedelta(hours=2)    # the first one measures while the others wait
+    if not _stores: _stores.append(next(dist.rendezvous('env://', r, n, timeout=time))[0])
+    dist.init_process_group(dist.get_default_backend_for_device(device), rank=r, world_size=n, timeout=time,
+                            store=dist.PrefixStore(f'group {next(_numbers)}', _stores[0]))
+
 @contextmanager
 def joined(
     device='cpu', # 'cpu' or 'cuda', on which the processes are to train
@@ -59,7 +68,8 @@ def joined(
     "Make a group of the processes that a launcher began, for the length of a block; one process is left alone."
     if launched()[1] == 1 or _started(): yield; return
     from accelerate.state import AcceleratorState, PartialState
-    PartialState(cpu=device == 'cpu', timeout=timedelta(hours=2))   # the first one measures while the others wait
+    _meet(device)
+    PartialState(cpu=device == 'cpu')
     try: yield
     finally:
         _group().destroy_process_group()

@@ -9,6 +9,7 @@ from libmoe_nb.core.ranks import joined, launched, world_size
 from libmoe_nb.experiments.compare import train
 from libmoe_nb.experiments.jobs import Task, TasksFailed, together
 import job_functions as f
+from processes import run_ranks
 
 SMALL = dict(data='python', preset='tiny', steps=24, batch_size=4, sequence_length=64, traces=1024, max_bytes=150_000,
              device='cpu', threads=1, progress=None)
@@ -79,3 +80,17 @@ def test_the_reason_of_a_failure_is_told():
 def test_one_process_is_no_group(monkeypatch):
     for n in ('RANK', 'WORLD_SIZE'): monkeypatch.delenv(n, raising=False)
     with joined(): assert launched() == (0, 1) and world_size() == 1
+
+MANY = '''
+import time, torch
+from libmoe_nb.core.ranks import *
+for k in range(30):
+    with joined():
+        assert of_all_ranks((rank(), k)) == [(0, k), (1, k)]
+        if rank() == k % 2: time.sleep(.02)                       # they leave one after the other
+print('done', world_size())
+'''
+
+def test_one_group_after_another_does_not_meet_the_one_before():
+    for p in run_ranks(MANY, timeout=100):
+        assert (p.returncode, p.stdout.split()) == (0, ['done', '1']), p.stderr[-2000:]
