@@ -6,8 +6,8 @@ The targets, and what is fed to them, are those of `tests/hostile.py`, of which 
 take turns: a hundred inputs each, with a new seed each round. A fall is anything but a result or a `ValueError` of one
 sentence: another exception, a traceback at the command line, an input that takes longer than 30 s, more memory than
 `--memory` GB on top of what torch reserves. One entry a target: inputs, falls, the seed of the first round, and the
-falls themselves, so that `tell` of the target makes each of them again."""
-import argparse, json, resource, sys, time
+falls themselves, so that `tell` of the target makes each of them again. What the file has of other seeds stays."""
+import argparse, faulthandler, json, resource, sys, time
 from collections import Counter
 from pathlib import Path
 
@@ -39,6 +39,7 @@ def main():
     p.add_argument('--memory', type=float, default=8, help='GB of address space on top of what is reserved now')
     p.add_argument('--json')
     a = p.parse_args()
+    faulthandler.enable()                              # a fault in memory has no traceback of its own
     names = a.targets.split(',') if a.targets else list(targets)
     import torch, transformers                                       # noqa: F401  (what they reserve is no blow-up)
     reserved = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
@@ -63,6 +64,8 @@ def main():
     for r in rows:
         for w in r['what']: print(f"{r['target']}, seed {w['seed']}: {w['why']}")
     if a.json:
+        old = json.loads(Path(a.json).read_text()) if Path(a.json).exists() else []
+        rows = [r for r in old if (r['seed'], r['target']) not in {(a.seed, n) for n in names}] + rows
         with open(a.json, 'w', encoding='utf-8') as f: f.write('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
 
 

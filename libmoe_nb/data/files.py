@@ -6,8 +6,9 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/data/files.html.md"""
 
 # %% auto #0
 __all__ = ['LONGEST_LINE', 'TEXT_KINDS', 'Document', 'open_packed', 'printable', 'as_document', 'parse_record', 'columns_of',
-           'rows_of_batch', 'is_saved_dataset', 'saved_splits', 'choose_split', 'file_parts', 'text_suffix',
-           'has_records', 'read_file', 'hash_parts', 'quick_digest', 'cut_place', 'looks_like_path', 'some_names']
+           'within_buffers', 'rows_of_batch', 'is_saved_dataset', 'saved_splits', 'choose_split', 'file_parts',
+           'text_suffix', 'has_records', 'read_file', 'hash_parts', 'quick_digest', 'cut_place', 'looks_like_path',
+           'some_names']
 
 # %% ../../nbs/data/files.ipynb #0c24f07c
 import bz2, gzip, io, json, lzma, numpy as np, os, re, zlib
@@ -173,8 +174,22 @@ def _arrow_batches(path, fields):
     with pa.memory_map(str(path)) as m, pa.ipc.open_stream(m) as file:
         names = file.schema.names
         for b in file:
-            for a in range(0, len(b), 256): yield names, b.select(columns_of(names, fields)).slice(a, 256)
+            b = within_buffers(b.select(columns_of(names, fields)))
+            for a in range(0, len(b), 256): yield names, b.slice(a, 256)
 
+# %% ../../nbs/data/files.ipynb #a7701a02
+def within_buffers(
+    batch, # or table, of arrow
+):         # the same
+    "An error where columns point out of their own buffers. Text that is no UTF-8 is named with its row later."
+    import pyarrow as pa
+    for column in batch.columns:
+        try: column.validate(full=True)
+        except pa.ArrowInvalid as e:
+            if 'Invalid UTF8' not in str(e): raise
+    return batch
+
+# %% ../../nbs/data/files.ipynb #a7701a03
 def _checked(path, batches):
     import pyarrow as pa
     try: yield from batches

@@ -20,7 +20,7 @@ from ..core.errors import check, did_you_mean, first_line, naming_damage, shown
 from ..core.files import read_json
 from ..core.words import join_words, plural
 from .conversations import LeftOut, Sample, encode, image_token, iter_samples, read_entries
-from .files import file_parts, is_saved_dataset, saved_splits
+from .files import file_parts, is_saved_dataset, saved_splits, within_buffers
 from .images import read_image
 
 # %% ../../nbs/data/vision.ipynb #74d6663a
@@ -261,7 +261,10 @@ def _saved(path):
     import datasets
     for p in (path, *(path/s for s in saved_splits(path))):
         if is_saved_dataset(p): file_parts(p)         # whose names must stay in it
-    with naming_damage(path): return datasets.load_from_disk(str(path))
+    with naming_damage(path):
+        data = datasets.load_from_disk(str(path))
+        for d in data.values() if isinstance(data, dict) else [data]: within_buffers(d.data.table)
+    return data
 
 _about = 'dataset_info.json', 'state.json', 'dataset_infos.json'
 

@@ -237,8 +237,15 @@ def test_save_to_disk_damaged(tmp_path):
     one = Path(saved([dict(text=plain_words(9, i)) for i in range(40)], str(tmp_path/'one')))
     part, = one.glob('data-*.arrow')
     whole = part.read_bytes()
+    read = [t.encode() for t in texts(one)]
     part.write_bytes(whole[:len(whole)//2]); refused(one, str(part), 'damaged')
     part.write_bytes(b'nothing of the kind'); refused(one, str(part), 'damaged')
+    # an offset that leads out of the file: reading there is a memory fault
+    ends = np.cumsum([0, *map(len, read)], dtype='int32')
+    assert whole.count(ends.tobytes()) == 1
+    for i, far in ((7, 2**30), (40, 2**31 - 1), (3, -5)):
+        led = ends.copy(); led[i] = far
+        part.write_bytes(whole.replace(ends.tobytes(), led.tobytes())); refused(one, str(part), 'damaged')
     part.unlink(); refused(one, str(part))
     (one/'state.json').write_text('{'); refused(one, 'state.json')
 
