@@ -22,7 +22,7 @@ def main():
     text = a.log.read_text(encoding='utf-8')
     if '] All good' not in text: p.error(f'{a.log}: expected the output of a run that ended with "All good"')
     rows = steps(text)
-    passed = sum(int(n) for n in re.findall(r'^(?:=+ )?(\d+) passed', text.split('] All good')[1], re.M))
+    passed = sum(int(n) for n in re.findall(r'^[= ]*(\d+) passed', text.split('] All good')[1], re.M))
     for r in rows: print(f"{r['seconds']:6} s  {r['step']}")
     about = dict(cores=os.cpu_count(), python=platform.python_version(), tests=passed,
                  seconds=sum(r['seconds'] for r in rows))

@@ -6,7 +6,7 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1]/'benchmarks'/'commands.py'
 LOG = ('== [1 s] First\nx\n== [30 s] Second: tests\n12 passed, 1 skipped in 3s\n3 passed in 1s\n'
-       '== [90 s] Third\n== [100 s] All good\n 12 passed\n')
+       '== [90 s] Third\n== [100 s] All good\n 3 passed in 1s\n 12 passed\n')
 
 def run(monkeypatch, *args):
     monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *map(str, args)])
@@ -17,7 +17,7 @@ def test_steps_last_until_the_next(tmp_path, monkeypatch):
     run(monkeypatch, tmp_path/'log', '--json', tmp_path/'out.json')
     res = json.loads((tmp_path/'out.json').read_text())
     assert [(r['step'], r['seconds']) for r in res['rows']] == [('First', 29), ('Second: tests', 60), ('Third', 10)]
-    assert res['about']['tests'] == 12 and res['about']['seconds'] == 99
+    assert res['about']['tests'] == 15 and res['about']['seconds'] == 99
 
 def test_a_run_that_failed_is_no_measurement(tmp_path, monkeypatch):
     (tmp_path/'log').write_text(LOG.replace('All good', 'Fourth'))
