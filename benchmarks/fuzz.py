@@ -26,7 +26,7 @@ def round_of(target, number, inputs, falls):
     @given(target.inputs)
     def feed(given):
         count[0] += 1
-        if why := target.tell(given): falls.setdefault(why, [0, repr(given)[:2000], number])[0] += 1
+        if why := target.tell(given): falls.setdefault(why, [0, repr(given)[:300], number])[0] += 1
     feed()
     return count[0]
 

@@ -193,7 +193,7 @@ def within_buffers(
 def _checked(path, batches):
     import pyarrow as pa
     try: yield from batches
-    except (pa.ArrowException, OSError) as e:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         if isinstance(e, PermissionError): raise
         raise ValueError(f'{path} is damaged or no {"Parquet" if str(path).lower().endswith(".parquet") else "Arrow"} '
                          f'file: {str(e).splitlines()[0]}') from None

@@ -291,6 +291,7 @@ def load(cls:Suite, path)->Suite:
     "Read a suite that was saved."
     try:
         head, *lines = [json.loads(l) for l in Path(path).read_text(encoding='utf-8').splitlines()]
+        json.dumps([head, lines], ensure_ascii=False).encode()       # half a character cannot be in a table
         tasks = {t['name']: SuiteTask(**t, docs=[]) for t in head['tasks']}
         for l in lines: tasks[l.pop('task')].docs.append(l)
         res = cls(tasks, head['options'], head['missing'])

@@ -14,7 +14,7 @@ from functools import cached_property, wraps
 from pathlib import Path
 from ..analysis.metrics import expert_change_rate, over_checkpoints, router_margin, router_saturation
 from ..analysis.traces import read_trace
-from ..core.errors import naming_damage
+from ..core.errors import first_line, naming_damage
 from ..core.files import jsonable, read_record
 from ..core.words import format_duration, format_millions, format_number, format_percent, join_words, plural
 from ..evaluation.ranking import score_table
@@ -54,6 +54,11 @@ def _gather(self, read):
 def _read(read, folder):
     with naming_damage(folder): return read(folder)
 
+def _numbers(df, names):
+    "These columns, as far as they are there, as floats; what is none is damage, and not a `ValueError` of ours"
+    try: return df.astype({c: float for c in names if c in df})
+    except ValueError as e: raise TypeError(first_line(e, 200)) from None
+
 def _logged(split, **names):
     "Reads the lines of one kind from a run's log, columns renamed"
     def read(folder):
@@ -61,7 +66,7 @@ def _logged(split, **names):
         d = d[d.split == split]
         # what is of other kinds of lines; a loss that is never a number is still a loss
         d = d.drop(columns=[c for c in d if c not in names and d[c].isna().all()])
-        return d.astype({c: float for c in names if c in d}).rename(columns=names)
+        return _numbers(d, names).rename(columns=names)
     return read
 
 # %% ../../nbs/experiments/comparison.ipynb #5e310b32
@@ -86,8 +91,8 @@ def _patch_table(f):
 def runs(self):
     "One row a run"
     df = pd.DataFrame([{k: v for k, v in r.items() if k not in ('domains', 'diverged')} for r in self.finished])
-    numbers = dict.fromkeys('perplexity loss load_max_mean experts_per_token tokens_per_second seconds'.split(), float)
-    return df.astype(numbers).assign(folder=[f.name for f in self.folders],
+    numbers = 'perplexity loss load_max_mean experts_per_token tokens_per_second seconds'.split()
+    return _numbers(df, numbers).assign(folder=[f.name for f in self.folders],
                                      diverged=lambda d: ~np.isfinite(d.perplexity))
 
 @_patch_table

@@ -11,7 +11,7 @@ __all__ = ['write_report', 'read_comparison']
 import fastcore.xml as ft, pandas as pd
 from fastcore.all import patch
 from pathlib import Path
-from ..core.errors import naming_damage
+from ..core.errors import naming_damage, shown
 from ..core.files import write_atomic, write_json, check_is_folder, read_record
 from ..core.words import format_number, format_percent, join_words, plural
 from ..evaluation.significance import ranking_verdict
@@ -284,8 +284,8 @@ def _finished(out):
         if saved['info'].get('single'): continue      # of `train`
         with naming_damage(f): name = run_name(saved['run'])
         if f.parent.name != name:
-            raise ValueError(f'{f.parent} holds the run {name}, not the one that it is named after: its config.json '
-                             f'was changed, or the folder renamed')
+            raise ValueError(f'{f.parent} holds the run {shown(name)}, not the one that it is named after: its '
+                             f'config.json was changed, or the folder renamed')
         if (f.parent/'result.json').exists(): res[f.parent] = saved['run']
     return res
 

@@ -119,7 +119,8 @@ def load_pretrained(
     info = dict(output_loading_info=True) if hasattr(cls, '_model_mapping') or hasattr(cls, 'forward') else {}
     try:
         with quiet_bars(): made = load(folder, local_files_only=local or bool(no_network()), **info, **kwargs)
-    except Exception as e:
+    except BaseException as e:                         # a panic of tokenizers is no `Exception`
+        if not isinstance(e, Exception) and type(e).__name__ != 'PanicException': raise
         why = (f'has no {what} that can be loaded' if local else
                f'is no folder here, and the Hugging Face hub gave no {what} of that name')
         raise ValueError(f'model={name!r} {why}: {first_line(e, 200)}') from None

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from typer.testing import CliRunner
 
 import hostile
-from hostile import CONFIG, DEEP, FIXTURES, MODEL, TALK, TRACE, dumps, join_header, lines, split_header, targets
+from hostile import (CONFIG, DEEP, FIXTURES, LOG, MODEL, RESULT, TALK, TRACE, dumps, join_header, lines,
+                     split_header, targets)
 
 # inputs of each target here; `benchmarks/fuzz.py` takes as many as there is time for
 FEW = {'run configuration': 1, 'run result': 1, 'run scores': 1, 'run tables': 1, 'run log': 1,
@@ -51,12 +52,21 @@ def model_that_has(key, value):
     "The configuration of a model with another size, wherever it stands"
     return re.sub(rf'"{key}": \d+', f'"{key}": {value}', (MODEL/'config.json').read_text()).encode()
 
+def column_of_no_name():
+    "A Parquet file with a name of a column that is no UTF-8"
+    data = hostile.parquet()
+    at = data.index(b'text')
+    return data[:at] + b'te\xba\xa1' + data[at + 4:]
+
 ASKED = TALK[0]['conversations']
 ONCE = [('json', b'[' * 100_000), ('json', dumps(DEEP)), ('preset', {}), ('preset', dict(name='x')),
         ('model configuration', b'3'), ('model configuration', dumps(DEEP)),
         *[('model configuration', model_that_has(k, v)) for k, v in
             (('num_hidden_layers', 2**31), ('vocab_size', 10**8), ('num_experts', 10**6))],
         ('run result', b'3'), ('run result', b'{}'), ('run scores', b'"x"'), ('run log', b''), ('run log', b'[1]\n'),
+        ('run result', dumps(dict(RESULT, load_max_mean='x' * 3000))), ('Parquet corpus', column_of_no_name()),
+        ('run log', lines([LOG[0], dict(LOG[1], loss='x' * 3000), *LOG[2:]])),
+        ('run configuration', dict(CONFIG, run=dict(CONFIG['run'], recipe='x' * 3000))),
         ('run log', b'\xff\n'), ('run log', b'{"step": 0, "split": 3}\n'),
         ('run tables', ('loads__csv', b'\xa0ayer,n')),
         ('run configuration', dict(CONFIG, info='x')),
