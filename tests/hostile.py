@@ -52,7 +52,7 @@ class Target:
                 if isinstance(e, KeyboardInterrupt) or kind(e): return
                 at = [f for f in traceback.extract_tb(e.__traceback__) if 'libmoe_nb' in f.filename]
                 place = f'{Path(at[-1].filename).name}:{at[-1].lineno}' if at else 'outside'
-                return f'{type(e).__name__} in {place}: {str(e)[:200]!r}'
+                return f'{type(e).__name__} in {place}: {str(e).replace(box, ".")[:200]!r}'
 
 targets = {}
 def target(name, inputs):

@@ -286,6 +286,7 @@ def save(self:Suite, path)->Path:
     write_atomic(path, ''.join(json.dumps(l) + '\n' for l in lines))
     return path
 
+# %% ../../nbs/evaluation/suites.ipynb #5a1ce0d1
 @patch(cls_method=True)
 def load(cls:Suite, path)->Suite:
     "Read a suite that was saved."
