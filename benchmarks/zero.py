@@ -15,10 +15,12 @@ name, of which the loss is told and the saved weights are looked at for what is 
 A way that takes longer than `--limit` seconds is written down as hung. What the file has from these versions is not
 run again."""
 import argparse, json, os, re, subprocess, sys, tempfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from libmoe_nb.moe.config import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = 'dense', 'smoe', 'smoe_sigmoid', 'xmoe', 'sharede_v2', 'sharede_v3', 'tcmoe', 'moe_plus_plus'
+RECIPES = list(recipes)
 WAYS = 'ddp', 'zero2', 'zero3'
 CASES = 'script', 'rare', 'bf16'
 
@@ -43,7 +45,6 @@ def rare(recipe, out):
 
 def launch(way, script, precision, limit, leaves=True):
     "What two processes said, or None if they took too long"
-    from accelerate.commands import launch                           # noqa: F401  (a kind error now, not in a child)
     text = (ROOT/'tools/accelerate'/f'{way}.yaml').read_text().replace('use_cpu: false', 'use_cpu: true')
     text = re.sub(r'mixed_precision: \S+', f"mixed_precision: '{precision}'", text)
     if not leaves: text = re.sub('.*deepspeed_moe_layer_cls_names.*\n', '', text)
@@ -98,8 +99,8 @@ def main():
     p.add_argument('--rare', nargs=2, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.rare: return rare(*a.rare)
-    from importlib.metadata import version
-    about = {n: version(n) for n in ('deepspeed', 'torch', 'transformers', 'accelerate')}
+    try: about = {n: version(n) for n in ('deepspeed', 'torch', 'transformers', 'accelerate')}
+    except PackageNotFoundError as e: p.error(f'{e.name} must be installed')
     place = lambda r: (CASES.index(r['case']), RECIPES.index(r['recipe']), WAYS.index(r['way']))
     kept = json.loads(a.json.read_text()) if a.json and a.json.exists() else {}
     rows = {place(r): r for r in kept.get('rows', [])} if all(kept.get(n) == v for n, v in about.items()) else {}

@@ -55,8 +55,8 @@ def _read(read, folder):
     with naming_damage(folder): return read(folder)
 
 def _numbers(df, names):
-    "These columns, as far as they are there, as floats; what is none is damage, and not a `ValueError` of ours"
-    try: return df.astype({c: float for c in names if c in df})
+    "These columns as floats; what is none is damage, and not a `ValueError` of ours"
+    try: return df.astype(dict.fromkeys(names, float))
     except ValueError as e: raise TypeError(first_line(e, 200)) from None
 
 def _logged(split, **names):
@@ -66,7 +66,7 @@ def _logged(split, **names):
         d = d[d.split == split]
         # what is of other kinds of lines; a loss that is never a number is still a loss
         d = d.drop(columns=[c for c in d if c not in names and d[c].isna().all()])
-        return _numbers(d, names).rename(columns=names)
+        return _numbers(d, [c for c in names if c in d]).rename(columns=names)
     return read
 
 # %% ../../nbs/experiments/comparison.ipynb #5e310b32
