@@ -8,3 +8,8 @@ def same_logits(a, b):
     processors multiply a matrix that is not aligned in another order"""
     tol = TOLERANCES[a.dtype]
     return a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, rtol=tol, atol=tol)
+
+def same_weights(a, b):
+    "Of two models, to the bit"
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)

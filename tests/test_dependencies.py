@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
-from likeness import same_logits
+from likeness import same_logits, same_weights
 from libmoe_nb.analysis.tiny_models import tiny_moe
 from libmoe_nb.experiments.inspect import load_subject
 from libmoe_nb.data.text import text_data
@@ -122,7 +122,7 @@ def test_a_base_keeps_no_tensor_of_our_layers_in_float32(dtype, tmp_path):
     kinds = lambda m: {n: t.dtype for n, t in m.state_dict().items()}
     assert kinds(back) == kinds(m) and {n.rpartition('.')[2] for n, t in kinds(m).items()
                                         if t != dtype} == {'expert_bias'}
-    assert same_logits(back(ids()).logits, m(ids()).logits)
+    assert same_weights(back, m) and same_logits(back(ids()).logits, m(ids()).logits)
     smoe = from_scratch('smoe', 'tiny', base=base, seed=0, num_experts=4, top_k=2, moe_intermediate_size=16)
     assert not smoe._keep_in_fp32_modules_strict          # nothing of that name there
 

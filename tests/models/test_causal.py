@@ -6,7 +6,7 @@ from hub_made import hub_in_place
 from processes import run_forked
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
-from likeness import same_logits
+from likeness import same_logits, same_weights
 from libmoe_nb.moe.config import presets, recipes
 from libmoe_nb.models.cards import model_card
 from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
@@ -54,7 +54,7 @@ def test_save_load_same_bits(recipe, tmp_path):
     for cls in (AutoModelForCausalLM, MoEForCausalLM):
         back, info = cls.from_pretrained(tmp_path, output_loading_info=True)
         assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys']
-        assert same_logits(back(x).logits, m(x).logits)
+        assert same_weights(back, m) and same_logits(back(x).logits, m(x).logits)
         assert not back.training
         assert back.config.spec == m.config.spec
 
@@ -181,7 +181,8 @@ def test_push_to_hub(how, hub, tmp_path):
             and not [n for n in hub.files if n.endswith('.py')])
     assert b"from_pretrained('mixture')" in hub.files['README.md']
     (tmp_path/'down').mkdir()
-    assert same_logits(unpack(hub, tmp_path/'down')(x).logits, m(x).logits)
+    back = unpack(hub, tmp_path/'down')
+    assert same_weights(back, m) and same_logits(back(x).logits, m(x).logits)
 
 def test_a_card_on_the_hub_is_kept(hub):
     m = make('smoe')
@@ -214,7 +215,7 @@ def test_dtypes(dtype, tmp_path):
     low.save_pretrained(tmp_path/'low')
     auto = AutoModelForCausalLM.from_pretrained(tmp_path/'low', dtype='auto')
     assert auto.dtype == dtype
-    assert same_logits(auto(x).logits, low(x).logits)
+    assert same_weights(auto, low) and same_logits(auto(x).logits, low(x).logits)
     assert {p.dtype for p in AutoModelForCausalLM.from_config(m.config, dtype=dtype).parameters()} == {dtype}
 
 def test_buffers_and_options_survive(tmp_path):
@@ -224,7 +225,7 @@ def test_buffers_and_options_survive(tmp_path):
     back = AutoModelForCausalLM.from_pretrained(tmp_path)
     for a, b in zip(moe_layers(m).values(), moe_layers(back).values()):
         assert torch.equal(a.router.expert_bias, b.router.expert_bias)
-    assert same_logits(back(tokens()).logits, m(tokens()).logits)
+    assert same_weights(back, m) and same_logits(back(tokens()).logits, m(tokens()).logits)
     # the non-persistent ones too
     for (n, a), (_, b) in zip(m.named_buffers(), back.named_buffers()): assert torch.equal(a, b), n
 
@@ -241,7 +242,7 @@ def test_device_map(device_map, tmp_path):
     m = make('moe_plus_plus')
     m.save_pretrained(tmp_path, max_shard_size='20KB')
     back = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
-    assert same_logits(back(tokens()).logits, m(tokens()).logits)
+    assert same_weights(back, m) and same_logits(back(tokens()).logits, m(tokens()).logits)
     assert torch.equal(back.generate(tokens(), max_new_tokens=4, do_sample=False),
                        m.generate(tokens(), max_new_tokens=4, do_sample=False))
 
@@ -272,12 +273,12 @@ def test_copies_and_pickles(recipe):
     m, x = make(recipe), tokens()
     m.train()(x, labels=x)
     for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
-        assert same_logits(other.eval()(x).logits, m.eval()(x).logits)
+        assert same_weights(other, m) and same_logits(other.eval()(x).logits, m.eval()(x).logits)
         with torch.no_grad(): [p.zero_() for p in other.parameters()]
     assert m(x).logits.abs().sum() > 0
     fresh = make(recipe, seed=5)
     fresh.load_state_dict(m.state_dict())
-    assert same_logits(fresh(x).logits, m(x).logits)
+    assert same_weights(fresh, m) and same_logits(fresh(x).logits, m(x).logits)
 
 # ---- initialisation
 def test_initialised_from_empty_memory():
@@ -477,7 +478,7 @@ def test_families(name, recipe, tmp_path):
     m.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(back.base) is type(m.base)
-    assert same_logits(back(x).logits, m(x).logits)
+    assert same_weights(back, m) and same_logits(back(x).logits, m(x).logits)
     args = dict(max_new_tokens=5, do_sample=False)
     assert torch.equal(back.generate(x, **args), m.generate(x, use_cache=False, **args))
     c = count_parameters(m)

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from test_upcycling import IDS, causal, error
-from likeness import same_logits
+from likeness import same_logits, same_weights
 from libmoe_nb.moe.config import MoESpec
 from libmoe_nb.moe.experts import FeedForward
 from libmoe_nb.moe.layers import MoELayer, aux_loss
@@ -35,7 +35,7 @@ def test_a_map_is_built_saved_and_loaded(tmp_path):
     said = json.loads((tmp_path/'config.json').read_text())
     assert list(said['moe']) == ['model.layers.0.mlp', 'model.layers.1.mlp'] and '_bound' not in said
     back = AutoModelForCausalLM.from_pretrained(tmp_path)
-    with torch.no_grad(): assert same_logits(back(IDS).logits, model(IDS).logits)
+    with torch.no_grad(): assert same_weights(back, model) and same_logits(back(IDS).logits, model(IDS).logits)
     assert back.config.specs == model.config.specs == AutoConfig.from_pretrained(tmp_path).specs
     assert back.config.to_diff_dict()['moe'] == model.config.to_diff_dict()['moe']
 
@@ -116,7 +116,7 @@ def test_upcycled_twice(tmp_path):
     assert len(own_layers(first)) == 1 and len(own_layers(both)) == 2
     both.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    with torch.no_grad(): assert same_logits(back(IDS).logits, both(IDS).logits)
+    with torch.no_grad(): assert same_weights(back, both) and same_logits(back(IDS).logits, both(IDS).logits)
     with pytest.raises(ValueError, match='h.0.mlp.c_fc is a mixture of experts already: sharede_v2'):
         upcycle(both)
 
@@ -130,7 +130,7 @@ def test_linked_layers_in_any_order(order, tmp_path):
     assert [l._previous for l in layers] == [(), (layers[0],), (layers[1],)]
     model.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    with torch.no_grad(): assert same_logits(back(IDS).logits, model(IDS).logits)
+    with torch.no_grad(): assert same_weights(back, model) and same_logits(back(IDS).logits, model(IDS).logits)
 
 def test_dense_layers_of_ours_may_stay():
     model = MoEForCausalLM(MoEConfig(base(), {'layers.0': SPEC, 'layers.1': replace(SPEC, recipe='dense')}))

@@ -5,7 +5,7 @@ from native_models import CASES, SIZES, body, case, close, ids, make, own_layers
 from processes import run_forked
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from likeness import same_logits
+from likeness import same_logits, same_weights
 from libmoe_nb.analysis.tiny_models import tiny_moe
 from libmoe_nb.models.export import from_native, logit_error, save_native, to_native
 from libmoe_nb.models.merging import to_dense
@@ -131,7 +131,8 @@ def test_bfloat16(native, tmp_path):
     made = to_native(m, native)
     made.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert made.dtype == loaded.dtype == torch.bfloat16 and same_logits(loaded(ids()).logits, made(ids()).logits)
+    assert made.dtype == loaded.dtype == torch.bfloat16 and same_weights(loaded, made)
+    assert same_logits(loaded(ids()).logits, made(ids()).logits)
     kinds = lambda m: {n: t.dtype for n, t in m.state_dict().items()}
     # the class says what it keeps in float32: DeepSeek-V3 its router, since transformers 5.24
     assert kinds(made) == kinds(loaded)

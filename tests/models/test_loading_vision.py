@@ -1,7 +1,7 @@
 "A LLaVA by its name alone: of one scale or two, dense or upcycled, as the model that was saved."
 import json, pytest, torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BertConfig, Gemma3Config, LlavaConfig
-from likeness import same_logits
+from likeness import same_logits, same_weights
 from libmoe_nb.models import loading
 from libmoe_nb.models.loading import load_model, sees_images
 from libmoe_nb.models.scales import ScaledLlavaConfig, ScaledLlavaForConditionalGeneration
@@ -27,6 +27,7 @@ def test_without_a_class(scales, recipe, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
     side = 16
     inputs = dict(pixel_values=torch.randn(1, 3, side, side), input_ids=torch.tensor([[1, *[39] * 4, 2]]))
+    assert same_weights(model, again)
     with torch.no_grad(): assert same_logits(model(**inputs).logits, again(**inputs).logits)
 
 

@@ -5,7 +5,7 @@ import pytest, torch, transformers
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
 from test_configuration import mixed
 from test_trainers import IDS, arguments, llama, make, sft, tokenizer
-from likeness import same_logits
+from likeness import same_logits, same_weights
 from libmoe_nb.analysis.tracing import record_routing
 from libmoe_nb.models.balancing import document_places
 from libmoe_nb.models.hosting import count_loads, watch_routers
@@ -112,6 +112,7 @@ def test_a_frozen_router_keeps_its_bias(tmp_path):
         assert biases(model).any() == moves
         model.save_pretrained(tmp_path/'adapter')
         back = peft.PeftModel.from_pretrained(make(**BIASED), tmp_path/'adapter').eval()
+        assert same_weights(back, model)
         with torch.no_grad(): assert same_logits(back(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
 
 # ---- going on

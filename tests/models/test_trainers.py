@@ -3,7 +3,7 @@ off a configuration."""
 import copy, inspect, json, pickle
 import pytest, torch, transformers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
-from likeness import same_logits
+from likeness import same_logits, same_weights
 from libmoe_nb.moe.config import MoESpec
 from libmoe_nb.models.causal import MoEForCausalLM, from_scratch
 from libmoe_nb.models.configuration import MoEConfig
@@ -121,7 +121,7 @@ def test_sft_by_default(recipe, tmp_path):
     assert trainer.evaluate()['eval_loss'] < 6
     m.save_pretrained(tmp_path/'saved')
     back = AutoModelForCausalLM.from_pretrained(tmp_path/'saved')
-    assert same_logits(back(IDS % 28).logits, m.eval()(IDS % 28).logits)
+    assert same_weights(back, m) and same_logits(back(IDS % 28).logits, m.eval()(IDS % 28).logits)
     assert m.generate(IDS[:, :3] % 28, max_new_tokens=3).shape == (4, 6)
 
 def test_sft_adds_the_auxiliary_loss_times_its_coefficient(tmp_path):

@@ -9,7 +9,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
                           AutoModelForSequenceClassification, CLIPVisionConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlamaConfig, SiglipVisionConfig)
 
-from likeness import same_logits
+from likeness import same_logits, same_weights
 from libmoe_nb.moe.config import recipes
 from libmoe_nb.moe.experts import Experts
 from libmoe_nb.moe.layers import MoELayer, aux_loss
@@ -78,7 +78,7 @@ def test_causal_families_are_exact_and_survive_saving(family, tmp_path):
     assert all(torch.equal(p, before[n]) for n, p in dense.state_dict().items()) and not moe_layers(dense)
     moe.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert same_logits(back(IDS).logits, moe(IDS).logits)
+    assert same_weights(back, moe) and same_logits(back(IDS).logits, moe(IDS).logits)
     assert count_parameters(moe)['total'] == sum(p.numel() for p in moe.parameters())
 
 @pytest.mark.parametrize('family', ENCODERS)
@@ -147,6 +147,7 @@ def test_projectors_between_widths(recipe, tmp_path):
                 layer.experts.down_proj.shape) == (24, 32, (layer.experts.num_experts, 32, 32))
     moe.save_pretrained(tmp_path)
     back = load_upcycled(tmp_path)
+    assert same_weights(back, moe)
     with torch.no_grad(): assert same_logits(back.eval()(**inputs).logits, moe.eval()(**inputs).logits)
     assert (isinstance(back, LlavaForConditionalGeneration) and type(back) is type(moe)
             and back.state_dict().keys() == moe.state_dict().keys())
@@ -188,7 +189,8 @@ def test_t5(family, act, tmp_path):
     assert torch.equal(moe.generate(IDS, max_new_tokens=4, do_sample=False),
                        dense.generate(IDS, max_new_tokens=4, do_sample=False))
     moe.save_pretrained(tmp_path)
-    with torch.no_grad(): assert same_logits(load_upcycled(tmp_path).eval()(**inputs).logits, moe(**inputs).logits)
+    back = load_upcycled(tmp_path).eval()
+    with torch.no_grad(): assert same_weights(back, moe) and same_logits(back(**inputs).logits, moe(**inputs).logits)
     moe.train()(input_ids=IDS, labels=IDS).loss.backward()
     assert all(l.experts.down_proj.grad.abs().sum() > 0 for l in moe_layers(moe).values())
     linked = upcycle(dense, 'moe_plus_plus', 4, 2, where=['encoder', 'decoder'], exact=True)
@@ -358,7 +360,7 @@ def test_our_own_dense_model_and_shared_only(tmp_path):
             and error(dense, half, input_ids=ids) < 2e-5)
     half.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    with torch.no_grad(): assert same_logits(back(ids).logits, half(ids).logits)
+    with torch.no_grad(): assert same_weights(back, half) and same_logits(back(ids).logits, half(ids).logits)
 
 def test_other_mixtures_are_refused():
     sizes = {k: v for k, v in SMALL.items() if k != 'pad_token_id'}
@@ -379,7 +381,7 @@ def test_unlike_sizes(tmp_path):
     assert error(dense, moe, input_ids=IDS) < 2e-5
     moe.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    with torch.no_grad(): assert same_logits(back(IDS).logits, moe(IDS).logits)
+    with torch.no_grad(): assert same_weights(back, moe) and same_logits(back(IDS).logits, moe(IDS).logits)
 
 class Odd(nn.Module):
     def __init__(self, d=32, h=48):

@@ -12,7 +12,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
 from hub_made import hub_in_place
 from processes import run_forked
 from test_upcycling import IDS, SMALL, T5, WHOLE, error, rough, tiny_llava
-from likeness import same_logits
+from likeness import same_logits, same_weights
 from libmoe_nb.moe.config import MoESpec
 from libmoe_nb.moe.layers import aux_loss
 from libmoe_nb.models.counting import count_parameters
@@ -61,10 +61,6 @@ def case(request): return Case(request.param)
 
 def outputs(model, inputs):
     with torch.no_grad(): return model.eval()(**inputs)[0 if 'labels' not in inputs else 1]
-
-def same_weights(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 def test_it_is_of_its_class_and_computes_what_it_did(case):
     moe = case.upcycled()

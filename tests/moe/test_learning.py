@@ -6,7 +6,7 @@ import dataclasses, warnings
 import pytest, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from likeness import same_logits
+from likeness import same_logits, same_weights
 from libmoe_nb.moe.config import MoESpec, get_preset, recipes
 from libmoe_nb.experiments.run import run_config
 from libmoe_nb.moe.recipes import build_layer, settled
@@ -73,7 +73,7 @@ def test_a_model_saved_with_the_constant_weight_is_unchanged(recipe, tmp_path):
         warnings.simplefilter('error', UserWarning)
         back = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert back.config.spec.norm_topk_prob is True and all(l.router.norm_topk_prob for l in moe_layers(back).values())
-    with torch.no_grad(): assert same_logits(back(IDS).logits, m(IDS).logits)
+    with torch.no_grad(): assert same_weights(back, m) and same_logits(back(IDS).logits, m(IDS).logits)
     if recipe not in ('tcmoe', 'moe_plus_plus'):   # there something else can be chosen
         assert all(l.router(torch.randn(9, 32)).top_k_weights.sub(1).abs().max() < 1e-6
                    for l in moe_layers(back).values())
@@ -91,7 +91,7 @@ def test_what_was_left_open_is_saved_outright(recipe, top_k, norm, tmp_path):
         m.eval().save_pretrained(tmp_path)
         back = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert back.config.spec == m.config.spec
-        with torch.no_grad(): assert same_logits(back(IDS).logits, m(IDS).logits)
+        with torch.no_grad(): assert same_weights(back, m) and same_logits(back(IDS).logits, m(IDS).logits)
 
 def test_an_upcycled_encoder_says_it_outright(tmp_path):
     from transformers import BertConfig, BertModel
