@@ -88,8 +88,9 @@ def test_a_data_worker_that_dies_is_one_sentence_and_the_run_goes_on(tmp_path, m
                         r"memory may have run out\. What is finished is kept; give the same command again to go on "
                         r"from here\.",
                         told)
-    (kept,) = checkpoints(tmp_path/'dead'/'checkpoints')
-    assert kept.name in ('step-00000003', 'step-00000004') and not (tmp_path/'dead'/'result.json').exists()
+    kept, *older = checkpoints(tmp_path/'dead'/'checkpoints')           # death may come between a save and its tidying
+    assert len(older) <= 1 and kept.name in ('step-00000003', 'step-00000004')
+    assert not (tmp_path/'dead'/'result.json').exists()
     again = run('dead')
     assert again.exit_code == 0, again.output
     same = lambda r: {k: v for k, v in json.loads(r.stdout).items() if k in ('perplexity', 'loss', 'domains', 'tokens')}
