@@ -132,7 +132,7 @@ def main():
           f'{sum(bool(r["differences"]) for r in rows)} that differ')
     if a.json:
         old = json.loads(Path(a.json).read_text()) if Path(a.json).exists() else []
-        rows = [r for r in old if (r['jobs'], r.get('launch', 1)) != (a.jobs, a.launch)] + rows
+        rows = [r for r in old if (r['jobs'], r.get('launch', 1), r['seed']) != (a.jobs, a.launch, a.seed)] + rows
         with open(a.json, 'w', encoding='utf-8') as f: f.write('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
 
 

@@ -6,11 +6,12 @@ python benchmarks/training.py [--preset mini] [--recipes smoe,...] [--steps 10] 
 For each recipe, in one process and in turn: `plain`, a loop of forward, backward, clip and AdamW; `ours`, the learner
 of `libmoe compare` with its log, schedule and telemetry; `Trainer`, the Hugging Face one; `dense`, a plain loop over a
 dense model of the same active parameters; with --compile, `compiled`, the plain loop under `torch.compile`. All take
-the same sequences. A round is `--steps` steps of each; a step is timed from the end of the one before, so loading of
-data and callbacks count, and starting does not. Printed are the median step of `plain`, and medians over rounds of
-each one's time over that of `plain`. Times are those of the processor, which another process on the machine does not
-lengthen; with --wall, those that pass. Memory is the peak of a process of its own above what it held before the model
-was made. Target: `ours` below 1.05 where a step takes 100 ms."""
+the same sequences. A round is `--steps` steps of each and one before them, in which an optimiser makes its
+state; a step is timed from the end of the one before, so loading of data and callbacks count, and starting does not.
+Printed are the median step of `plain`, and medians over rounds of each one's time over that of `plain`. Times are
+those of the processor, which another process on the machine does not lengthen; with --wall, those that pass. Memory is
+the peak of a process of its own above what it held before the model was made. Target: `ours` below 1.05 where a step
+takes 100 ms."""
 import argparse, dataclasses, json, multiprocessing, os, statistics, tempfile, time, warnings
 import torch
 from libmoe_nb.core.files import write_json
@@ -22,7 +23,7 @@ class Stamps:
     def __init__(self, clock): self.clock, self.times = clock, []
     def __call__(self): self.times.append(self.clock())
     def steps(self):
-        times, self.times = self.times, []
+        times, self.times = self.times[1:], []
         return [b - a for a, b in zip(times, times[1:])]
 
 
@@ -118,7 +119,7 @@ def measure(recipe, preset, data, a, clock):
     times = {n: [] for n in blocks}
     for _ in range(a.rounds):
         for n, f in blocks.items():
-            f(a.steps)
+            f(a.steps + 1)
             times[n].append(statistics.mean(stamps.steps()))
     base = statistics.median(times['plain'])
     for n, t in times.items():

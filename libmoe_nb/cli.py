@@ -12,8 +12,9 @@ import typer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Optional
-from .commands import (Bf16, Device, Json, PlainCommand as _Command, Threads, answer as _answer,
-                                argument as _argument, friendly_errors, option as _option, with_options)
+from .commands import (Bf16, Device, Fp16, Json, Nonfinite, PlainCommand as _Command, Threads,
+                                answer as _answer, argument as _argument, friendly_errors, option as _option,
+                                with_options)
 from .core.errors import did_you_mean
 from .core.files import check_is_folder, jsonable
 from .core.machine import find_device, use_threads
@@ -94,9 +95,8 @@ def _training(
     traces: Annotated[int, _option('Validation tokens on which the routers\' choices are kept, up to ten times in a '
                                    'training (default 4096; 0: none).')] = 4096,
     bf16: Bf16 = False,
-    fp16: Annotated[bool, _option('Train under autocast to float16, with a loss that is scaled.', '--fp16')] = False,
-    nonfinite: Annotated[str, _option('What becomes of a step whose loss is no number: stop there (default), or skip '
-                                      'it.')] = 'stop',
+    fp16: Fp16 = False,
+    nonfinite: Nonfinite = 'stop',
     mismatches: Annotated[int, _option('Count the tokens that are routed otherwise in training than in use, every so '
                                        'many steps (default 0: never).', metavar='N')] = 0,
 ): ...
@@ -216,6 +216,8 @@ def _upcycled_training(
     text_field: TextField = 'text',
     domain_field: DomainField = None,
     bf16: Bf16 = False,
+    fp16: Fp16 = False,
+    nonfinite: Nonfinite = 'stop',
 ): ...
 
 # %% ../nbs/cli.ipynb #defb1c8b

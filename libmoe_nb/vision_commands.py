@@ -12,8 +12,8 @@ import os, typer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Optional
-from .commands import (Bf16, Device, Json, PlainCommand, Threads, answer, argument, friendly_errors, option,
-                                with_options)
+from .commands import (Bf16, Device, Fp16, Json, Nonfinite, PlainCommand, Threads, answer, argument,
+                                friendly_errors, option, with_options)
 from .core.errors import check, did_you_mean
 from .core.files import check_writable
 from .core.machine import check_device
@@ -58,7 +58,8 @@ def _experts(
     top_k: Annotated[Optional[int], option('K, experts of a patch, shared ones included.')] = None,
 ): ...
 
-def _machine(bf16: Bf16 = False, device: Device = None, threads: Threads = None, as_json: Json = False): ...
+def _machine(bf16: Bf16 = False, fp16: Fp16 = False, nonfinite: Nonfinite = 'stop', device: Device = None,
+             threads: Threads = None, as_json: Json = False): ...
 
 # %% ../nbs/vision_commands.ipynb #f348ae90
 known_sets = 'easy-vqa',   # that a preset with scenes of its own can go on with
@@ -117,8 +118,9 @@ def _plan(o, recipes, **kwargs):
              for s in stages if (f := data.get(s, data.get('')))}
     last = files.get(stages[-1], {})
     experts = {k: v for k in ('num_experts', 'top_k') if (v := getattr(o, k, None)) is not None}
-    return vision_plan(recipes, o.preset, o.out, data=files or None, steps=o.steps, bf16=o.bf16, device=o.device,
-                       start=from_parts(o.tower, o.language_model) if o.tower else None, experts=experts,
+    return vision_plan(recipes, o.preset, o.out, data=files or None, steps=o.steps, bf16=o.bf16, fp16=o.fp16,
+                       nonfinite=o.nonfinite, device=o.device, experts=experts,
+                       start=from_parts(o.tower, o.language_model) if o.tower else None,
                        test=file_data(o.test, images.get('test')) if o.test else last if 'set' in last else None,
                        **kwargs)
 

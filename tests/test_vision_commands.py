@@ -91,10 +91,25 @@ def test_mistakes_are_sentences_before_any_work(real, tmp_path):
             (('finetune', 'smoe', '--seed', '-1'), 'seed must be'),
             (('compare', '--recipes', 'smoe,xmo'), "did you mean 'xmoe'"),
             (('compare', '--seeds', '0'), 'seeds must be'), (('compare', '--jobs', '0'), 'jobs must be'),
+            (('pretrain', '--fp16', '--bf16'), 'fp16 must be False where bf16 is True'),
+            (('pretrain', '--nonfinite', 'ignore'), 'nonfinite must be one of stop, skip'),
             (('pretrain', '--device', 'gpu'), 'device must be'), (('pretrain', '--out', f), 'it is a file')):
         assert (message in libmoe('vlm', *args, '--out', tmp_path/'out', code=2) if '--out' not in args
                 else libmoe('vlm', *args, code=2)), args
     assert not (tmp_path/'out').exists()
+
+def test_stages_in_float16_that_leave_out_a_step_without_a_loss(tmp_path, monkeypatch):
+    from libmoe_nb.experiments import vision_stages
+    from libmoe_nb.training.stages import vision_presets
+    p, learners, make = vision_presets['tiny-vlm'], [], vision_stages.vision_learner
+    monkeypatch.setitem(vision_presets, 'tiny-vlm', replace(p, scenes=16))
+    monkeypatch.setattr(vision_stages, 'vision_learner',
+                        lambda *a, **kw: learners.append(make(*a, **kw)) or learners[-1])
+    libmoe('vlm', 'pretrain', '--preset', 'tiny-vlm', '--steps', 1, '--fp16', '--nonfinite', 'skip', '--out', tmp_path)
+    n = len(learners)
+    assert n >= 4 and all(l.fp16 and not l.bf16 and l.skip_nonfinite.rows == [] for l in learners)
+    libmoe('vlm', 'pretrain', '--preset', 'tiny-vlm', '--steps', 1, '--out', tmp_path)
+    assert len(learners) >= n + 4 and not any(l.fp16 for l in learners[n:])                # stages of their own
 
 def test_mistakes_in_a_question(real, tmp_path):
     picture = next((real/'questions'/'images').glob('*.png'))

@@ -30,6 +30,7 @@ from .reports import write_report
 from .run import Run, RunOptions, fit_run, run_config, run_name
 from ..moe.config import Preset, apply_overrides, named_recipes, own_recipes, recipes
 from ..moe.recipes import build_layer
+from ..training.precision import check_one_precision
 
 # %% ../../nbs/experiments/compare.ipynb #5aeebb81
 def _recipe_names(names, preset, layer, options):
@@ -73,7 +74,7 @@ def make_plan(
     **overrides,           # fields of `Preset` and `MoESpec`
 )->Plan:
     "A checked plan that has no text yet."
-    check(not (bf16 and fp16), 'fp16', fp16, 'False where bf16 is True: training has one precision')
+    check_one_precision(bf16, fp16)
     (preset, layer), options = apply_overrides(preset, overrides), options or {}
     return Plan(_recipe_names(recipes, preset, layer, options), preset, layer, options, read_setting('bf16', bf16),
                 find_device(device).type, read_setting('valid_tokens', valid_tokens),

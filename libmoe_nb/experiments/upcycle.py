@@ -23,7 +23,8 @@ from ..data.sources import find_sources
 from ..data.text import TextData, text_data
 from ..evaluation.heldout import evaluate_perplexity, text_perplexities
 from .compare import print_progress
-from .run import RunOptions, claim_folder, train_to_end, training_callbacks
+from .run import (RunOptions, claim_folder, precision_of, train_to_end, training_callbacks,
+                                      unusual_training)
 from ..models.counting import count_parameters
 from ..models.initialisations import exact_options
 from ..models.loading import check_causal, find_model, load_tokenizer
@@ -32,6 +33,7 @@ from ..moe.config import MoESpec, recipes
 from ..moe.recipes import get_recipe, settled
 from ..training.checkpoints import StepReporter
 from ..training.learner import moe_learner
+from ..training.precision import check_one_precision
 
 # %% ../../nbs/experiments/upcycle.ipynb #99756e6f
 def upcycling_table(
@@ -80,6 +82,7 @@ def _read_arguments(recipe, overrides, **kw):
     kw['valid_batch_size'] = read_setting('valid_batch_size', kw['valid_batch_size'], settings['batch_size'])
     check(kw['grad_accum'] <= kw['batch_size'], 'grad_accum', kw['grad_accum'],
           f"at most batch_size={kw['batch_size']}")
+    check_one_precision(kw['bf16'], kw['fp16'])
     return dict(kw, recipe=recipe, options=overrides)
 
 # %% ../../nbs/experiments/upcycle.ipynb #c33d9efb
@@ -123,7 +126,7 @@ def _config(name, device, data, source, asked):
     return json.loads(json.dumps(by_score | dict(
         format=1, model=where, recipe=asked['recipe'], num_experts=N, top_k=K, options=options, dense=asked['dense'],
         device=device.type, valid_tokens=asked['valid_tokens'], data=about,
-        training={k: asked[k] for k in _training})))
+        training={k: asked[k] for k in _training} | unusual_training(asked['fp16'], asked['nonfinite']))))
 
 def _source_name(source, data):
     if isinstance(source, TextData): return ', '.join(data.domains)
@@ -242,7 +245,7 @@ def perplexity(self:Upcycling, model)->dict: # of `evaluate_perplexity`
     "What a model is worth on the validation set."
     B, limit = self.config['training']['valid_batch_size'], self.config['valid_tokens']
     return evaluate_perplexity(model, self.data, B, steps=limit and max(limit // (B * self.data.sequence_length), 1),
-                               bf16=self.config['training']['bf16'])
+                               **precision_of(self.config['training']))
 
 @patch
 def callbacks(self:Upcycling, name:str)->list:
@@ -289,7 +292,8 @@ def upcycle_and_train(
     *, num_experts:int=4, top_k:int=2, # N and K, shared experts included
     dense:bool=True,       # train the dense model too?
     batch_size:int=2, sequence_length:int=128, # of a step: sequences, and their tokens
-    lr:float=1e-5, warmup_steps:int=0, grad_accum:int=1, bf16:bool=False, # as in `moe_learner`
+    lr:float=1e-5, warmup_steps:int=0, grad_accum:int=1,  # as in `moe_learner`
+    bf16:bool=False, fp16:bool=False, nonfinite:str='stop', # as there
     seed:int=0,            # of router, text and order
     valid_tokens:int=16_384, valid_batch_size:int=8, # validate on so many tokens at most; None: all
     device=None,           # 'cpu' or 'cuda'; None: a GPU if there is one
@@ -303,8 +307,9 @@ def upcycle_and_train(
     A finished folder is not worked on again, an interrupted call goes on. Ready text brings its own length."""
     if isinstance(data, TextData): sequence_length = data.sequence_length
     asked = _read_arguments(recipe, overrides, steps=steps, num_experts=num_experts, top_k=top_k, dense=dense,
-        batch_size=batch_size, sequence_length=sequence_length, lr=lr, warmup_steps=warmup_steps, bf16=bf16, seed=seed,
-        grad_accum=grad_accum, valid_tokens=valid_tokens, valid_batch_size=valid_batch_size)
+        batch_size=batch_size, sequence_length=sequence_length, lr=lr, warmup_steps=warmup_steps, bf16=bf16, fp16=fp16,
+        nonfinite=nonfinite, seed=seed, grad_accum=grad_accum, valid_tokens=valid_tokens,
+        valid_batch_size=valid_batch_size)
     wishes, out = RunOptions(checkpoint_seconds=checkpoint_seconds), None if out is None else Path(out).expanduser()
     return _prepared(name, data, asked, out, find_device(device), threads, data_options or {}, wishes, progress).fit()
 

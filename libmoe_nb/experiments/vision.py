@@ -20,7 +20,7 @@ from ..core.files import (check_writable, jsonable, locked_folder, make_folder, 
                                   write_json)
 from ..core.machine import find_device, use_threads
 from ..core.modes import seeded
-from ..core.settings import read_setting, seed_list
+from ..core.settings import read_setting, read_settings, seed_list
 from ..core.words import format_duration
 from ..data.conversations import ConversationData, LeftOut, as_sample, read_conversations
 from ..data.images import read_image
@@ -39,6 +39,7 @@ from ..moe.config import check_recipe, own_recipes
 from ..plots.patches import plot_expert_maps
 from ..plots.style import recipe_title
 from ..training.checkpoints import StepReporter
+from ..training.precision import check_one_precision
 from ..training.stages import VisionPreset, get_vision_preset
 
 # %% ../../nbs/experiments/vision.ipynb #144e6898
@@ -78,12 +79,13 @@ def vision_plan(
     test:dict=None,       # of `file_data`: questions to be asked; None: the preset's test scenes
     steps:int=None,       # of each stage, or of the last alone where its data is a set; None: the preset's
     experts:dict=None,    # num_experts, top_k and what else `upcycle_parts` takes; None: the size's
-    bf16:bool=False, device=None,
+    bf16:bool=False, fp16:bool=False, nonfinite:str='stop', device=None, # see `moe_learner`
 )->VisionPlan:
     "What has to be trained; everything that can be refused is refused here."
     preset, recipes = get_vision_preset(preset), vision_recipes(recipes, dense)
     check_writable(Path(out))
-    how = dict(bf16=read_setting('bf16', bf16), device=find_device(device).type)
+    how = read_settings(dict(bf16=bf16, fp16=fp16, nonfinite=nonfinite)) | dict(device=find_device(device).type)
+    check_one_precision(how['bf16'], how['fp16'])
     shared, last = _planned(preset, _seeds(recipes, seeds, more_seeds, more_for), start, data, steps, how, experts,
                             controls)
     return VisionPlan(Path(out), preset, shared, last, _asked(preset, test) if asked else None)

@@ -22,7 +22,8 @@ from ..data.conversations import (ConversationData, LeftOut, Sample, as_sample, 
                                           read_conversations, told_cut)
 from ..data.scenes import Scene, colours, conversation, places, scene_words, shapes, sizes, write_scenes
 from ..data.vision import easy_vqa_turns
-from .run import claim_folder, run_hash, train_to_end, training_callbacks
+from .run import (claim_folder, run_hash, train_to_end, training_callbacks, training_of,
+                                       unusual_training)
 from ..models.asking import image_tensor, load_vision_language, small_processor, with_words
 from ..models.counting import count_parameters
 from ..models.frozen import feature_cache
@@ -42,7 +43,7 @@ def stage_config(
     recipe:str='dense', # whose layers the stage's experts become
     experts:dict=None,  # num_experts, top_k and what else `upcycle_parts` takes
     images:bool=True,   # False: the same questions without an image, a control
-    bf16:bool=False,
+    bf16:bool=False, fp16:bool=False, nonfinite:str='stop', # see `moe_learner`
     device:str='cpu',
 )->dict:                # ready for JSON
     "Everything that determines the result of a stage."
@@ -51,7 +52,7 @@ def stage_config(
     how = dict(recipe=recipe, experts=experts if sparse else {}) if stage.experts else {}
     return json.loads(json.dumps(dict(
         format=1, stage=stage.to_dict(), start=start, data=data, seed=seed, bf16=bf16, device=device,
-        **how, **({} if images else dict(images=False)))))
+        **how, **unusual_training(fp16, nonfinite), **({} if images else dict(images=False)))))
 
 def from_size(name:str, seed:int=0)->dict: return dict(size=name, seed=seed)
 def after(config:dict)->dict: return dict(stage=stage_name(config))
@@ -112,7 +113,7 @@ def shared_stages(
     *, start:dict=None,  # None: `from_size`
     data:dict=None,      # name of a stage -> of `file_data`; None: the preset's scenes
     steps:int=None,      # of each; None: the stage's own, or one epoch of a file; where a set follows, its alone
-    **kwargs,            # for `stage_config`: seed, bf16, device
+    **kwargs,            # for `stage_config`: seed, bf16, fp16, nonfinite, device
 )->list:                 # of configurations, in order
     "The stages before the last one, each after the other."
     start, res = start or from_size(preset.size), []
@@ -285,7 +286,7 @@ def stage_learner(
     data = ConversationData(samples, processor.tokenizer, image_tensor(processor, stage.pad_images),
                             image_places(model), stage.sequence_length, left,
                             features=feature_cache(model, processor, features, stage.pad_images) if features else None)
-    return data, vision_learner(model, data, stage, seed=config['seed'], bf16=config['bf16'],
+    return data, vision_learner(model, data, stage, seed=config['seed'], **training_of(config),
                                 device=find_device(config['device']), **kwargs)
 
 def _stage(config):

@@ -20,7 +20,7 @@ from .causal import MoEForCausalLM
 from .configuration import MoEConfig
 from .ffns import ffn_weights, find_ffns, module_at, put_modules
 from .initialisations import initialisations, upcycled_layer, exact_options
-from .swapping import layer_indices, link_stacks, swap_plan
+from .swapping import check_uncut, layer_indices, link_stacks, swap_plan
 from .towers import unread_modules
 from .wrapping import UpcycledConfig, UpcycledMixin, as_upcycled, load_upcycled
 from ..moe.config import MoESpec
@@ -115,6 +115,7 @@ def upcycle(
     if not isinstance(model, nn.Module): model, inplace = load_dense(model), True
     base, earlier = _opened(model)
     chosen = _dense_ffns(base, layers, where)
+    check_uncut(chosen)
     with seeded(seed):
         made = {name: _made(name, ffn, (recipe, num_experts, top_k), init, given, options, rescale, exact)
                 for name, ffn in chosen.items()}

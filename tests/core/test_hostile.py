@@ -89,7 +89,8 @@ ONCE = [('json', b'[' * 100_000), ('json', dumps(DEEP)), ('preset', {}), ('prese
 def test_what_fell_over_once(name, given): fed(name, given)
 
 @pytest.mark.parametrize('change', [dict(answer=9), dict(answer=-1), dict(answer=1.5), dict(choices=[]),
-                                    dict(choices=3), dict(context=None), dict(choices=['', 'x'])], ids=str)
+                                    dict(choices=3), dict(context=None), dict(choices=['', 'x']),
+                                    dict(context='half a character \ud83d')], ids=ascii)
 def test_a_suite_whose_questions_cannot_be_asked(change, tmp_path):
     from hashlib import blake2b
     from libmoe_nb.evaluation.suites import Suite

@@ -56,6 +56,7 @@ def ended_by_one(folder, began, settings):
     a, b = (load_file(folder/n/'model'/'model.safetensors') for n in ('two', 'one'))
     assert all(torch.allclose(a[n], b[n], atol=2e-3) for n in b)
 
+@pytest.mark.long
 @pytest.mark.filterwarnings('ignore:going on from')
 def test_a_stream_that_two_processes_read_is_read_on_by_one(tmp_path, at_once, monkeypatch, capsys):
     (corpus := tmp_path/'corpus').mkdir()

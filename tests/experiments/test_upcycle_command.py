@@ -98,6 +98,23 @@ def test_other_beginnings(args, box, tmp_path):
     dense, moe = result(upcycle(box, 'llama', tmp_path/'out', *args, '--json', steps=1))['results']
     assert (abs(moe['before'] / dense['before'] - 1) < 1e-5) == exact
 
+def test_float16_and_steps_that_are_left_out(box, tmp_path, monkeypatch):
+    from libmoe_nb.experiments import upcycle as module
+    how, make = [], module.moe_learner
+    monkeypatch.setattr(module, 'moe_learner', lambda *a, **kw: how.append(make(*a, **kw)) or how[-1])
+    monkeypatch.setattr(module, 'evaluate_perplexity', lambda *a, f=module.evaluate_perplexity, **kw:
+                        how.append(kw['fp16']) or f(*a, **kw))
+    got = result(upcycle(box, 'llama', tmp_path/'a', '--fp16', '--nonfinite', 'skip', '--json', steps=2))
+    training = json.loads((tmp_path/'a'/'config.json').read_text())['run']['training']
+    assert training['fp16'] and training['nonfinite'] == 'skip' and not training['bf16']
+    assert how[0] is how[2] is True and how[1].fp16 and how[1].skip_nonfinite.rows == [] and len(how) == 6
+    usual = result(upcycle(box, 'llama', tmp_path/'b', '--json', steps=2))
+    assert not {'fp16', 'nonfinite'} & {*json.loads((tmp_path/'b'/'config.json').read_text())['run']['training']}
+    for row, other in zip(got['results'], usual['results']):
+        assert row['after'] == pytest.approx(other['after'], rel=.02) and row['after'] != other['after']
+    again = upcycle(box, 'llama', tmp_path/'a', steps=2)                                    # of another precision
+    assert again.exit_code == 2 and 'training' in again.stderr
+
 def test_table_for_people(box, tmp_path):
     res = upcycle(box, 'gpt2', tmp_path/'out', '--recipe', 'sharede_v2', '--no-dense', '--layers', '0,2')
     assert res.exit_code == 0, res.stderr
@@ -140,6 +157,7 @@ def test_a_folder_that_cannot_be_written(box, tmp_path):
     (['--sequence-length', '100000'], 'sequence_length must be at most that of the model'),
     (['--learning-rate', '-1'], 'learning_rate must be above 0, got -1'), (['--learning-rate', 'nan'], 'learning_rate'),
     (['--warmup-steps', '-1'], 'warmup_steps'), (['--grad-accum', '3'], 'grad_accum must be at most batch_size=2'),
+    (['--fp16', '--bf16'], 'fp16 must be False where bf16 is True'), (['--nonfinite', 'ignore'], 'one of stop, skip'),
     (['--seed', '-1'], 'seed'), (['--threads', '0'], 'threads'),
     (['--valid-tokens', '-5'], 'valid_tokens'),
     (['--max-bytes', '-1'], '--max-bytes'), (['--init', 'cop'], "did you mean 'copy'"),

@@ -58,6 +58,7 @@ def test_save_load_same_bits(recipe, tmp_path):
         assert not back.training
         assert back.config.spec == m.config.spec
 
+@pytest.mark.long
 def test_fresh_process_loads_the_same(tmp_path):
     x = tokens()
     torch.save(x, tmp_path/'x.pt')
@@ -313,7 +314,8 @@ def test_seeds_leave_the_generator_alone():
     w = 'base.lm_head.weight'
     assert torch.equal(a.state_dict()[w], c.state_dict()[w]) and not torch.equal(a.state_dict()[w], b.state_dict()[w])
 
-@pytest.mark.parametrize('preset', list(presets))
+@pytest.mark.parametrize('preset', [pytest.param(p, marks=[pytest.mark.long] * (p == 'paper-0.68b'))
+                                    for p in presets])
 def test_presets_on_meta(preset):
     for r in RECIPES:
         with torch.device('meta'): m = from_scratch(r, preset, seed=0)

@@ -234,6 +234,7 @@ def test_encoders_are_saved_and_loaded(family, tmp_path):
     assert (all(torch.equal(a[n], t) for n, t in back.state_dict().items())
             and not all(torch.equal(a[n], b[n]) for n in a))
 
+@pytest.mark.long
 def test_nobody_else_loads_them(tmp_path):
     moe = upcycle(encoder('bert'), 'smoe', 4, 2)
     moe.save_pretrained(tmp_path)

@@ -190,6 +190,7 @@ MORE = dict(falcon_h1=dict(head_dim=8, mamba_d_state=4, mamba_d_conv=2, mamba_n_
                  encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=48, bos_token_id=1, eos_token_id=2,
                  decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None))
 
+@pytest.mark.long
 def test_every_family_comes_back_to_the_bit_in_a_fresh_process(tmp_path):
     "All parameters, all buffers (those that are in no file too), and what the model computes"
     recipes = ['smoe', 'xmoe', 'sharede_v2', 'moe_plus_plus', 'tcmoe', 'smoe_sigmoid', 'dense']

@@ -112,6 +112,7 @@ for accum in (1, 2):
         json.dump([learn.aux_loss.value, *map(float, learn.recorder.losses)], open(f'{name}.json', 'w'))
 '''
 
+@pytest.mark.long
 def test_two_processes_are_one(tmp_path):
     "The first rank holds sequences of 6 and 17 tokens, the other two of 64"
     from safetensors.torch import load_file
@@ -153,13 +154,15 @@ def trained(tmp_path, m, batch_size, accum, lengths=LENGTHS, prompt=0, **kw):
     return m.state_dict(), [l['loss'] for l in trainer.state.log_history if 'loss' in l]
 
 @pytest.mark.parametrize('recipe, kw', [c for c in CASES if 'expert_bias' not in c[1]], ids=str)
-@pytest.mark.parametrize('prompt', [0, 4], ids=['padded', 'prompts without labels'])
+@pytest.mark.parametrize('prompt', [pytest.param(0, id='padded'),
+                                    pytest.param(4, id='prompts without labels', marks=pytest.mark.long)])
 def test_trainer_accumulates_exactly(recipe, kw, prompt, tmp_path):
     whole, losses = trained(tmp_path, model(recipe, **kw), 4, 1, prompt=prompt)
     for B, k in [(2, 2), (1, 4)]:
         parts, others = trained(tmp_path, model(recipe, **kw), B, k, prompt=prompt)
         assert furthest(whole, parts) < 1e-6 and others == pytest.approx(losses, abs=1e-4)
 
+@pytest.mark.long
 @pytest.mark.parametrize('kw', [MICRO, GLOBAL], ids=str)
 def test_trainer_and_groups_over_sequences(kw, tmp_path):
     far = lambda **more: furthest(*(trained(tmp_path, model(**kw, **more), B, k)[0] for B, k in [(4, 1), (1, 4)]))
@@ -182,6 +185,7 @@ for i, (recipe, kw) in enumerate(t.OVER_RANKS):
     save_file(state, f'{sys.argv[1]}/{i}-{os.environ["RANK"]}.safetensors')
 '''
 
+@pytest.mark.long
 def test_trainer_over_two_processes(tmp_path):
     from safetensors.torch import load_file
     two_processes(TRAINER, tmp_path)
