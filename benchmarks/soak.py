@@ -88,6 +88,15 @@ def differences(a, b):
             if a.get(n, {}).get(k) != b.get(n, {}).get(k)]
 
 
+def keep(rows, a):
+    "Write down the folders so far, beside those of runs of another kind or seed"
+    kind, path = (a.jobs, a.launch, a.seed), Path(a.json)
+    old = json.loads(path.read_text()) if path.exists() else []
+    rows = [r for r in old if (r['jobs'], r.get('launch', 1), r['seed']) != kind] + rows
+    path.with_suffix('.part').write_text('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
+    path.with_suffix('.part').replace(path)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--kills', type=int, default=20); p.add_argument('--steps', type=int, default=30)
@@ -124,16 +133,13 @@ def main():
             left = [p.name for p in out.glob('*/checkpoints')] + [p.name for p in out.rglob('.*.tmp')]
             row['left_over'] = sorted(set(left))
             rows.append(row)
+            if a.json: keep(rows, a)
             print(f"folder {len(rows)}: {row['kills']} kills, {row['in_a_save']} in a save; different: "
                   f"{', '.join(row['differences']) or 'nothing'}; left over: "
                   f"{', '.join(row['left_over']) or 'nothing'}",
                   flush=True)
     print(f'{kills} kills, {sum(r["in_a_save"] for r in rows)} of them in a save, {len(rows)} folders, '
           f'{sum(bool(r["differences"]) for r in rows)} that differ')
-    if a.json:
-        old = json.loads(Path(a.json).read_text()) if Path(a.json).exists() else []
-        rows = [r for r in old if (r['jobs'], r.get('launch', 1), r['seed']) != (a.jobs, a.launch, a.seed)] + rows
-        with open(a.json, 'w', encoding='utf-8') as f: f.write('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
 
 
 if __name__ == '__main__': main()
