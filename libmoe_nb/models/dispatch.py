@@ -65,7 +65,7 @@ def _one_token(b, x, index, weights):
 # %% ../../nbs/models/dispatch.ipynb #13b11668
 def _too_few(m, x, index):
     "Is `grouped_mm` as fast, and does it take these sizes and ids?"
-    rows, N, up = 16 if x.dtype == torch.float32 else int(m.is_transposed), len(m.down_proj), _up(m)
+    rows, N, up = 16 if x.dtype == torch.float32 else 2, len(m.down_proj), _up(m)
     if not 0 < index.numel() < rows * N or x.dtype != up.dtype: return False
     fits = all(n * x.element_size() % 16 == 0 for n in (*up.shape[1:], *m.down_proj.shape[1:]))
     return fits and bool(index.max() < N)

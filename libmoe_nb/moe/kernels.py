@@ -65,7 +65,7 @@ def _group(used, counts, cap, spare, half):
         while i + 2*g <= len(used) and 2*g <= 16 and used[i + 2*g - 1] - used[i] == 2*g - 1:
             loads = [counts[e] for e in used[i:i+2*g]]
             r = _round_up(max(loads), False, half)
-            if 2*g*r > cap or 2*g*r > 1.25*sum(loads) + spare*g: break
+            if 2*g*r > cap or 2*g*r > (1.25 if half else 1.05)*sum(loads) + spare*g: break
             g, rows = 2*g, r
         groups.append((used[i], g, rows))
         i += g
