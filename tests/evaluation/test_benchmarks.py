@@ -128,6 +128,7 @@ def test_paper_prompts(published):
             .chance[['paper_cbt_cn', 'paper_race_high', 'paper_social_iqa', 'paper_commonsense_qa']].tolist()
             == pytest.approx([.1, .25, 1/3, .2]))
 
+@pytest.mark.long
 def test_paper_tasks_are_the_registrys():
     "Names and data sets agree with lm-eval's whole registry, and our names replace none of its"
     whole, own = task_manager(True), [p.stem for p in (tasks_folder()/'paper_lm').glob('[!_]*.yaml')]

@@ -104,15 +104,15 @@ def test_float16_and_steps_that_are_left_out(box, tmp_path, monkeypatch):
     monkeypatch.setattr(module, 'moe_learner', lambda *a, **kw: how.append(make(*a, **kw)) or how[-1])
     monkeypatch.setattr(module, 'evaluate_perplexity', lambda *a, f=module.evaluate_perplexity, **kw:
                         how.append(kw['fp16']) or f(*a, **kw))
-    got = result(upcycle(box, 'llama', tmp_path/'a', '--fp16', '--nonfinite', 'skip', '--json', steps=2))
+    got = result(upcycle(box, 'llama', tmp_path/'a', '--no-dense', '--fp16', '--nonfinite', 'skip', '--json', steps=2))
     training = json.loads((tmp_path/'a'/'config.json').read_text())['run']['training']
     assert training['fp16'] and training['nonfinite'] == 'skip' and not training['bf16']
-    assert how[0] is how[2] is True and how[1].fp16 and how[1].skip_nonfinite.rows == [] and len(how) == 6
-    usual = result(upcycle(box, 'llama', tmp_path/'b', '--json', steps=2))
+    assert how[0] is how[2] is True and how[1].fp16 and how[1].skip_nonfinite.rows == [] and len(how) == 3
+    usual = result(upcycle(box, 'llama', tmp_path/'b', '--no-dense', '--json', steps=2))
     assert not {'fp16', 'nonfinite'} & {*json.loads((tmp_path/'b'/'config.json').read_text())['run']['training']}
-    for row, other in zip(got['results'], usual['results']):
-        assert row['after'] == pytest.approx(other['after'], rel=.02) and row['after'] != other['after']
-    again = upcycle(box, 'llama', tmp_path/'a', steps=2)                                    # of another precision
+    (row,), (other,) = got['results'], usual['results']
+    assert row['after'] == pytest.approx(other['after'], rel=.02) and row['after'] != other['after']
+    again = upcycle(box, 'llama', tmp_path/'a', '--no-dense', steps=2)                                    # of another precision
     assert again.exit_code == 2 and 'training' in again.stderr
 
 def test_table_for_people(box, tmp_path):

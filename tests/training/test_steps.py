@@ -153,7 +153,8 @@ def trained(tmp_path, m, batch_size, accum, lengths=LENGTHS, prompt=0, **kw):
     trainer.train()
     return m.state_dict(), [l['loss'] for l in trainer.state.log_history if 'loss' in l]
 
-@pytest.mark.parametrize('recipe, kw', [c for c in CASES if 'expert_bias' not in c[1]], ids=str)
+@pytest.mark.parametrize('recipe, kw', [pytest.param(*c, marks=[pytest.mark.long] * (c[0] != 'smoe')) for c in CASES
+                                        if 'expert_bias' not in c[1]], ids=str)
 @pytest.mark.parametrize('prompt', [pytest.param(0, id='padded'),
                                     pytest.param(4, id='prompts without labels', marks=pytest.mark.long)])
 def test_trainer_accumulates_exactly(recipe, kw, prompt, tmp_path):
