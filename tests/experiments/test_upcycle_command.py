@@ -112,7 +112,7 @@ def test_float16_and_steps_that_are_left_out(box, tmp_path, monkeypatch):
     assert not {'fp16', 'nonfinite'} & {*json.loads((tmp_path/'b'/'config.json').read_text())['run']['training']}
     (row,), (other,) = got['results'], usual['results']
     assert row['after'] == pytest.approx(other['after'], rel=.02) and row['after'] != other['after']
-    again = upcycle(box, 'llama', tmp_path/'a', '--no-dense', steps=2)                                    # of another precision
+    again = upcycle(box, 'llama', tmp_path/'a', '--no-dense', steps=2)                    # of another precision
     assert again.exit_code == 2 and 'training' in again.stderr
 
 def test_table_for_people(box, tmp_path):
