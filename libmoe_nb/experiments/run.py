@@ -6,8 +6,8 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/experiments/run.html.md"""
 
 # %% auto #0
 __all__ = ['curve_tokens', 'run_config', 'unusual_training', 'precision_of', 'training_of', 'precision_name', 'run_hash',
-           'run_name', 'RunOptions', 'Run', 'train_to_end', 'fit_run', 'claim_folder', 'training_callbacks',
-           'SuiteCallback']
+           'run_name', 'RunOptions', 'Run', 'train_to_end', 'check_ended', 'fit_run', 'claim_folder',
+           'training_callbacks', 'SuiteCallback']
 
 # %% ../../nbs/experiments/run.ipynb #f489feab
 import dataclasses, json, math, shutil, time, torch
@@ -170,6 +170,15 @@ def train_to_end(
     "Train a learner, from the newest checkpoint of its run if there is one, without bars."
     if folder is not None: resume(learn, folder/'checkpoints')
     with learn.no_bar(), learn.no_logging(): learn.fit_cosine()
+
+# %% ../../nbs/experiments/run.ipynb #7c1b9e20
+def check_ended(
+    learn, # a `MoELearner` that was trained
+):
+    "Raise a `ValueError` if training gave up, so that nobody takes what is left for a finished model."
+    if not learn.diverged: return
+    raise ValueError(f'training gave up at step {learn.diverged}, as losses or gradients were not finite: a lower '
+                     f'learning rate or a longer warm-up may keep them finite. No model is kept')
 
 # %% ../../nbs/experiments/run.ipynb #61d458cb
 @patch(as_prop=True)

@@ -23,8 +23,8 @@ from ..data.sources import find_sources
 from ..data.text import TextData, text_data
 from ..evaluation.heldout import evaluate_perplexity, text_perplexities
 from .compare import print_progress
-from .run import (RunOptions, claim_folder, precision_of, train_to_end, training_callbacks,
-                                      unusual_training)
+from .run import (RunOptions, check_ended, claim_folder, precision_of, train_to_end,
+                                      training_callbacks, unusual_training)
 from ..models.counting import count_parameters
 from ..models.initialisations import exact_options
 from ..models.loading import check_causal, find_model, load_tokenizer
@@ -233,6 +233,7 @@ def train_on(self:Upcycling, name:str, model)->dict: # row of the table
     before = self.perplexity(model.to(device))
     learn = moe_learner(model, self.data, **t, valid_steps=1, device=device, cbs=self.callbacks(name))
     train_to_end(learn, self.out and self.out/name)
+    check_ended(learn)
     after, n, speed = self.perplexity(model.to(device)), count_parameters(model), learn.throughput
     return dict(model=name, parameters=n['total'], active=n['active'], before=before['perplexity'],
                 after=after['perplexity'], tokens_per_second=speed.value, seconds=speed.seconds,

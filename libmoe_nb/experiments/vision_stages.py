@@ -22,8 +22,8 @@ from ..data.conversations import (ConversationData, LeftOut, Sample, as_sample, 
                                           read_conversations, told_cut)
 from ..data.scenes import Scene, colours, conversation, places, scene_words, shapes, sizes, write_scenes
 from ..data.vision import easy_vqa_turns
-from .run import (claim_folder, run_hash, train_to_end, training_callbacks, training_of,
-                                       unusual_training)
+from .run import (check_ended, claim_folder, run_hash, train_to_end, training_callbacks,
+                                       training_of, unusual_training)
 from ..models.asking import image_tensor, load_vision_language, small_processor, with_words
 from ..models.counting import count_parameters
 from ..models.frozen import feature_cache
@@ -243,12 +243,12 @@ def _trained(root, folder, config, tell, seconds, grad_accum, watch):
     told = _tell_left(tell, folder, data)
     train_to_end(learn, folder)
     _tell_left(tell, folder, data, told)
-    check(not learn.diverged, 'the loss', f'not finite at step {learn.diverged}', 'finite: lower the learning rate')
+    check_ended(learn)
     model = model.cpu()
     n, trained = count_parameters(model), trained_parameters(learn.model)
     result = dict(stage=config['stage']['name'], recipe=config.get('recipe'), seed=config['seed'], steps=learn.step,
                   parameters=n['total'], active_parameters=n['active'], trained=sum(t for t, _ in trained.values()),
-                  loss=float(torch.stack(learn.recorder.losses[-50:]).mean()), seconds=learn.throughput.seconds,
+                  loss=float(torch.stack(learn.recorder.losses[-50:]).nanmean()), seconds=learn.throughput.seconds,
                   samples=len(data), cut=len(data.cut), left_out={k: len(v) for k, v in data.left_out.names.items()})
     if config['stage']['data'] in ('captions', 'mixed'):
         result['captions'] = caption_gate(model, processor, config['data'])

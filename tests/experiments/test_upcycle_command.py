@@ -115,6 +115,14 @@ def test_float16_and_steps_that_are_left_out(box, tmp_path, monkeypatch):
     again = upcycle(box, 'llama', tmp_path/'a', '--no-dense', steps=2)                    # of another precision
     assert again.exit_code == 2 and 'training' in again.stderr
 
+def test_a_training_that_gave_up_is_no_model(box, tmp_path, monkeypatch):
+    from libmoe_nb.training import precision
+    monkeypatch.setattr(precision, '_all_finite', lambda model: False)
+    res = upcycle(box, 'llama', tmp_path/'out', '--no-dense', '--nonfinite', 'skip', steps=30)
+    last = res.stderr.strip().splitlines()[-1]
+    assert res.exit_code == 2 and 'training gave up at step 20' in last and 'Traceback' not in res.stderr
+    assert not (tmp_path/'out'/'model').exists() and not [*(tmp_path/'out').rglob('result*.json')]
+
 def test_table_for_people(box, tmp_path):
     res = upcycle(box, 'gpt2', tmp_path/'out', '--recipe', 'sharede_v2', '--no-dense', '--layers', '0,2')
     assert res.exit_code == 0, res.stderr

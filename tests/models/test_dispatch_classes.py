@@ -98,6 +98,14 @@ def test_few_tokens_are_grouped_mm_s_unless_sizes_are_odd(kernel):
         same(run(m, 'libmoe', *args), run(m, 'eager', *args), 1e-5)
         assert len(kernel) == calls
 
+def test_in_half_precision_two_tokens_an_expert_are_ours(kernel):
+    m = next(m for m in tiny_moe('mixtral', hidden_size=32, intermediate_size=16, head_dim=8).modules()
+             if hasattr(m, 'down_proj')).to(torch.bfloat16)
+    for more, calls in ((-1, 0), (0, 1)):                           # each token goes to two experts
+        args = inputs(m, m.num_experts + more, torch.bfloat16, K=2)
+        same(run(m, 'libmoe', *args), run(m, 'eager', *args), 2e-2)
+        assert len(kernel) == calls
+
 def test_loaded_by_name(tmp_path):
     model = tiny_moe('qwen3_moe')
     model.save_pretrained(tmp_path)
