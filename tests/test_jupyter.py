@@ -30,6 +30,7 @@ def stored(path): return nbformat.read(path, as_version=4)
 # a page with many figures that trains nothing, so that it is drawn in seconds
 PAGES = 'plots/training.ipynb',
 
+@pytest.mark.long
 @pytest.mark.parametrize('path', [NBS/p for p in PAGES], ids=lambda p: p.stem)
 def test_a_page_shows_in_jupyter_the_figures_that_it_stores(path, tmp_path):
     before = stored(path)

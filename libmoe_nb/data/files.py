@@ -243,7 +243,7 @@ def _named_in(path, key):
         raise ValueError(f'{path} is damaged: expected what save_to_disk wrote') from None
     except OSError as e: raise ValueError(f'{path} cannot be read: {e.strerror or e}') from None
     names = [x.get('filename') if isinstance(x, dict) else x for x in res] if isinstance(res, list) else [None]
-    if not all(isinstance(n, str) and n not in ('', '.', '..') and len(n) < 256 and Path(n).name == n
+    if not all(isinstance(n, str) and n not in ('', '.', '..') and len(n) < 256 and Path(n).name == printable(n) == n
                for n in names):
         raise ValueError(f'{path} is damaged: expected names of its own files, got {shown(res)}')
     return names

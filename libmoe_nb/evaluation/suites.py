@@ -295,7 +295,7 @@ def load(cls:Suite, path)->Suite:
         json.dumps([head, lines], ensure_ascii=False).encode()       # half a character cannot be in a table
         tasks = {t['name']: SuiteTask(**t, docs=[]) for t in head['tasks']}
         for l in lines: tasks[l.pop('task')].docs.append(l)
-        res = cls(tasks, head['options'], head['missing'])
+        res = cls(tasks, {**head['options']}, {**head['missing']})
         for t in tasks.values(): _check_task(t)
         if head['format'] == _FORMAT and res.fingerprint == head['fingerprint']: return res
     except (OSError, UnicodeDecodeError) as e:

@@ -98,8 +98,9 @@ def runs(self):
 @_patch_table
 def domains(self):
     "One row a run and domain"
-    return pd.DataFrame([dict(recipe=r['recipe'], seed=r['seed'], domain=d, perplexity=v) for r in self.finished
-                         for d, v in r['domains'].items()]).astype(dict(perplexity=float))
+    df = pd.DataFrame([dict(recipe=r['recipe'], seed=r['seed'], domain=d, perplexity=v) for r in self.finished
+                       for d, v in r['domains'].items()])
+    return _numbers(df, ['perplexity'])
 
 # %% ../../nbs/experiments/comparison.ipynb #1c29603e
 @_patch_table

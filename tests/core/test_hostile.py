@@ -64,6 +64,7 @@ ONCE = [('json', b'[' * 100_000), ('json', dumps(DEEP)), ('preset', {}), ('prese
         *[('model configuration', model_that_has(k, v)) for k, v in
             (('num_hidden_layers', 2**31), ('vocab_size', 10**8), ('num_experts', 10**6))],
         ('run result', b'3'), ('run result', b'{}'), ('run scores', b'"x"'), ('run log', b''), ('run log', b'[1]\n'),
+        ('run result', dumps(dict(RESULT, domains={d: 'x' * 3000 for d in RESULT['domains']}))),
         ('run result', dumps(dict(RESULT, load_max_mean='x' * 3000))), ('Parquet corpus', column_of_no_name()),
         ('run log', lines([LOG[0], dict(LOG[1], loss='x' * 3000), *LOG[2:]])),
         ('run configuration', dict(CONFIG, run=dict(CONFIG['run'], recipe='x' * 3000))),
@@ -75,6 +76,8 @@ ONCE = [('json', b'[' * 100_000), ('json', dumps(DEEP)), ('preset', {}), ('prese
         ('trace', trace_with('expert_of', 999)),
         ('trace', trace_that_says(info=DEEP)), ('trace', trace_that_says(top_k=[1.5, 1.5])),
         ('saved dataset', ('state.json', b'{"_data_files": 5}')),
+        ('saved dataset', ('state.json', dumps(dict(_data_files=[dict(filename='\ud800')])))),
+        ('suite', lines([dict(hostile.SUITE[0], missing=3), *hostile.SUITE[1:]])),
         ('saved dataset', ('state.json', dumps(dict(_data_files=['/etc/x'])))),
         *[('conversations', ('.json', [dumps(e)] * 2)) for e in (
             [dict(id=['x'])], [dict(id={}, image='\ud800', conversations=ASKED)], [DEEP],

@@ -119,6 +119,7 @@ def build(data, **env): return python(BUILD.format(data=str(data)), **env)
 
 def folders(tmp_path): return [p for p in (tmp_path/'cache'/'text').iterdir() if p.is_dir()]
 
+@pytest.mark.long
 def test_same_bytes_in_two_processes(corpus, tmp_path):
     outs = [build(corpus, LIBMOE_CACHE=str(tmp_path/f'c{i}'), PYTHONHASHSEED=str(i),
                   TOKENIZERS_PARALLELISM=['false', 'true'][i]).communicate() for i in (0, 1)]

@@ -86,6 +86,7 @@ def test_the_page(out):
     assert 'src="http' not in page and '<script' not in page and 'nan' not in re.sub(r'base64,[^"]*', '', page).split()
 
 
+@pytest.mark.long
 def test_the_command_makes_it_again(folders, out, tmp_path):
     words = shlex.split(out[1]['command'])
     assert words == ['libmoe', 'analyze', str(folders/'all'), '--tokens', '500', '--out', str(out[0])]

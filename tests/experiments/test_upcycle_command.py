@@ -228,6 +228,7 @@ def test_bad_text(box, tmp_path):
 
 def process(*args): return Forked('from libmoe_nb.cli import main; main()', *args)
 
+@pytest.mark.long
 def test_control_c_and_the_same_command_again(box, tmp_path):
     args = ['upcycle', box/'llama', '--data', box/'texts', '--steps', 50, *SMALL, '--batch-size', 1, '--json', '--out']
     p = process(*args, tmp_path/'stopped')

@@ -379,7 +379,8 @@ def trained(model, folder, steps, resume=None, **kw):
     Trainer(model, args, train_dataset=rows_of(model)).train(resume_from_checkpoint=resume)
     return model
 
-@pytest.mark.parametrize('kind', [pytest.param('two scales', marks=pytest.mark.long), 'tower alone'])
+@pytest.mark.long
+@pytest.mark.parametrize('kind', ['two scales', 'tower alone'])
 def test_a_trainer_resumes_an_upcycled_model(dense, kind, tmp_path):
     "Weights come back by the names that they have in memory; without them a run would go on from the start, silently"
     model = rough(llava_from_scratch(TWO, TOK, seed=0)) if kind == 'two scales' else dense
