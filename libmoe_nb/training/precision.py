@@ -71,6 +71,7 @@ class LossScaling(SkipsSteps):
 
 # %% ../../nbs/training/precision.ipynb #92556998
 def check_one_precision(bf16:bool, fp16:bool):
+    "Raise a `ValueError` where both half precisions are asked for."
     check(not (bf16 and fp16), 'fp16', fp16, 'False where bf16 is True: training has one precision')
 
 def check_precision(

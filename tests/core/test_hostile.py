@@ -95,15 +95,26 @@ def test_what_fell_over_once(name, given): fed(name, given)
                                     dict(choices=3), dict(context=None), dict(choices=['', 'x']),
                                     dict(context='half a character \ud83d')], ids=ascii)
 def test_a_suite_whose_questions_cannot_be_asked(change, tmp_path):
-    from hashlib import blake2b
     from libmoe_nb.evaluation.suites import Suite
     head, *docs = json.loads(json.dumps(hostile.SUITE))
     next(d for d in docs if 'choices' in d).update(change)
+    with pytest.raises(ValueError, match='is damaged or no suite'): Suite.load(suite_of(head, docs, tmp_path))
+
+def test_half_a_character_in_the_domain_of_a_suite(tmp_path):
+    from libmoe_nb.evaluation.suites import Suite
+    head, *docs = json.loads(json.dumps(hostile.SUITE))
+    Suite.load(suite_of(head, docs, tmp_path))
+    head['tasks'][0]['domain'] = '\ud83d'
+    with pytest.raises(ValueError, match='is damaged or no suite'): Suite.load(suite_of(head, docs, tmp_path))
+
+def suite_of(head, docs, folder):
+    "A file with a fingerprint that fits"
+    from hashlib import blake2b
     tasks = [dict(t, docs=[{k: v for k, v in d.items() if k != 'task'} for d in docs if d['task'] == t['name']])
              for t in head['tasks']]
     head['fingerprint'] = blake2b(json.dumps(tasks, sort_keys=True).encode(), digest_size=16).hexdigest()
-    (tmp_path/'s.jsonl').write_bytes(lines([head, *docs]))
-    with pytest.raises(ValueError, match='is damaged or no suite'): Suite.load(tmp_path/'s.jsonl')
+    (folder/'s.jsonl').write_bytes(lines([head, *docs]))
+    return folder/'s.jsonl'
 
 # names in data cannot leave their folder
 
