@@ -6,7 +6,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/core/files.html.md"""
 
 # %% auto #0
 __all__ = ['atomic_path', 'write_atomic', 'jsonable', 'write_json', 'read_json', 'read_record', 'check_writable',
-           'check_is_folder', 'make_folder', 'locked_folder', 'file_digest', 'flush_to_disk']
+           'check_is_folder', 'make_folder', 'locked_folder', 'cache_folder', 'file_digest', 'flush_to_disk']
 
 # %% ../../nbs/core/files.ipynb #9493ddda
 import json, math, os
@@ -122,6 +122,14 @@ def locked_folder(
 def _owner(out):
     with suppress(OSError): return f'process {(out/".owner").read_text()}'
     return 'another process'
+
+# %% ../../nbs/core/files.ipynb #f1d6d2ba
+def cache_folder(
+    cache_dir=None     # None: `LIBMOE_CACHE`, else `libmoe-nb` in the user's cache folder
+) -> Path:
+    "Where prepared data is kept, and what was built."
+    if cache_dir or (cache_dir := os.environ.get('LIBMOE_CACHE')): return Path(cache_dir).expanduser()
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'libmoe-nb'
 
 # %% ../../nbs/core/files.ipynb #8c170d65
 def file_digest(

@@ -6,7 +6,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/data/packing.html.md"""
 
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'CACHE_FORMAT', 'train_tokenizer', 'encode_texts', 'text_batches', 'write_tokens', 'PackedDataset',
-           'document_positions', 'cache_folder', 'cached_folder']
+           'document_positions', 'cached_folder']
 
 # %% ../../nbs/data/packing.ipynb #065e16a8
 import json, numpy as np, os, shutil, tempfile
@@ -163,14 +163,6 @@ def document_positions(
     first = input_ids == eos_token_id
     at = torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
     return first.cumsum(-1), at - (at*first).cummax(-1).values
-
-# %% ../../nbs/data/packing.ipynb #f1d6d2ba
-def cache_folder(
-    cache_dir=None     # None: `LIBMOE_CACHE`, else `libmoe-nb` in the user's cache folder
-) -> Path:
-    "Where prepared data is kept."
-    if cache_dir or (cache_dir := os.environ.get('LIBMOE_CACHE')): return Path(cache_dir).expanduser()
-    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'libmoe-nb'
 
 # %% ../../nbs/data/packing.ipynb #31a07b91
 CACHE_FORMAT = 1 # of the folder; another one is built anew

@@ -13,7 +13,8 @@ from functools import cached_property
 from fastcore.basics import patch
 from ..core.errors import check
 from .files import hash_parts, quick_digest
-from .packing import (END_OF_TEXT, PackedDataset, cache_folder, cached_folder, text_batches,
+from ..core.files import cache_folder
+from .packing import (END_OF_TEXT, PackedDataset, cached_folder, text_batches,
                                     train_tokenizer, write_tokens, CACHE_FORMAT)
 from .sources import find_sources
 from .splitting import check_split_options, check_whole, split_spool, spool_documents

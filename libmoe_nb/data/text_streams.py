@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from ..core.errors import check
 from .files import hash_parts, quick_digest
 from .lanes import TokenStream
-from .packing import CACHE_FORMAT, cache_folder, cached_folder
+from ..core.files import cache_folder
+from .packing import CACHE_FORMAT, cached_folder
 from .shards import find_shards, read_shard
 from .splitting import check_split_options, document_digest, split_documents
 from .text import TextData, text_data

@@ -10,6 +10,7 @@ __all__ = ['libmoe_experts']
 # %% ../../nbs/models/dispatch.ipynb #527f9515
 import torch, torch.nn.functional as F, transformers
 from dataclasses import dataclass
+from ..moe.fused import fused_kernel, fused_ready
 from ..moe.kernels import sorted_kernel
 
 # %% ../../nbs/models/dispatch.ipynb #9b7a7f75
@@ -77,7 +78,7 @@ def libmoe_experts(
     top_k_index:torch.Tensor,    # [T, K]; N and beyond: no expert here
     top_k_weights:torch.Tensor,  # [T, K]
 )->torch.Tensor:                 # [T, d]
-    "Experts of transformers by our sorted kernel; what it cannot do is done by `grouped_mm`."
+    "Experts of transformers by our kernels for CPUs; what they cannot do is done by `grouped_mm`."
     x, index, w = hidden_states, top_k_index, top_k_weights
     one = len(x) == 1 and not (self.is_transposed and x.dtype.itemsize < 4) # such vectors are slow in half precision
     other, cast = torch.compiler.is_compiling() or self.has_post_expert_norm, torch.is_autocast_enabled('cpu')
@@ -86,7 +87,8 @@ def libmoe_experts(
     b = _Borrowed(_stacked(self), _act(self), _gate(self))
     if not cast: x = x.to(b.stacked[0].dtype)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, *b.stacked))
-    run = _one_token if one and not trained and not cast else sorted_kernel
+    ours = fused_kernel if fused_ready() else sorted_kernel
+    run = _one_token if one and not trained and not cast else ours
     return run(b, x, index.clamp(max=b.num_experts), w).to(hidden_states.dtype)
 
 # %% ../../nbs/models/dispatch.ipynb #c5861f3f

@@ -15,11 +15,10 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlavaConfig
 from ..core.errors import did_you_mean, first_line
-from ..core.files import read_record
+from ..core.files import cache_folder, read_record
 from ..core.machine import find_device, no_network
 from ..core.modes import quiet_bars
 from ..core.words import plural
-from ..data.packing import cache_folder
 from ..data.text import check_ids
 from .causal import MoEForCausalLM
 from .configuration import MoEConfig

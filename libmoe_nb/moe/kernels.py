@@ -23,12 +23,12 @@ class _Workspaces(threading.local):
             with torch.inference_mode(False): self.buffers[key] = torch.empty(n, dtype=like.dtype)
         return self.buffers[key][:n].view(shape)
 
-_workspace = _Workspaces()
+workspace = _Workspaces()
 
 # %% ../../nbs/moe/kernels.ipynb #5f86584d
 def free_workspaces():
     "Give back the memory that the sorted kernel keeps for its next call (this thread's)."
-    _workspace.buffers.clear()
+    workspace.buffers.clear()
 
 # %% ../../nbs/moe/kernels.ipynb #c4c415fd
 @dataclass
@@ -128,7 +128,7 @@ def _plan(expert_index, num_experts, cap, spare, half):
 
 # %% ../../nbs/moe/kernels.ipynb #6e51f0cc
 def _gather(plan, x, s, name):
-    return torch.index_select(x, 0, plan.token[s], out=_workspace(name, x, s.stop-s.start, x.shape[1]))
+    return torch.index_select(x, 0, plan.token[s], out=workspace(name, x, s.stop-s.start, x.shape[1]))
 
 def _combine(plan, rows, weights=None):
     "Add up each token's slots (weighted): [S+1, d] -> [T, d]"
@@ -138,7 +138,7 @@ def _combine(plan, rows, weights=None):
 # %% ../../nbs/moe/kernels.ipynb #25bd9348
 def _few_rows(b, x, stacked, out, bias):
     "The product of a block as (W' x')'"
-    t = _workspace('t', out, b.count, out.shape[1], b.rows)
+    t = workspace('t', out, b.count, out.shape[1], b.rows)
     torch.bmm(stacked[b.experts].mT, b.of(x).mT, out=t)
     if bias is None: b.of(out).copy_(t.mT)
     else: torch.add(t.mT, bias[b.experts, None], out=b.of(out))
@@ -161,7 +161,7 @@ def _product(blocks, x, stacked, out, bias=None, transposed=False):
 def _gradient(b, grad, value):
     "Put the block's share into the gradient of stacked parameters; `value(out)` computes it into `out`"
     if not b.more: return value(grad[b.experts])
-    grad[b.first] += value(_workspace('share', grad, 1, *grad.shape[1:]))[0]
+    grad[b.first] += value(workspace('share', grad, 1, *grad.shape[1:]))[0]
 
 def _outer(blocks, left, right, grad):
     "Gradient of the matrices: leftᵀ right for each expert"
@@ -201,8 +201,8 @@ def _hidden(p, act, gated, inplace=False):
     if callable(gated): return gated(p).contiguous()
     if act is F.relu and not gated: return p.clamp_min_(0) if inplace else p
     n, h = len(p), p.shape[1] // (1+gated)
-    if not gated: return _act(act, p, _workspace('h', p, n, h))
-    return torch.mul(_act(act, p[:, :h], _workspace('a', p, n, h)), p[:, h:], out=_workspace('h', p, n, h))
+    if not gated: return _act(act, p, workspace('h', p, n, h))
+    return torch.mul(_act(act, p[:, :h], workspace('a', p, n, h)), p[:, h:], out=workspace('h', p, n, h))
 
 def _hidden_and_back(p, act, gated):
     "Hidden values, and the function that takes their gradient to that of pre-activations"
@@ -214,10 +214,10 @@ def _hidden_and_back(p, act, gated):
 
 def _hidden_back(grad, p, act, gated):
     "Gradient of hidden values [n, h] to that of pre-activations; overwrites `grad`, wants the buffers of `_hidden`"
-    out = _workspace('dp', p, *p.shape)
+    out = workspace('dp', p, *p.shape)
     if not gated: return _act_back(act, grad, p, out)
     n, h = grad.shape
-    torch.mul(grad, _workspace('a', p, n, h), out=out[:, h:])
+    torch.mul(grad, workspace('a', p, n, h), out=out[:, h:])
     _act_back(act, grad.mul_(p[:, h:]), p[:, :h], out[:, :h])
     return out
 
@@ -228,10 +228,10 @@ class _Sorted(torch.autograd.Function):
     def forward(ctx, x, weights, up, down, up_bias, down_bias, index, act, gated, keep, cap, spare):
         plan, x = _plan(index, len(up), cap, spare, x.element_size() < 4), x.contiguous()
         S = plan.num_slots
-        rows = _workspace('rows', x, S + 1, down.shape[1])
+        rows = workspace('rows', x, S + 1, down.shape[1])
         pre = x.new_empty(S, up.shape[1]) if keep else None
         for s, blocks in plan.batches:
-            p = pre[s] if keep else _workspace('p', x, s.stop - s.start, up.shape[1])
+            p = pre[s] if keep else workspace('p', x, s.stop - s.start, up.shape[1])
             _product(blocks, _gather(plan, x, s, 'x'), up, p, up_bias, transposed=True)
             _product(blocks, _hidden(p, act, gated, inplace=True), down, rows[s], down_bias, transposed=True)
         if keep:
@@ -258,14 +258,14 @@ def _new_gradients(params, wanted, batches):
 
 def _slot_weights(plan, weights, like):
     "[S+1, 1]: the weight of the choice in each slot, zero for padding"
-    w = _workspace('w', like, plan.num_slots + 1, 1)
+    w = workspace('w', like, plan.num_slots + 1, 1)
     if plan.padded: w.zero_()
     w[:, 0].index_copy_(0, plan.slot.long(), weights.detach().reshape(-1).to(like.dtype))
     return w
 
 def _weight_gradient(blocks, h, delta, g, down_bias, out):
     "⟨h, δ⟩ + ⟨b_V, g⟩ of each slot"
-    torch.sum(torch.mul(h, delta, out=_workspace('scratch', h, *h.shape)), -1, out=out)
+    torch.sum(torch.mul(h, delta, out=workspace('scratch', h, *h.shape)), -1, out=out)
     if down_bias is None: return
     for b in blocks: b.of(out)[..., 0] += (b.of(g) @ down_bias[b.experts, :, None])[..., 0]
 
@@ -278,12 +278,12 @@ def _sorted_backward(ctx, grad):
     grads = _new_gradients((up, down, up_bias, down_bias), need_params, plan.batches)
     g_up, g_down, g_up_bias, g_down_bias = grads
     grad, w, S = grad.to(x.dtype).contiguous(), _slot_weights(plan, weights, x), plan.num_slots
-    dw, rows = x.new_zeros(S + 1), _workspace('rows', x, S + 1, x.shape[1])
+    dw, rows = x.new_zeros(S + 1), workspace('rows', x, S + 1, x.shape[1])
     for s, blocks in plan.batches:
         g, (h, back) = _gather(plan, grad, s, 'g'), _hidden_and_back(pre[s], act, gated)
-        delta = _product(blocks, g, down, _workspace('dh', x, *h.shape))
+        delta = _product(blocks, g, down, workspace('dh', x, *h.shape))
         if need_w: _weight_gradient(blocks, h, delta, g, down_bias, dw[s])
-        if g_down is not None: _outer(blocks, g, torch.mul(h, w[s], out=_workspace('scratch', x, *h.shape)), g_down)
+        if g_down is not None: _outer(blocks, g, torch.mul(h, w[s], out=workspace('scratch', x, *h.shape)), g_down)
         if g_down_bias is not None: _sums(blocks, g, g_down_bias, w[s])
         if not (need_x or g_up is not None or g_up_bias is not None): continue
         dp = back(delta.mul_(w[s]))

@@ -45,8 +45,9 @@ class MoELayer(nn.Module):
         self.reset_parameters()
 
 # %% ../../nbs/moe/layers.ipynb #4990134d
+from libmoe_nb.moe.fused import fused_kernel
 from libmoe_nb.moe.kernels import grouped_mm_kernel, sorted_kernel
-_registered = grouped_mm_kernel, sorted_kernel
+_registered = grouped_mm_kernel, sorted_kernel, fused_kernel
 
 # %% ../../nbs/moe/layers.ipynb #71f47864
 released_losses = dict( # name -> (keywords of the balance loss, of the z-loss), both for the recipe `name`

@@ -7,7 +7,8 @@ from processes import Forked, Piped
 from made_text import decoded, fill, prep, python, stream, words
 from libmoe_nb.data import text
 from libmoe_nb.data.files import quick_digest
-from libmoe_nb.data.packing import PackedDataset, cache_folder, train_tokenizer, write_tokens
+from libmoe_nb.core.files import cache_folder
+from libmoe_nb.data.packing import PackedDataset, train_tokenizer, write_tokens
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('LIBMOE_CACHE', str(tmp_path/'cache'))
