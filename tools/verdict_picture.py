@@ -21,7 +21,7 @@ def shown(picture=PICTURE): return json.loads(Image.open(picture).text['Descript
 
 def verdicts():
     claims = labelled(all_claims(kept_results(start=ROOT)))
-    said = [v if v == c else f"{v}, corrected: {c}" for v, c in zip(claims.verdict, claims.corrected)]
+    said = [f"{v}, corrected: {c}" if c else v for v, c in zip(claims.verdict, claims.corrected)]
     return claims, dict(zip(claims.claim, said))
 
 def draw(claims, said):

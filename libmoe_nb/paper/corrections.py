@@ -6,14 +6,18 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/paper/corrections.html.md"""
 
 # %% auto #0
 __all__ = ['claims_said', 'perplexities_of_means', 'accuracies_of_means', 'accuracies_of_means_on_vision',
-           'largest_change_on_vision', 'ranks_with_perplexity', 'sharede_v2_ranks_first_with_perplexity',
-           'beyond_start', 'first_choice_settles_later_than_chance', 'choices_settle_after_warm_up',
-           'pairs_beyond_bound', 'behaviour_beyond_chance', 'shared_experts_at_most_as_stable', 'minimal_pairs',
-           'flat_scores_cost_more_on_pairs', 'xmoe_ignores_temperature_on_pairs', 'last_vision_layer_of_many']
+           'largest_change_on_vision', 'moving_subtasks', 'on_moving_subtasks', 'moving_accuracies_on_vision',
+           'moving_change_on_vision', 'ranks_with_perplexity', 'sharede_v2_ranks_first_with_perplexity', 'beyond_start',
+           'first_choice_settles_later_than_chance', 'change_rate_falls_on_pictures', 'change_rate_falls_beyond_fixed',
+           'choices_settle_after_warm_up', 'pairs_beyond_bound', 'behaviour_beyond_chance', 'behaviours',
+           'behaviours_apart', 'behaviour_ratios', 'shared_experts_at_most_as_stable', 'minimal_pairs',
+           'flat_scores_cost_more_on_pairs', 'xmoe_ignores_temperature_on_pairs', 'margin_grows_on_pictures',
+           'margin_starts_near_zero_on_pictures', 'outputs_differ_from_scratch', 'last_vision_layer_of_many']
 
 # %% ../../nbs/paper/corrections.ipynb #b7742189
 import numpy as np, pandas as pd
 from . import claims as _statements
+from .questions import apart
 from .verdicts import NotTestable, NotThere, claims, correction, jackknife
 
 # %% ../../nbs/paper/corrections.ipynb #b22e6c12
@@ -36,9 +40,9 @@ def _seven(e, name, *by, regime='language', **where):
 
 def _accuracy(e, *by, tau=1., **kw): return _seven(e, 'accuracy', *by, tau=tau, intervention='none', **kw)
 
-def _together(t, statistic):
+def _together(t, statistic, level=.9):
     "A number of the means over seeds, with the jackknife's interval; t: seeds down, algorithms across"
-    return jackknife(list(t.to_numpy()), lambda rows: statistic(pd.Series(np.mean(rows, axis=0), t.columns)))
+    return jackknife(list(t.to_numpy()), lambda rows: statistic(pd.Series(np.mean(rows, axis=0), t.columns)), level)
 
 def _range(s): return s.max() - s.min()
 
@@ -53,14 +57,42 @@ def accuracies_of_means(e): return _together(_accuracy(e), _range)
 def accuracies_of_means_on_vision(e): return _together(_accuracy(e, regime='vision'), _range)
 
 # %% ../../nbs/paper/corrections.ipynb #08d8faff
-def _accuracy_change(e):
-    t = [_seven(e, 'accuracy', regime='vision', intervention=i) for i in ('drop_top1', 'none')]
+def _accuracy_change(e, *by):
+    t = [_seven(e, 'accuracy', *by, regime='vision', intervention=i) for i in ('drop_top1', 'none')]
     return (t[0] - t[1]).dropna()
 
 @correction('best_expert_matters_little_on_vision', _when,
             'Gains of some algorithms and losses of others cancel in a mean. Here it is the largest change of the '
             'seven, whatever its sign.', below=1.)
 def largest_change_on_vision(e): return _together(_accuracy_change(e), lambda s: s.abs().max())
+
+# %% ../../nbs/paper/corrections.ipynb #c7abf0e0
+def moving_subtasks(
+    e,          # `Evidence`
+    points=5.,  # of accuracy
+)->list:
+    "Subtasks on pictures on which some two of the models differ by more than some points."
+    t = _accuracy(e, 'task', regime='vision')
+    spread = t.max(axis=1).groupby('task').max() - t.min(axis=1).groupby('task').min()
+    return [*spread.index[spread > points]]
+
+def on_moving_subtasks(e, t):
+    "Means over these subtasks, by seed; t: seeds and tasks down, algorithms across"
+    t = t[t.index.get_level_values('task').isin(moving_subtasks(e))]
+    if not len(t): raise NotThere('subtask on which models differ')
+    return t.groupby('seed').mean()
+
+# %% ../../nbs/paper/corrections.ipynb #63222805
+_ceiling = ('Most subtasks are at the ceiling, or get one constant answer, for every model, and hold the mean '
+            'together. Here it is the mean of those on which some two models differ by more than 5 points')
+
+@correction('accuracies_close_on_vision', _when, f'{_ceiling}, over seeds as before.', below=2.)
+def moving_accuracies_on_vision(e):
+    return _together(on_moving_subtasks(e, _accuracy(e, 'task', regime='vision')), _range)
+
+@correction('best_expert_matters_little_on_vision', _when, f'{_ceiling}, and again the largest change.', below=1.)
+def moving_change_on_vision(e):
+    return _together(on_moving_subtasks(e, _accuracy_change(e, 'task')), lambda s: s.abs().max())
 
 # %% ../../nbs/paper/corrections.ipynb #fa375af5
 _ranked = ("The mean rank in the paper's table counts perplexity as one more task (recomputed from its numbers, it "
@@ -75,7 +107,7 @@ def ranks_with_perplexity(e):
 
 @correction('sharede_v2_ranks_first', _when, _ranked, above=.1)
 def sharede_v2_ranks_first_with_perplexity(e):
-    return _together(ranks_with_perplexity(e), lambda s: s.drop('sharede_v2').min() - s.sharede_v2)
+    return _together(ranks_with_perplexity(e), lambda s: s.drop('sharede_v2').min() - s.sharede_v2, .95)
 
 # %% ../../nbs/paper/corrections.ipynb #169df38e
 def _settled(e, k, low, high):
@@ -97,6 +129,22 @@ def beyond_start(e, k, low, high):
 def first_choice_settles_later_than_chance(e):
     return (beyond_start(e, 'all', .1, .6) - beyond_start(e, 'first', .1, .6)).min(axis=1)
 
+# %% ../../nbs/paper/corrections.ipynb #1105053e
+@correction('change_rate_falls', _when,
+            "The paper's figure has pictures too, and the measure is of language alone. Here it is the same on "
+            "pictures.", above=.05, unit='share of choices, on pictures')
+def change_rate_falls_on_pictures(e):
+    t = _seven(e, 'change_rate', 'progress', regime='vision')
+    return (_statements._early(t) - _statements._late(t)).min(axis=1)
+
+@correction('change_rate_falls', _when,
+            'The change rate falls with a router that never learns, too. Here it is how much further it falls than '
+            'with one that is drawn and fixed, in the seeds that have both.', above=.05,
+            unit='share of choices beyond a fixed router')
+def change_rate_falls_beyond_fixed(e):
+    t = e.wide('change_rate', 'progress', regime='language', variant='control', recipe='random_fixed').random_fixed
+    return claims['change_rate_falls'].measure(e) - (_statements._early(t) - _statements._late(t))
+
 # %% ../../nbs/paper/corrections.ipynb #a06384e3
 @correction('choices_settle_early', _when,
             'The learning rate warms up during the first tenth of our training, and not during that of the paper. '
@@ -113,6 +161,32 @@ def pairs_beyond_bound(e): return claims['pairs_hardly_change'].measure(e) - .8
             'Where nothing differs, the ratio is about 1 and not 0. Here it is what exceeds 1.', above=2.,
             unit='standard deviations beyond 1')
 def behaviour_beyond_chance(e): return claims['behaviour_differs'].measure(e) - 1
+
+# %% ../../nbs/paper/corrections.ipynb #a0ed7c59
+def behaviours(
+    e, # `Evidence`
+)->dict: # name -> seeds down, the seven algorithms across
+    "The three numbers of behaviour that are compared in the claim of the abstract."
+    res = {'change rate': _statements._late(_seven(e, 'change_rate', 'progress')),
+           'saturation': _settled(e, 'all', .1, .6), 'imbalance': _seven(e, 'imbalance')}
+    seeds = sorted(set.intersection(*({*t.index} for t in res.values())))
+    if len(seeds) < 2: raise NotThere('second seed')
+    return {n: t.loc[seeds] for n, t in res.items()}
+
+@correction('behaviour_differs', _when,
+            'The three ratios of a seed share a denominator that comes from all seeds, so they are no independent '
+            'effects. Here whole seeds are left out in turn, and chance is subtracted. It is still the smallest of the '
+            'three.',
+            above=3., unit='standard deviations between seeds, beyond chance')
+def behaviours_apart(e):
+    x = np.stack([t.to_numpy() for t in behaviours(e).values()], 1)
+    return jackknife([*x], lambda seeds: min(map(apart, np.stack(seeds, 1))), .95)
+
+def behaviour_ratios(
+    e, # `Evidence`
+)->pd.DataFrame: # seeds down, the three numbers across
+    "Standard deviations between algorithms, over that between seeds: the claim takes the smallest."
+    return pd.DataFrame({n: t.std(axis=1) / np.sqrt(t.var().mean()) for n, t in behaviours(e).items()})
 
 # %% ../../nbs/paper/corrections.ipynb #bb0047c1
 @correction('shared_experts_not_stabler', _when,
@@ -135,6 +209,28 @@ def flat_scores_cost_more_on_pairs(e):
 def xmoe_ignores_temperature_on_pairs(e):
     plain = minimal_pairs(e, 1.).xmoe
     return pd.concat([(minimal_pairs(e, t).xmoe - plain).abs() for t in (.1, 10.)], axis=1).max(axis=1)
+
+# %% ../../nbs/paper/corrections.ipynb #c6bf4557
+_pictures_too = ("The paper's figure has pictures too, and the measure is of language alone. Here it is the same on "
+                 "pictures.")
+
+@correction('margin_grows_with_depth', _when, _pictures_too, above=.01, unit='score, on pictures')
+def margin_grows_on_pictures(e):
+    _, shallow, deep = _statements._depths(e, regime='vision')
+    return (deep - shallow)[_seven_recipes].min(axis=1)
+
+@correction('margin_starts_near_zero', _when, _pictures_too, below=.25,
+            unit='share of the margin of deep layers, on pictures')
+def margin_starts_near_zero_on_pictures(e):
+    first, _, deep = _statements._depths(e, regime='vision')
+    return (first / deep)[_seven_recipes].max(axis=1)
+
+# %% ../../nbs/paper/corrections.ipynb #1493d655
+@correction('outputs_differ', _when,
+            'On pictures the experts start as equal copies of one network, as in the paper, and here they are trained '
+            'for few steps, so their outputs are alike from the start. Here it is on language, where each expert '
+            'starts from weights of its own.', below=.1, unit='cosine, on language')
+def outputs_differ_from_scratch(e): return _seven(e, 'output_similarity', 'depth').groupby('seed').mean().mean(axis=1)
 
 # %% ../../nbs/paper/corrections.ipynb #aad3c5ca
 @correction('last_vision_layer_deviates', _when,

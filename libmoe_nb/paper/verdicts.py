@@ -171,7 +171,7 @@ class Correction:
     why: str      # what is wrong with the first one
     claim: Claim  # as it should have been
 
-corrections = {}  # name of a claim -> `Correction`
+corrections = {}  # name of a measure -> `Correction`; a claim may have several, the last one counts
 
 def correction(
     name:str, date:str, why:str, *, # of the claim; see `Correction`
@@ -183,7 +183,7 @@ def correction(
     kind = _kind_of(above=above, within=within, below=below)
     def register(f):
         better = replace(claims[name], measure=f, unit=unit or claims[name].unit, **kind)
-        corrections[name] = Correction(date, why, better)
+        corrections[f.__name__] = Correction(date, why, better)
         return f
     return register
 
@@ -191,9 +191,19 @@ def correction(
 def correction_table(
     evidence:Evidence,
     chosen=None,       # claims; None: all of `claims`
-)->pd.DataFrame:       # as of `verdict_table`, with date and flaw; a row for each correction
-    "Verdicts by the better measures."
-    names = claims if chosen is None else {c.name for c in chosen}
-    mine = {n: k for n, k in corrections.items() if n in names}
-    table = verdict_table(evidence, [k.claim for k in mine.values()])
-    return table.assign(date=[k.date for k in mine.values()], flaw=[k.why for k in mine.values()])
+)->pd.DataFrame:       # as of `verdict_table`, with date and flaw; a row for each claim that was corrected
+    "Verdicts by the better measures; of several, by the last, and `flaw` tells what those before it found."
+    names = claims if chosen is None else [c.name for c in chosen]
+    mine = [[k for k in corrections.values() if k.claim.name == n] for n in names]
+    mine = [ks for ks in mine if ks]
+    table = verdict_table(evidence, [ks[-1].claim for ks in mine])
+    told = [[k.why if k is ks[-1] else f'{k.why} {_found_by(k, evidence)}' for k in ks] for ks in mine]
+    flaws = [' '.join([why[0], *(f'And on {k.date}: {w}' for k, w in zip(ks[1:], why[1:]))])
+             for ks, why in zip(mine, told)]
+    return table.assign(date=[ks[0].date for ks in mine], flaw=flaws)
+
+def _found_by(k, evidence):
+    v = verdict_of(k.claim, evidence)
+    if v.effect is None: return f'By that measure: {v.word}, {v.why}.'
+    between = f' ({v.effect.low:.3g} to {v.effect.high:.3g})' * math.isfinite(v.effect.low)
+    return f'By that measure: {v.word}, {v.effect.estimate:.3g} {k.claim.unit}{between}.'

@@ -19,20 +19,21 @@ _regimes = dict(language='Language', vision='Vision-language')
 # %% ../../nbs/plots/verdicts.ipynb #12750190
 @in_style()
 def plot_verdicts(
-    df:pd.DataFrame, # columns figure, regime, label, verdict, and perhaps corrected; a row a claim
+    df:pd.DataFrame, # columns figure, regime, label, verdict, and perhaps corrected, empty where it was not
     columns:int=3,   # of claims beside each other
     width:float=9.6, # in inches; two columns in 5.4 can be read on a phone
 ):                   # Figure
     "A mark for each claim, with its label; claims of one figure together, and how many have each verdict."
     lines = _lines_of(df)
     tall, narrow = -(-len(lines) // columns), width < 7
-    fig, ax = plt.subplots(figsize=(width, .62 + .172 * tall + .25 * narrow))
+    fig, ax = plt.subplots(figsize=(width, .82 + .172 * tall + .25 * narrow))
     ax.set(xlim=(0, columns), ylim=(-tall + .4, .6)); ax.axis('off')
-    fig.subplots_adjust(0.005, 0, .995, 1 - (.45 + .25 * narrow) / fig.get_figheight())
+    fig.subplots_adjust(0.005, .2 / fig.get_figheight(), .995, 1 - (.45 + .25 * narrow) / fig.get_figheight())
     for i, (figure, *rest) in enumerate(lines):
         again = figure == lines[i - 1][0] and rest[0] is not None and i % tall  # a column begins with its figure
         _claim_line(ax, i // tall, -(i % tall), '' if again else figure, *rest)
     _counts(fig, df, 3 if narrow else 5)
+    if df.get('corrected', pd.Series('', df.index)).astype(bool).any(): _marks(fig)
     return fig
 
 # %% ../../nbs/plots/verdicts.ipynb #898309f3
@@ -41,7 +42,7 @@ def _lines_of(df):
     res = []
     for regime, d in df.groupby('regime', sort=False):
         res.append((_regimes.get(regime, regime), None, None))
-        better = d.get('corrected', d.verdict)
+        better = d.get('corrected', pd.Series('', d.index))
         res += [(r.figure.split(',')[0], r.label, r.verdict, b) for r, b in zip(d.itertuples(), better)]
     return res
 
@@ -54,10 +55,10 @@ def _claim_line(ax, column, y, figure, label, verdict, better=None):
     ax.text(column + .19, y - .03, sign, fontsize=7, color='white', va='center', ha='center', fontweight='bold')
     said = ax.text(column + .225, y, label, fontsize=7.6, color='#222222' if verdict[:3] != 'not' else '#777777',
                    va='center', parse_math=False)
-    if better == verdict: return
-    colour, sign = verdict_looks[better]
-    ax.annotate(f'→ {sign}', (1, .5), (3, 0), said, 'offset points', fontsize=7, color=colour, va='center',
-                fontweight='bold', annotation_clip=False)
+    if not better: return
+    colour, sign = ('#222222', '') if better == verdict else verdict_looks[better]
+    ax.annotate(f'† → {sign}' if sign else '†', (1, .5), (2, 0), said, 'offset points', fontsize=7, color=colour,
+                va='center', fontweight='bold', annotation_clip=False)
 
 # %% ../../nbs/plots/verdicts.ipynb #1b7a6412
 def _counts(fig, df, columns):
@@ -70,3 +71,8 @@ def _counts(fig, df, columns):
     fig.legend([*zip(backs, marks)], [f'{n[w]} {w}' for w in there], loc='upper center',
                ncols=min(len(there), columns), fontsize=9, handlelength=1, handletextpad=.4, columnspacing=1.6,
                borderpad=.1, handler_map={tuple: HandlerTuple(ndivide=1, pad=0)})
+
+def _marks(fig):
+    "What dagger and arrow mean, below"
+    says = '†  the measure was corrected later      †  →  and the word changed to this'
+    fig.text(.5, .06 / fig.get_figheight(), says, fontsize=8, color='#222222', ha='center')
