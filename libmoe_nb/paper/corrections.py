@@ -130,12 +130,21 @@ def first_choice_settles_later_than_chance(e):
     return (beyond_start(e, 'all', .1, .6) - beyond_start(e, 'first', .1, .6)).min(axis=1)
 
 # %% ../../nbs/paper/corrections.ipynb #1105053e
+def _at(t, column, low, high):
+    "Means over the rows with `column` between low and high, by seed"
+    x = t.index.get_level_values(column)
+    if not ((low <= x) & (x <= high)).any(): raise NotThere(f'{column} between {low} and {high}')
+    return t[(low <= x) & (x <= high)].groupby('seed').mean()
+
+def _late(t): return _at(t, 'progress', .6, 1)
+def _fall(t): return _at(t, 'progress', 0, .2) - _late(t)
+
 @correction('change_rate_falls', _when,
             "The paper's figure has pictures too, and the measure is of language alone. Here it is the same on "
             "pictures.", above=.05, unit='share of choices, on pictures')
 def change_rate_falls_on_pictures(e):
     t = _seven(e, 'change_rate', 'progress', regime='vision')
-    return (_statements._early(t) - _statements._late(t)).min(axis=1)
+    return _fall(t).min(axis=1)
 
 @correction('change_rate_falls', _when,
             'The change rate falls with a router that never learns, too. Here it is how much further it falls than '
@@ -143,7 +152,7 @@ def change_rate_falls_on_pictures(e):
             unit='share of choices beyond a fixed router')
 def change_rate_falls_beyond_fixed(e):
     t = e.wide('change_rate', 'progress', regime='language', variant='control', recipe='random_fixed').random_fixed
-    return claims['change_rate_falls'].measure(e) - (_statements._early(t) - _statements._late(t))
+    return claims['change_rate_falls'].measure(e) - _fall(t)
 
 # %% ../../nbs/paper/corrections.ipynb #a06384e3
 @correction('choices_settle_early', _when,
@@ -167,7 +176,7 @@ def behaviours(
     e, # `Evidence`
 )->dict: # name -> seeds down, the seven algorithms across
     "The three numbers of behaviour that are compared in the claim of the abstract."
-    res = {'change rate': _statements._late(_seven(e, 'change_rate', 'progress')),
+    res = {'change rate': _late(_seven(e, 'change_rate', 'progress')),
            'saturation': _settled(e, 'all', .1, .6), 'imbalance': _seven(e, 'imbalance')}
     seeds = sorted(set.intersection(*({*t.index} for t in res.values())))
     if len(seeds) < 2: raise NotThere('second seed')
@@ -216,14 +225,14 @@ _pictures_too = ("The paper's figure has pictures too, and the measure is of lan
 
 @correction('margin_grows_with_depth', _when, _pictures_too, above=.01, unit='score, on pictures')
 def margin_grows_on_pictures(e):
-    _, shallow, deep = _statements._depths(e, regime='vision')
-    return (deep - shallow)[_seven_recipes].min(axis=1)
+    t = _seven(e, 'margin', 'depth', regime='vision')
+    return (_at(t, 'depth', .66, 1) - _at(t, 'depth', 0, .34)).min(axis=1)
 
 @correction('margin_starts_near_zero', _when, _pictures_too, below=.25,
             unit='share of the margin of deep layers, on pictures')
 def margin_starts_near_zero_on_pictures(e):
-    first, _, deep = _statements._depths(e, regime='vision')
-    return (first / deep)[_seven_recipes].max(axis=1)
+    t = _seven(e, 'margin', 'depth', regime='vision')
+    return (_at(t, 'depth', 0, 0) / _at(t, 'depth', .66, 1)).max(axis=1)
 
 # %% ../../nbs/paper/corrections.ipynb #1493d655
 @correction('outputs_differ', _when,

@@ -241,6 +241,6 @@ def with_start(
             try: a, b = verdict_of(c, ours), verdict_of(c, theirs)
             except KeyError: continue   # it is of an algorithm that did not run
             if c.regime != 'language' or not (a.effect and b.effect): continue
-            rows.append((c.figure, claim_label(c.name), bound_text(c).split(',')[0], a.effect.estimate,
+            rows.append((c.figure.split(',')[0], claim_label(c.name), f'{c.kind} {c.bound:.3g}', a.effect.estimate,
                          b.effect.estimate, b.word, b.effect.n, _asked_for(a, c) != _asked_for(b, c)))
     return pd.DataFrame(rows, columns=_start_columns)
