@@ -6,10 +6,10 @@ import numpy as np, pandas as pd, pytest
 from made_results import write_made_results
 from libmoe_nb.paper import claims as _statements  # noqa: F401
 from libmoe_nb.paper.campaign import plan_campaign, sparse_recipes
-from libmoe_nb.paper.newer import all_claims, claim_label, labelled, newer_of
+from libmoe_nb.paper.newer import all_claims, claim_label, labelled, newer_of, with_start
 from libmoe_nb.paper.pages import Kept, verdict_colours
 from libmoe_nb.paper.questions import agreement, harm_table, late_rates, two_by_two
-from libmoe_nb.paper.verdicts import claims
+from libmoe_nb.paper.verdicts import claims, correction_table, corrections
 from libmoe_nb.plots.verdicts import plot_verdicts, verdict_looks
 
 PAPER = Path(__file__).resolve().parents[2]/'nbs'/'paper'
@@ -52,6 +52,20 @@ def test_the_figure_says_each_verdict_once_in_colours_of_the_pages(table):
     for c in claims: assert claim_label(c) in texts, c
     signs = [t for t in texts if t in {s for _, s in verdict_looks.values()}]
     assert len(signs) == len(claims)
+
+def test_each_corrected_claim_has_a_dagger_and_one_row(kept, table):
+    better = correction_table(kept)
+    names = [k.claim.name for k in corrections.values()]
+    assert {*better.claim} == {*names} and len(better) == len({*names}) < len(names)
+    marks = [t.get_text() for t in plot_verdicts(labelled(table)).axes[0].texts if t.get_text().startswith('†')]
+    assert len(marks) == len(better)
+    for k in corrections.values(): assert better.set_index('claim').flaw[k.claim.name].count(k.why) == 1, k.why
+
+def test_another_start_is_compared_on_the_same_runs(kept):
+    t = with_start(kept)
+    assert t.claim.is_unique and 'SMoE beats Dense' in {*t.claim} and (t.seeds <= 2).all()
+    assert not {'Shared experts not stabler', 'Z-loss brings nothing'} & {*t.claim}     # not all algorithms are there
+    assert not len(with_start(kept, 'nobody'))
 
 def test_pages_say_on_which_runs_they_stand():
     for p in [q for where in ('tables/*', 'questions/*', 'figures/*_vision') for q in PAPER.glob(f'{where}.ipynb')]:
