@@ -8,6 +8,7 @@
 
 Implementations take turns in one process, in another order and with fresh routing in every round. A ratio is the
 median over the rounds of an implementation's time over the dense FFN's in the same round. Run it on an idle machine.
+The fused kernel is measured too where it can be built.
 `--json` keeps the rows of earlier runs that this run does not measure again (with `--no-memory`: their memory too).
 """
 import argparse, json, os, re, statistics, subprocess, sys, time
@@ -39,6 +40,7 @@ def implementations(shape, dtype, tokens=1.):
     "name -> (module, function of tokens, choices and weights); all but the dense FFN share one set of weights"
     import torch
     import libmoe_nb.moe.kernels  # noqa: F401  (registers the fast ones)
+    from libmoe_nb.moe.fused import use_fused
     from libmoe_nb.moe.experts import Experts, FeedForward, kernels
     from transformers.integrations import moe as hf
     d, N, h, K, act, gated, bias, T = shapes[shape]
@@ -48,7 +50,8 @@ def implementations(shape, dtype, tokens=1.):
     experts.has_post_expert_norm = experts._is_expert_parallel = False
     experts._apply_gate = MethodType(hf._default_apply_gate, experts)
     run = dict(dense=(dense, lambda x, index, w: dense(x)))
-    for name in ('loop', 'sorted'): run[name] = experts, lambda *a, f=kernels[name]: f(experts, *a)
+    ours = 'loop', 'sorted', *(('fused',) if use_fused() else ())
+    for name in ours: run[name] = experts, lambda *a, f=kernels[name]: f(experts, *a)
     run['transformers_grouped'] = experts, lambda *a: hf.grouped_mm_experts_forward(experts, *a)
     if gated:
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts

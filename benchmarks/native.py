@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""transformers' own mixtures on a CPU under `eager`, `grouped_mm` and our `libmoe`: training, prefill and decoding.
+"""transformers' own mixtures on a CPU under `eager`, `grouped_mm` and our `libmoe`, with the sorted kernel and with the
+fused one where it can be built: training, prefill and decoding.
 
     python benchmarks/native.py --json benchmarks/native.json   # rows of earlier runs that it does not measure stay
     python benchmarks/native.py --models OLMoE --parts train    # a part of it
@@ -15,8 +16,9 @@ from pathlib import Path
 import numpy as np, torch, transformers
 from transformers import AutoModelForCausalLM, CONFIG_MAPPING
 import libmoe_nb.models.dispatch  # noqa: F401  adds 'libmoe'
+from libmoe_nb.moe.fused import use_fused
 
-HOWS = 'libmoe', 'grouped_mm', 'eager'
+HOWS = 'libmoe', 'fused', 'grouped_mm', 'eager'
 PARTS = 'train', 'prefill', 'decode 1', 'decode 4'
 # name -> model type, fields of the configuration: layers of the shape of published models, two of them, a small
 # vocabulary
@@ -82,7 +84,9 @@ def times(part, model, ids, args):
         row = dict.fromkeys(HOWS, float('nan'))
         for how in np.roll(HOWS, r).tolist():
             if how == 'eager' and r % 3: continue                  # slow, and not what we compare with
-            model.set_experts_implementation(how)
+            if how == 'fused' and not use_fused(): continue
+            use_fused(how == 'fused')
+            model.set_experts_implementation('libmoe' if how == 'fused' else how)
             f = prepared(part, model, ids, args.tiny)
             start = clock(); f()
             row[how] = clock() - start
@@ -97,14 +101,16 @@ def measured(name, dtype, args):
         ts = times(part, model, ids, args)
         row = dict(model=name, part=part, dtype=dtype, threads=args.threads, rounds=args.rounds,
                    libmoe_ms=round(1000 * float(np.median(ts['libmoe'])), 2))
-        for how in HOWS[1:]:
-            row[how] = [round(float(q), 3) for q in np.nanpercentile(ts[how] / ts['libmoe'], (50, 25, 75))]
+        quartiles = lambda x: [round(float(q), 3) for q in np.nanpercentile(x, (50, 25, 75))]
+        for how in HOWS[2:]: row[how] = quartiles(ts[how] / ts['libmoe'])
+        if use_fused(): row['fused'] = quartiles(ts['grouped_mm'] / ts['fused'])
         yield row | dict(load=[round(l, 1) for l in os.getloadavg()])
 
-HEAD = f'{"":12} {"":9} {"":9}  libmoe [ms]   grouped_mm / libmoe       eager / libmoe'
+SHOWN = {'grouped_mm': 'grouped_mm / libmoe', 'fused': 'grouped_mm / fused', 'eager': 'eager / libmoe'}
+HEAD = f'{"":12} {"":9} {"":9}  libmoe [ms]' + ''.join(f'{name:>23}' for name in SHOWN.values())
 
 def line(row):
-    spread = '   '.join('{:6.2f} ({:5.2f}-{:5.2f})'.format(*row[how]) for how in HOWS[1:])
+    spread = '   '.join('{:6.2f} ({:5.2f}-{:5.2f})'.format(*row[how]) if how in row else ' '*20 for how in SHOWN)
     return f"{row['model']:12} {row['part']:9} {row['dtype']:9} {row['libmoe_ms']:12.1f}   {spread}"
 
 def save(path, rows):

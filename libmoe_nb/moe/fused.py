@@ -9,6 +9,7 @@ __all__ = ['use_fused', 'fused_ready', 'fused_kernel']
 
 # %% ../../nbs/moe/fused.ipynb #215e378b
 import hashlib, logging, os, re, sys, tempfile, torch, torch.nn.functional as F, warnings
+from filelock import FileLock
 from pathlib import Path
 from ..core.files import cache_folder, file_digest
 from .experts import activations, compute_dtype, register_kernel
@@ -407,10 +408,9 @@ def _find():
     found = sorted((cache_folder()/'fused').glob(f'{_key()}-*.so'))
     return next((f for f in found if f.stem.endswith(file_digest(f))), None)
 
-def _build():
+def _build(home):
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR) # it tells of a GPU that nobody asked for
     from torch.utils.cpp_extension import load_inline
-    (home := cache_folder()/'fused').mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as folder:
         try:
             load_inline('libmoe_fused', _source(), extra_cflags=_flags(), build_directory=folder,
@@ -426,8 +426,10 @@ def _build():
 def _ops():
     "The operators; loaded, or built, at the first call"
     if not hasattr(torch.ops.libmoe_fused, 'outer'):
-        if path := _find(): torch.ops.load_library(path)
-        else: _build()
+        (home := cache_folder()/'fused').mkdir(parents=True, exist_ok=True)
+        with FileLock(home/'.lock'):
+            if path := _find(): torch.ops.load_library(path)
+            else: _build(home)
         _count_flops()
     return torch.ops.libmoe_fused
 
