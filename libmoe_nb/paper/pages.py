@@ -7,7 +7,7 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/paper/pages.html.md"""
 # %% auto #0
 __all__ = ['verdict_colours', 'find_above', 'Kept', 'kept_results', 'runs_for', 'devices_of', 'with_devices', 'title_of',
            'stands_on', 'effect_text', 'bound_text', 'correction_text', 'VerdictBox', 'verdicts_of', 'choices_of',
-           'printed', 'over_seeds', 'beside_paper']
+           'stage_table', 'printed', 'over_seeds', 'beside_paper']
 
 # %% ../../nbs/paper/pages.ipynb #006b1620
 import fastcore.xml as ft, math, pandas as pd
@@ -253,6 +253,18 @@ def choices_of(
         rows.append((router.num_experts, spec(r).num_experts - router.num_experts, router.num_choices, router.top_k))
     return pd.DataFrame(rows, [title_of(r) for r in own_recipes if r != 'dense'],
                         ['experts', 'shared', 'choices', 'chosen'])
+
+# %% ../../nbs/paper/pages.ipynb #70a839f9
+def stage_table(
+    preset, # a `VisionPreset`
+)->pd.DataFrame: # a row for each stage
+    "What the stages of a preset train, on what, and how."
+    losses = lambda s: (s.router_aux_loss_coef, s.router_z_loss_coef) if s.experts else ('', '')
+    trained = lambda s: 'all' if len(s.train) == 3 else ', '.join(s.train).replace('_', ' ')
+    rows = [(trained(s), s.data, f'{s.learning_rate:g}', s.batch_size, f'{s.steps:,}', f'{s.sequence_length:,}',
+             s.grad_clip or '', *losses(s)) for s in preset.stages]
+    return pd.DataFrame(rows, [s.name for s in preset.stages],
+                        'trained data rate batch steps tokens clip balance z'.split())
 
 # %% ../../nbs/paper/pages.ipynb #6e17dae7
 def printed(
