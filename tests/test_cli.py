@@ -190,6 +190,7 @@ def test_one_process_at_a_time(texts, tmp_path):
         refused('in use by process', 'compare', '--data', texts, '--recipes', 'smoe', *LONG, '--out', tmp_path/'runs')
     finally: p.kill(); p.communicate()
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_or_starts_over(texts, tmp_path):
     args = ['train', 'smoe', '--data', texts, *LONG, '--steps', '80', '--out']
     p = process(*args, tmp_path/'run')

@@ -261,19 +261,23 @@ def test_shared_experts_concern_recipes_that_have_them(texts, tmp_path):
 
 MAIN = 'from libmoe_nb.cli import main; main()'
 
-def test_words_go_to_any_terminal_or_to_nobody(texts, tmp_path):
+def test_words_go_to_any_terminal(texts, tmp_path):
     args = ['compare', '--data', texts, '--recipes', 'smoe', '--seeds', '2', *SMALL, '--out', tmp_path/'runs']
     env = dict(os.environ, PYTHONIOENCODING='ascii')
     res = run_forked(MAIN, *args, env=env)
     assert res.returncode == 0, res.stderr
     assert '+/-' in res.stdout and 'report:' in res.stdout and (res.stdout + res.stderr).isascii()
     assert run_unheard(MAIN, 'report', tmp_path/'runs', env=env) == 0
+
+# a command that imports nothing heavy says as much to each of them as one that takes ten seconds
+ENDS = [('list', 0, end) for end in ('>&- 2>&-', '| true', '2>&1 | true', '>&-', '2>&-')]
+ENDS += [('train smo', 2, end) for end in ('2>&1 | true', '2>&-')]
+
+@pytest.mark.parametrize('command, code, end', [
+    pytest.param(*e, marks=[pytest.mark.long] * (e not in (ENDS[0], ENDS[5]))) for e in ENDS])
+def test_words_go_to_nobody(command, code, end):
     shell = f'"{sys.executable}" -W ignore -c "{MAIN}"'
-    # a command that imports nothing heavy says as much to each of them as one that takes ten seconds
-    ends = [('list', 0, end) for end in ('| true', '2>&1 | true', '>&-', '>&- 2>&-', '2>&-')]
-    ends += [('train smo', 2, end) for end in ('2>&1 | true', '2>&-')]
-    for command, code, end in ends:
-        r = subprocess.run(['bash', '-c', f'{shell} {command} {end}; exit ${{PIPESTATUS[0]}}'], capture_output=True,
-                           text=True, timeout=300, env=env | dict(LC_ALL='C'))
-        assert (r.returncode == code and 'Traceback' not in r.stderr
-                and 'Error' not in r.stderr), (command, end, r.returncode, r.stderr)
+    env = dict(os.environ, PYTHONIOENCODING='ascii', LC_ALL='C')
+    r = subprocess.run(['bash', '-c', f'{shell} {command} {end}; exit ${{PIPESTATUS[0]}}'], capture_output=True,
+                       text=True, timeout=300, env=env)
+    assert r.returncode == code and 'Traceback' not in r.stderr and 'Error' not in r.stderr, (r.returncode, r.stderr)

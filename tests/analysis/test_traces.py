@@ -126,6 +126,7 @@ def test_transformers_models(name, tmp_path):
     assert model_metrics.balance_loss(m, probe()).balance_loss.ge(.5).all()
 
 
+@pytest.mark.long
 def test_a_million_tokens_need_the_memory_of_a_batch(tmp_path):
     code = textwrap.dedent('''
         import resource, sys, torch

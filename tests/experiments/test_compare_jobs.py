@@ -28,6 +28,13 @@ def files(folder):
     same = {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*.safetensors')}
     return dict(result=result, told=told, **{str(k): v for k, v in same.items()})
 
+def test_two_at_once_are_the_same_to_the_bit(data, at_once, tmp_path):
+    kw = dict(SMALL, data=data, steps=4, threads=1, progress=None)
+    plain, res = (compare('dense,smoe', jobs=n, out=tmp_path/str(n), **kw) for n in (1, 2))
+    assert names(res) == names(plain)
+    for a, b in zip(res.folders, plain.folders): assert files(a) == files(b), a.name
+
+@pytest.mark.long
 def test_interrupted_failed_and_the_same_to_the_bit(data, at_once, tmp_path):
     kw = dict(SMALL, data=data, threads=1, out=tmp_path/'runs', released_losses='vision', released_schedule=True)
     plain = compare('dense,smoe,xmoe', jobs=1, progress=None, **dict(kw, out=tmp_path/'plain'))

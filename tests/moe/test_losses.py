@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest, torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings, strategies as st
 
 import naive
+from processes import run_ranks
 from libmoe_nb.moe.config import MoESpec
 from libmoe_nb.moe.layers import aux_loss
 from libmoe_nb.moe.recipes import build_layer
@@ -311,7 +311,8 @@ def worker(rank, world, path):
 
 
 def test_global_batch_over_two_processes(tmp_path):
-    mp.spawn(worker, args=(2, str(tmp_path)), nprocs=2)
+    code = "import os, sys; from test_losses import worker; worker(int(os.environ['RANK']), 2, sys.argv[1])"
+    for done in run_ranks(code, tmp_path): assert done.returncode == 0, done.stderr[-2000:]
     ranks = [torch.load(tmp_path / f'{i}.pt') for i in range(2)]
     w = rand(5, 4, seed=9).requires_grad_()
     (a, ma), (b, mb) = rank_record(0, w), rank_record(1, w)

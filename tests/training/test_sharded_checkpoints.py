@@ -131,6 +131,11 @@ def ended(folder):
         assert name == 'step-00000004' and is_sharded(learn.model), name
     return told
 
+def saved(folder):
+    "On each of two processes: two steps"
+    run(learner(spread(folder, 'ep'), distribute=True, checkpoint=folder/'ep'/'run', stop=2))
+    return {}
+
 LOAD = '''
 import json, logging, os, sys, time, torch, warnings
 from pathlib import Path
@@ -142,17 +147,17 @@ torch.set_num_threads(1)
 torch.distributed.init_process_group('gloo')
 logging.getLogger('torch.distributed.tensor').setLevel(logging.ERROR)
 folder, r = Path(sys.argv[1]), torch.distributed.get_rank()
-for what in 'begun', 'ended':
+for what in {todo!r}:
     torch.save(getattr(t, what)(folder), folder/f'{{what}}{{r}}.tmp')
     (folder/f'{{what}}{{r}}.tmp').rename(folder/f'{{what}}{{r}}.pt')
     while what == 'begun' and not (folder/'go on').exists(): time.sleep(.05)
 torch.distributed.barrier(); torch.distributed.destroy_process_group()
 '''
 
-def on_two(folder):
+def on_two(folder, *todo):
     here = Path(__file__).resolve()
     paths = [str(here.parents[i]) for i in range(3)]
-    for done in run_ranks(LOAD.format(env=told_by('fsdp2'), paths=paths), folder):
+    for done in run_ranks(LOAD.format(env=told_by('fsdp2'), paths=paths, todo=todo), folder):
         assert done.returncode == 0, done.stderr[-3000:]
 
 def told(what, folder): return [torch.load(folder/f'{what}{r}.pt', weights_only=True) for r in range(2)]
@@ -166,19 +171,32 @@ def go_on_alone(folder):
         assert run(learn, folder/kind/'run')[1] == 'step-00000002'
     return saved
 
+def made(folder, kind):
+    "A model in the folder of its kind, and what one process makes of it"
+    recipe = KINDS[kind][0]
+    options = dict(negative_offset=0., null_offset=0.) if recipe == 'tcmoe' else {}
+    model = from_scratch(recipe, 'tiny', seed=0, **SIZES | options)
+    model.save_pretrained(folder/kind)
+    return run(learner(model))[0]
+
+def test_two_processes_save_and_one_goes_on(tmp_path):
+    whole = made(tmp_path, 'ep')
+    on_two(tmp_path, 'saved')
+    path = tmp_path/'ep'/'run'/'step-00000002'
+    assert len([*path.glob('*/shard-*')]) == 4
+    a, name = run(learner(MoEForCausalLM.from_pretrained(tmp_path/'ep'), checkpoint=path.parent), path.parent)
+    assert name == path.name and furthest(a, whole) < 1e-4
+    at_two, model = whole_tensors(path/'model'), MoEForCausalLM.from_pretrained(consolidate(path, tmp_path/'model'))
+    assert all(torch.equal(at_two[n], t) for n, t in model.state_dict().items())
+
 @pytest.fixture(scope='module')
 def chain(tmp_path_factory):
     "Two processes begin, one goes on while they wait, and they end it; and one that does all of it"
     folder, threads = tmp_path_factory.mktemp('pieces'), torch.get_num_threads()
     torch.set_num_threads(1)
-    whole = {}
-    for kind, (recipe, _) in KINDS.items():
-        options = dict(negative_offset=0., null_offset=0.) if recipe == 'tcmoe' else {}
-        model = from_scratch(recipe, 'tiny', seed=0, **SIZES | options)
-        model.save_pretrained(folder/kind)
-        whole[kind] = run(learner(model))[0]
+    whole = {kind: made(folder, kind) for kind in KINDS}
     with ThreadPoolExecutor(1) as pool:
-        both = pool.submit(on_two, folder)
+        both = pool.submit(on_two, folder, 'begun', 'ended')
         try:
             while not all((folder/f'begun{r}.pt').exists() for r in range(2)) and not both.done(): time.sleep(.05)
             if both.done(): both.result()
@@ -189,6 +207,7 @@ def chain(tmp_path_factory):
     return SimpleNamespace(folder=folder, whole=whole, first=told('begun', folder), saved=saved,
                            last=told('ended', folder))
 
+@pytest.mark.long
 @pytest.mark.parametrize('kind', KINDS)
 def test_two_processes_go_on_bit_for_bit(chain, kind):
     "With dropout, and with other numbers drawn in each process"
@@ -196,6 +215,7 @@ def test_two_processes_go_on_bit_for_bit(chain, kind):
         t = both[kind]
         assert t['sharded'] and t['layers'] >= 3 and t['name'] == 'step-00000004' and t['different'] == 0, t
 
+@pytest.mark.long
 @pytest.mark.parametrize('kind', KINDS)
 def test_two_begin_one_goes_on_two_end(chain, kind):
     a, b = (both[kind] for both in chain.last)
@@ -205,6 +225,7 @@ def test_two_begin_one_goes_on_two_end(chain, kind):
     biases = [n for n in a if n.endswith('expert_bias')]
     assert len(biases) == 2 and all(torch.equal(a[n], chain.whole[kind][n]) and a[n].any() for n in biases)
 
+@pytest.mark.long
 @pytest.mark.parametrize('kind', KINDS)
 def test_each_process_writes_its_own(chain, kind):
     assert chain.saved[kind]['step-00000002'] == [
@@ -218,18 +239,21 @@ def test_each_process_writes_its_own(chain, kind):
     begins = {p.read_bytes()[:4] for p in path.rglob('*') if p.is_file()}
     assert not [b for b in begins if b == b'PK\x03\x04' or b[:1] == b'\x80']               # no pickle
 
+@pytest.mark.long
 def test_if_one_process_cannot_write_all_raise_and_nothing_is_there(chain):
     for both in chain.first:
         error, = both['full']
         assert error.startswith('process 1 could not write to .../full/.tmp-') and 'No space left' in error, error
     assert checkpoints(chain.folder/'full') == []
 
+@pytest.mark.long
 def test_one_clock_and_one_interruption_for_all(chain):
     assert [both['interrupted'] for both in chain.first] == [([1, 2], 2), ([], 2)]
     assert [p.name for p in checkpoints(chain.folder/'timed')] == ['step-00000002']
 
 def fresh(chain, kind='ep'): return learner(MoEForCausalLM.from_pretrained(chain.folder/kind))
 
+@pytest.mark.long
 def test_damage_is_refused_and_the_one_before_is_used(chain, tmp_path):
     shutil.copytree(chain.folder/'ep-killed', tmp_path/'run')
     newest, before = checkpoints(tmp_path/'run')[:2]
@@ -242,10 +266,12 @@ def test_damage_is_refused_and_the_one_before_is_used(chain, tmp_path):
     with pytest.raises(ValueError, match='optimizer/shard-00002.* is not what was written'):
         resume(fresh(chain), tmp_path/'run')
 
+@pytest.mark.long
 def test_a_checkpoint_of_another_model_is_refused(chain):
     with pytest.raises(ValueError, match='of another run: its model is'):
         resume(fresh(chain, 'fsdp'), chain.folder/'ep'/'run')
 
+@pytest.mark.long
 @pytest.mark.parametrize('kind', KINDS)
 def test_consolidated_to_one_model(chain, kind, tmp_path):
     path = chain.folder/kind/'run'/'step-00000002'
@@ -263,6 +289,7 @@ def test_consolidated_to_one_model(chain, kind, tmp_path):
         consolidate(path, tmp_path/'model')
     assert not [*tmp_path.glob('.*')]
 
+@pytest.mark.long
 def test_the_command_says_where_the_model_is_or_what_is_wrong(chain, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     say = lambda *args: CliRunner().invoke(app, ['consolidate', *map(str, args)], prog_name='libmoe')

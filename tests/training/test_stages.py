@@ -159,6 +159,7 @@ def free_port():
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
 
+@pytest.mark.long
 def test_trap_two_processes_with_a_batch_of_pictures_and_text(mixed, tmp_path):
     from safetensors.torch import load_file
     env = dict(os.environ, WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
