@@ -92,6 +92,18 @@ def _joined(answers):
     "One answer of those to its pieces: log-likelihood, and was every token the most probable?"
     return answers[0] if len(answers) == 1 else (sum(l for l, _ in answers), all(g for _, g in answers))
 
+# %% ../../nbs/evaluation/harness.ipynb #4a97e00b
+class _Known:
+    "Keeps the length of a context and the tokens of texts"
+    def __init__(self, *args, **kwargs):
+        self.known = {}                                                 # a text and how to read it -> its tokens
+        super().__init__(*args, **kwargs)
+        self._max_length = self.max_length
+    def tok_encode(self, string, *args, **kwargs):
+        key = string, *args, *sorted(kwargs.items())
+        if key not in self.known: self.known[key] = np.array(super().tok_encode(string, *args, **kwargs), np.int32)
+        return self.known[key].tolist()
+
 # %% ../../nbs/evaluation/harness.ipynb #be140f59
 @contextlib.contextmanager
 def _quietly(progress=False):
@@ -108,7 +120,7 @@ def _quietly(progress=False):
 @functools.cache
 def _lm_class():
     from lm_eval.models.huggingface import HFLM
-    class MoELM(_Pieces, _Bars, _TokenBatches, HFLM): "A transformers model for lm-eval"
+    class MoELM(_Known, _Pieces, _Bars, _TokenBatches, HFLM): "A transformers model for lm-eval"
     return MoELM
 
 def _make_lm(model, tokenizer, batch_size='auto', bars=None):
