@@ -105,10 +105,10 @@ def act_path(self:FFNFamily, module):
 @patch
 def matches(self:FFNFamily, module):
     "Is `module` an FFN of this family?"
+    if not all(is_linear(module_at(module, p)) for p in self.matrices): return False
     parts = [module_at(module, p) for p in self.matrices]
     own = [m for m in module.children() if is_linear(m)]
-    return (all(map(is_linear, parts)) and all(any(m is p for p in parts) for m in own)
-            and bool(callable(self.act) or self.act_path(module)))
+    return all(any(m is p for p in parts) for m in own) and bool(callable(self.act) or self.act_path(module))
 
 # %% ../../nbs/models/ffns.ipynb #4352558e
 def ffn_family(module)->FFNFamily: # None: of no known family

@@ -61,6 +61,7 @@ def ffn(
 
 # %% ../../nbs/moe/experts.ipynb #0650cbb1
 def _normal(tensor, std, generator=None):
+    if tensor.is_meta: return tensor  # there is nothing to draw
     with torch.no_grad(): return tensor.normal_(0, std, generator=generator)
 
 def _check_sizes(**sizes):
