@@ -166,6 +166,7 @@ def test_control_c_is_kind(texts, tmp_path):
     assert p.returncode == 130 and 'go on from here' in err and 'Traceback' not in err and out == ''
     assert list((tmp_path/'runs').glob('*/checkpoints/step-*'))
 
+@pytest.mark.long
 def test_killed_in_the_middle_and_finished_by_the_next_call(texts, tmp_path):
     args = ['compare', '--data', texts, '--recipes', 'dense,smoe', *LONG, '--set', 'steps=60', '--json']
     args = [a for a in args if a not in ('--steps', '400')] + ['--out']

@@ -98,6 +98,7 @@ def test_mistakes_are_sentences_before_any_work(real, tmp_path):
                 else libmoe('vlm', *args, code=2)), args
     assert not (tmp_path/'out').exists()
 
+@pytest.mark.long
 def test_stages_in_float16_that_leave_out_a_step_without_a_loss(tmp_path, monkeypatch):
     from libmoe_nb.experiments import vision_stages
     from libmoe_nb.training.stages import vision_presets

@@ -70,14 +70,14 @@ def test_domain_of_each_token(corpus):
         first = dom[:len(dom)//2]
         assert all(.2 < (first == d).float().mean() < .5 for d in range(3))    # woven, not one after another
 
-def test_data_loader_with_workers(corpus):
+@pytest.mark.parametrize('context', ['fork', pytest.param('spawn', marks=pytest.mark.long)])
+def test_data_loader_with_workers(corpus, context):
     from torch.utils.data import DataLoader
     ds = prep(corpus).train
     ds[0]
     plain = [b['labels'] for b in DataLoader(ds, 4)]
-    for context in ('fork', 'spawn'):
-        got = [b['labels'] for b in DataLoader(ds, 4, num_workers=2, multiprocessing_context=context)]
-        assert all(torch.equal(x, y) for x,y in zip(plain, got, strict=True))
+    got = [b['labels'] for b in DataLoader(ds, 4, num_workers=2, multiprocessing_context=context)]
+    assert all(torch.equal(x, y) for x,y in zip(plain, got, strict=True))
 
 def test_wide_vocabulary_in_four_bytes(tmp_path):
     ds = PackedDataset(np.array([0, 70_000, 0], np.uint32), [0, 2], [0], 2, dtype=np.uint32)

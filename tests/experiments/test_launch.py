@@ -38,15 +38,16 @@ def steps_of(out):
     try: return sum('"train"' in l for l in (out/'log.jsonl').read_text().splitlines())
     except OSError: return 0
 
+@pytest.mark.parametrize('interrupted', [(3,), pytest.param((3, 8), marks=pytest.mark.long)])
 @pytest.mark.filterwarnings('ignore:going on from')
-def test_what_two_processes_began_one_ends(tmp_path, at_once, monkeypatch, capsys):
+def test_what_two_processes_began_one_ends(interrupted, tmp_path, at_once, monkeypatch, capsys):
     out = tmp_path/'two'
-    for least in (3, 8):                            # begun by two, gone on with by two
+    for least in interrupted:                       # begun by two, gone on with by two
         code, wrong = stopped(out, least, monkeypatch), capsys.readouterr().err
         assert code == 130 and 'stopping after this step' in wrong and 'Traceback' not in wrong, wrong
         assert [*(out/'checkpoints').glob('step-*')] and not (out/'result.json').exists()
     began = steps_of(out)
-    ended_by_one(tmp_path, 8 <= began < 24, SMALL)
+    ended_by_one(tmp_path, least <= began < 24, SMALL)
 
 def ended_by_one(folder, began, settings):
     "What is in `two` is ended by this process, and equals what it does alone"

@@ -156,6 +156,7 @@ def test_bad_plans(few, tmp_path):
         with pytest.raises(ValueError, match=message): vision_plan(**dict(dict(preset=few, out=tmp_path), **kw))
     assert not list(tmp_path.iterdir())
 
+@pytest.mark.long
 def test_jobs_and_hash_seeds_and_what_ran_before_give_the_same_bits(compared, few, tmp_path, monkeypatch, at_once):
     "Last stages in processes with another order of sets; shared ones here, where generators have moved on"
     root, res = compared

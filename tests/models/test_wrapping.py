@@ -302,6 +302,7 @@ from test_wrapping import Case
 Case('llava').upcycled().save_pretrained(sys.argv[1])
 '''
 
+@pytest.mark.long
 def test_names_in_a_file_do_not_depend_on_who_asked_before(tmp_path):
     "transformers renames some weights of LLaVA by its model type, once it knows the type"
     names, path = [], [str(p) for p in (Path(__file__).parent, Path(__file__).parents[1])]
