@@ -284,6 +284,7 @@ def said(res):
     assert (res.returncode, res.stdout) == (2, '') and 'Traceback' not in res.stderr, res.stderr
     return res.stderr.strip().splitlines()[-1]
 
+@pytest.mark.long
 def test_without_network_the_command_says_which_data(folder, tmp_path):
     "One sentence with the data set and its address, exit code 2"
     # what they read from the environment when they are imported
