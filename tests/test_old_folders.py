@@ -113,6 +113,7 @@ def test_comparison_is_not_repeated(capsys):
     assert changed == {'results.csv', 'domains.csv', 'results.json', 'report.html'}
     near(json.loads(Path('runs/results.json').read_text())['results'], EXPECTED['runs']['results'], 0)
 
+@pytest.mark.long
 def test_another_recipe_beside_finished_ones():
     told = Told()
     c = compare([*RUNS, 'tcmoe'], out='runs', evaluate=4, progress=told, **RUN)

@@ -121,6 +121,7 @@ def test_mistakes_in_a_question(real, tmp_path):
     assert '--max-new-tokens must be at least 1' in libmoe('ask', picture, 'what ?', '--model', real,
                                                            '--max-new-tokens', 0, code=2)
 
+@pytest.mark.long
 def test_tables_of_80_columns(tmp_path, monkeypatch):
     from libmoe_nb.training.stages import vision_presets
     monkeypatch.setenv('COLUMNS', '80')
