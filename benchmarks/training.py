@@ -5,8 +5,8 @@ python benchmarks/training.py [--preset mini] [--recipes smoe,...] [--steps 10] 
 
 For each recipe, in one process and in turn: `plain`, a loop of forward, backward, clip and AdamW; `ours`, the learner
 of `libmoe compare` with its log, schedule and telemetry; `Trainer`, the Hugging Face one; `dense`, a plain loop over a
-dense model of the same active parameters; with --compile, `compiled`, the plain loop under `torch.compile`. All take
-the same sequences. A round is `--steps` steps of each and one before them, in which an optimiser makes its
+dense model of the same active parameters; `fused`, the plain loop with the fused kernel; with --compile, `compiled`,
+the plain loop under `torch.compile`. All take the same sequences. A round is `--steps` steps of each and one before them, in which an optimiser makes its
 state; a step is timed from the end of the one before, so loading of data and callbacks count, and starting does not.
 Printed are the median step of `plain`, and medians over rounds of each one's time over that of `plain`. Times are
 those of the processor, which another process on the machine does not lengthen; with --wall, those that pass. Memory is
@@ -79,7 +79,18 @@ def trainer(model, data, preset, stamps):
     return block
 
 
-ways = dict(plain=plain, ours=ours, Trainer=trainer, dense=plain, compiled=lambda *a: plain(*a, compiled=True))
+def fused(*args):
+    from libmoe_nb.moe.fused import use_fused
+    run = plain(*args)
+    def block(steps):
+        use_fused()
+        try: run(steps)
+        finally: use_fused(False)
+    return block
+
+
+ways = dict(plain=plain, ours=ours, Trainer=trainer, dense=plain, fused=fused,
+            compiled=lambda *a: plain(*a, compiled=True))
 
 def prepared(way, recipe, preset, data, stamps):
     from libmoe_nb.models.causal import from_scratch
