@@ -101,8 +101,9 @@ def peak(shape, routing, dtype, name):
     step(module, f, *args, dy)
     return status('VmHWM') - before
 
-def measure(shape, routing, dtype, repeats, tokens, memory):
+def measure(shape, routing, dtype, repeats, tokens, memory, only=None):
     runs, rows = implementations(shape, dtype, tokens), []
+    if only: runs = {n: f for n, f in runs.items() if n in ('dense', *only)}
     for mode in modes:
         times = {name: [] for name in runs}
         for r in range(-2, repeats):   # two rounds to warm up
@@ -158,6 +159,7 @@ def main():
     p.add_argument('--shapes', nargs='+', choices=list(shapes), default=list(shapes))
     p.add_argument('--routings', nargs='+', choices=['balanced', 'zipf'], default=['balanced', 'zipf'])
     p.add_argument('--dtypes', nargs='+', choices=['float32', 'bfloat16'], default=['float32', 'bfloat16'])
+    p.add_argument('--only', nargs='+', metavar='NAME', help='of the implementations these, beside the dense FFN')
     p.add_argument('--repeats', type=int, default=11, help='rounds (median)')
     p.add_argument('--threads', type=int, default=2)
     p.add_argument('--quick', action='store_true', help='an eighth of the tokens, three rounds, no peak memory')
@@ -179,17 +181,17 @@ def main():
         for routing in args.routings:
             for dtype in args.dtypes:
                 new = measure(shape, routing, dtype, 3 if args.quick else args.repeats, .125 if args.quick else 1.,
-                              not (args.quick or args.no_memory))
+                              not (args.quick or args.no_memory), args.only)
                 rows += new
                 print(table(new).rsplit('\ntargets', 1)[0], file=sys.stderr, flush=True)
     if args.json:
         key = lambda r: (r['shape'], r['routing'], r['dtype'])
-        mine = {key(r) for r in rows}
+        mine = {(*key(r), r['implementation']) for r in rows}
         old = json.loads(args.json.read_text()) if args.json.exists() else []
         memory = {(*key(r), r['implementation']): {n: r[n] for n in ('saved_mb', 'peak_mb') if n in r}
                   for r in old if r['mode'] == modes[1]}
         rows = [memory.get((*key(r), r['implementation']), {}) | r if r['mode'] == modes[1] else r for r in rows]
-        rows = sorted([r for r in old if key(r) not in mine] + rows, key=key)
+        rows = sorted([r for r in old if (*key(r), r['implementation']) not in mine] + rows, key=key)
         args.json.write_text('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
     print(table(rows))
 

@@ -28,7 +28,7 @@ _cpp['head'] = r'''
 #include <atomic>
 using at::BFloat16; using at::Tensor; using std::max; using std::min;
 using Maybe = std::optional<Tensor>; using Vec = at::vec::Vectorized<float>;
-constexpr int64_t block_rows = 64;
+constexpr int64_t block_rows = 64, panel = 64;
 template <typename T> constexpr bool half = sizeof(T) == 2;
 template <typename T> struct Buffer : std::unique_ptr<T[]> {  // not initialised
   explicit Buffer(int64_t n) : std::unique_ptr<T[]>(new T[n]) {}
@@ -37,6 +37,7 @@ template <typename T> struct Buffer : std::unique_ptr<T[]> {  // not initialised
 template <typename T> const T* read(const Tensor& t) { return (const T*)t.const_data_ptr(); }
 template <typename T> const T* read(const Maybe& t) { return t ? read<T>(*t) : nullptr; }
 template <typename T> T* write(const Tensor& t) { return (T*)t.data_ptr(); }
+inline int64_t padded(int64_t rows) { return (rows + 7) / 8 * 8; }
 template <typename A, typename B> void cast(int64_t n, const A* a, B* b) { at::vec::convert(a, b, n); }
 '''
 
@@ -67,36 +68,52 @@ bool pairs() {
 }
 template <typename T>
 void multiply(int64_t M, int64_t N, int64_t K, const T* a, const T* b, float* c, bool add = false) {
-  at::native::cpublas::brgemm(M, N, K, K, N, N, add, a, b, c, half<T> && pairs());
+  for (int64_t n = 0; n < N; n += panel) {
+    const int64_t w = min(panel, N - n);
+    at::native::cpublas::brgemm(M, w, K, K, w, N, add, a, b + n*K, c + n, half<T> && pairs());
+  }
 }
 '''
 
 # %% ../../nbs/moe/fused.ipynb #ee5c97c8
 _cpp['pack'] = r'''
 template <typename T> void pack(int64_t K, int64_t N, const T* b, T* out) {
-  if (!half<T> || !pairs()) { std::copy_n(b, K*N, out); return; }
-  for (int64_t k = 0; k < K; k += 2) for (int64_t n = 0; n < N; n++)
-    out[k*N + 2*n] = b[k*N + n], out[k*N + 2*n + 1] = b[k*N + N + n];
+  for (int64_t n = 0; n < N; n += panel) {
+    const int64_t w = min(panel, N - n), step = half<T> && pairs() ? 2 : 1;
+    for (int64_t k = 0; k < K; k += step, out += step*w) {
+      const T *one = b + k*N + n, *two = one + N;
+      if (step == 1) std::copy_n(one, w, out);
+      else for (int64_t i = 0; i < w; i++) out[2*i] = one[i], out[2*i + 1] = two[i];
+    }
+  }
 }
 template <typename T> void transpose(int64_t M, int64_t N, const T* in, T* out) {
   constexpr int64_t tile = 32;
   for (int64_t m = 0; m < M; m += tile) for (int64_t n = 0; n < N; n += tile)
     at::vec::transpose_mxn<T>(in + m*N + n, N, out + n*M + m, M, min(tile, M - m), min(tile, N - n));
 }
+'''
+
+# %% ../../nbs/moe/fused.ipynb #dc8908c9
+_cpp['pack transposed'] = r'''
+template <typename T> void pack_transposed(int64_t K, int64_t N, const T* b, T* out) {
+  for (int64_t n = 0; n < N; n += panel, b += panel*K, out += panel*K) {
+    const int64_t w = min(panel, N - n);
+    if (half<T> && pairs()) transpose(w, K/2, (const float*)b, (float*)out);
+    else transpose(w, K, b, out);
+  }
+}
 template <typename T> void pack_all(const Tensor& stacked, bool transposed, T* out) {
-  const int64_t K = stacked.size(1), N = stacked.size(2), size = K*N;
+  const int64_t K = stacked.size(1), N = stacked.size(2);
   const T* in = read<T>(stacked);
   each(stacked.size(0), [&](int64_t e) {
-    const T* m = in + e*size;
-    T* to = out + e*size;
-    if (!transposed) pack(K, N, m, to);
-    else if (half<T> && pairs()) transpose(K, N/2, (const float*)m, (float*)to);
-    else transpose(K, N, m, to);
+    if (transposed) pack_transposed(N, K, in + e*K*N, out + e*K*N);
+    else pack(K, N, in + e*K*N, out + e*K*N);
   });
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #c7d45e9c
+# %% ../../nbs/moe/fused.ipynb #3becf324
 _cpp['activate'] = r'''
 Vec bend(Vec v) { return Vec(.79788456f) * (v + Vec(.044715f)*v*v*v); }
 void activate(int64_t act, int64_t n, float* x) {
@@ -120,7 +137,7 @@ void slope(int64_t act, int64_t n, float* x) {
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #2502edc7
+# %% ../../nbs/moe/fused.ipynb #1c174b00
 _cpp['hidden'] = r'''
 template <typename T> void hidden_values(int64_t act, int64_t n, int64_t H, int64_t h, float* p, T* out) {
   if (H == h) { activate(act, n*h, p); cast(n*h, p, out); return; }
@@ -144,7 +161,7 @@ void hidden_back(int64_t act, int64_t H, int64_t h, float* p, const float* g, fl
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #900724b1
+# %% ../../nbs/moe/fused.ipynb #0a261e59
 _cpp['sort'] = r'''
 std::tuple<Tensor, Tensor> sort_choices(const Tensor& index, int64_t N) {
   const int64_t n = index.numel(), *e = index.const_data_ptr<int64_t>();
@@ -166,7 +183,7 @@ std::vector<Block> blocks(const Tensor& begin) {
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #aebd4596
+# %% ../../nbs/moe/fused.ipynb #4d3770af
 _cpp['rows'] = r'''
 template <typename T> struct Rows {
   const T* data;
@@ -178,6 +195,7 @@ template <typename T> struct Rows {
   void copy(int64_t slot, int64_t n, int64_t first, int64_t columns, T* out) const {
     for (int64_t end = slot + n; slot < end; slot++, out += columns)
       std::copy_n(data + (order ? order[slot] / K : slot)*width + first, columns, out);
+    std::fill_n(out, (padded(n) - n)*columns, T(0));
   }
 };
 template <typename T> void add_bias(int64_t n, int64_t width, const T* bias, int64_t e, float* c) {
@@ -186,7 +204,7 @@ template <typename T> void add_bias(int64_t n, int64_t width, const T* bias, int
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #69008b48
+# %% ../../nbs/moe/fused.ipynb #b76b23cb
 _cpp['combine'] = r'''
 template <typename T> void combine(const Tensor& index, int64_t N, const T* rows, const float* w, const Tensor& y) {
   const int64_t K = index.size(1), width = y.size(1), *e = index.const_data_ptr<int64_t>();
@@ -201,7 +219,7 @@ template <typename T> void combine(const Tensor& index, int64_t N, const T* rows
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #332a7ad9
+# %% ../../nbs/moe/fused.ipynb #3d03563f
 _cpp['layer'] = r'''
 template <typename T> struct Layer {
   int64_t N, H, d, o, h, act;
@@ -222,24 +240,26 @@ template <typename T> struct Layer {
 };
 '''
 
-# %% ../../nbs/moe/fused.ipynb #46d10213
+# %% ../../nbs/moe/fused.ipynb #70cbfef3
 _cpp['forward block'] = r'''
 template <typename T> void forward_block(const Layer<T>& l, const Block& b, T* pre) {
   const auto [e, s, n] = b;
-  Buffer<T> t(n*max(l.d, l.h));
-  Buffer<float> c(n*max(l.H, l.o));
+  const int64_t m = padded(n);
+  Buffer<T> t(m*max(l.d, l.h));
+  Buffer<float> c(m*max(l.H, l.o));
   l.by_token.copy(s, n, 0, l.d, t);
-  multiply<T>(n, l.H, l.d, t, l.up + e*l.H*l.d, c);
+  multiply<T>(m, l.H, l.d, t, l.up + e*l.H*l.d, c);
   add_bias(n, l.H, l.up_bias, e, c);
   if (pre) cast(n*l.H, c.get(), pre + s*l.H);
   hidden_values<T>(l.act, n, l.H, l.h, c, t);
-  multiply<T>(n, l.o, l.h, t, l.down + e*l.o*l.h, c);
+  std::fill_n(t + n*l.h, (m - n)*l.h, T(0));
+  multiply<T>(m, l.o, l.h, t, l.down + e*l.o*l.h, c);
   add_bias(n, l.o, l.down_bias, e, c);
   l.put(s, n, l.o, c);
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #f8dd6eee
+# %% ../../nbs/moe/fused.ipynb #4a491d22
 _cpp['forward'] = r'''
 template <typename T>
 Tensor forward(const Tensor& x, const Tensor& w, const Tensor& up, const Tensor& down, const Maybe& up_bias,
@@ -255,7 +275,7 @@ Tensor forward(const Tensor& x, const Tensor& w, const Tensor& up, const Tensor&
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #fc5bf7dc
+# %% ../../nbs/moe/fused.ipynb #973fd2c1
 _cpp['backward slot'] = r'''
 float dot(int64_t n, const float* a, const float* b) {
   auto times = [](Vec u, Vec v) { return u * v; };
@@ -278,27 +298,29 @@ template <typename T> float backward_slot(const Layer<T>& l, const T* bias, floa
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #478604d4
+# %% ../../nbs/moe/fused.ipynb #2550bef9
 _cpp['backward block'] = r'''
 template <typename T>
 void backward_block(const Layer<T>& l, const Block& b, const float* w, float* dw, const T* pre, T* dpre, T* hidden) {
   const auto [e, s, n] = b;
   const T* bias = l.down_bias ? l.down_bias + e*l.o : nullptr;
-  Buffer<T> g(n*l.o);
-  Buffer<float> c(n*max(l.h, l.d));
+  const int64_t m = padded(n);
+  Buffer<T> g(m*l.o), dp(m*l.H);
+  Buffer<float> c(m*max(l.h, l.d));
   l.by_token.copy(s, n, 0, l.o, g);
-  multiply<T>(n, l.h, l.o, g, l.down + e*l.o*l.h, c);
+  std::fill_n(dp + n*l.H, (m - n)*l.H, T(0));
+  multiply<T>(m, l.h, l.o, g, l.down + e*l.o*l.h, c);
   for (int64_t j = 0; j < n; j++) {
     const int64_t choice = l.by_token.order[s + j], at = s + j;
-    dw[choice] = backward_slot(l, bias, w[choice], pre + at*l.H, c + j*l.h, g + j*l.o, dpre + at*l.H,
-                               hidden + at*l.h);
+    dw[choice] = backward_slot(l, bias, w[choice], pre + at*l.H, c + j*l.h, g + j*l.o, dp + j*l.H, hidden + at*l.h);
   }
-  multiply<T>(n, l.d, l.H, dpre + s*l.H, l.up + e*l.H*l.d, c);
+  std::copy_n(dp.get(), n*l.H, dpre + s*l.H);
+  multiply<T>(m, l.d, l.H, dp, l.up + e*l.H*l.d, c);
   l.put(s, n, l.d, c);
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #b5a1b865
+# %% ../../nbs/moe/fused.ipynb #4ef74b6b
 _cpp['backward'] = r'''
 template <typename T>
 std::tuple<Tensor, Tensor> backward(
@@ -317,7 +339,7 @@ std::tuple<Tensor, Tensor> backward(
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #822d3cf5
+# %% ../../nbs/moe/fused.ipynb #b9dc7159
 _cpp['outer'] = r'''
 template <typename T>
 void outer_tile(const Rows<T>& l, const Rows<T>& r, int64_t first, int64_t m, int64_t s, int64_t end, T* out) {
@@ -326,20 +348,18 @@ void outer_tile(const Rows<T>& l, const Rows<T>& r, int64_t first, int64_t m, in
   Buffer<float> sum(m*width);
   if (s == end) std::fill_n(sum.get(), m*width, 0.f);
   for (bool add = false; s < end; s += block_rows, add = true) {
-    const int64_t n = min(block_rows, end - s), even = half<T> ? n + n % 2 : n;
+    const int64_t n = min(block_rows, end - s), k = padded(n);
     l.copy(s, n, first, m, t);
-    std::fill_n(t + n*m, (even - n)*m, T(0));
-    transpose<T>(even, m, t, left);
+    transpose<T>(k, m, t, left);
     r.copy(s, n, 0, width, t);
-    std::fill_n(t + n*width, (even - n)*width, T(0));
-    pack<T>(even, width, t, right);
-    multiply<T>(m, width, even, left, right, sum, add);
+    pack<T>(k, width, t, right);
+    multiply<T>(m, width, k, left, right, sum, add);
   }
   cast(m*width, sum.get(), out);
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #485d67c0
+# %% ../../nbs/moe/fused.ipynb #fc0ddce3
 _cpp['outer all'] = r'''
 template <typename T>
 void outer(const Tensor& left, const Tensor& right, bool left_by_token, int64_t K, const Tensor& order,
@@ -355,7 +375,7 @@ void outer(const Tensor& left, const Tensor& right, bool left_by_token, int64_t 
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #340f6495
+# %% ../../nbs/moe/fused.ipynb #865f89cc
 _cpp['operators'] = r'''
 TORCH_LIBRARY(libmoe_fused, m) {
   m.def("sort_choices(Tensor index, int N) -> (Tensor, Tensor)");
@@ -369,7 +389,7 @@ TORCH_LIBRARY(libmoe_fused, m) {
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #2ca6b92d
+# %% ../../nbs/moe/fused.ipynb #a4747c79
 _cpp['library'] = r'''
 template <auto full, auto halved> struct By;
 template <typename R, typename First, typename... Rest, R (*full)(First, Rest...), R (*halved)(First, Rest...)>
@@ -386,7 +406,7 @@ TORCH_LIBRARY_IMPL(libmoe_fused, CPU, m) {
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #66d1689a
+# %% ../../nbs/moe/fused.ipynb #ae710630
 def _source(): return '\n'.join(_cpp.values())
 
 def _flags():
@@ -402,7 +422,7 @@ def _key():
     key = '\n'.join([_source(), *_flags(), torch.__version__, can[0] if can else ''])
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
-# %% ../../nbs/moe/fused.ipynb #a3030e40
+# %% ../../nbs/moe/fused.ipynb #d798f2bf
 def _find():
     "The built kernel, or None"
     found = sorted((cache_folder()/'fused').glob(f'{_key()}-*.so'))
@@ -422,7 +442,7 @@ def _build(home):
         done = Path(folder)/'libmoe_fused.so'
         os.replace(done, home/f'{_key()}-{file_digest(done)}.so')
 
-# %% ../../nbs/moe/fused.ipynb #789a722f
+# %% ../../nbs/moe/fused.ipynb #83edc16c
 def _ops():
     "The operators; loaded, or built, at the first call"
     if not hasattr(torch.ops.libmoe_fused, 'outer'):
@@ -433,7 +453,7 @@ def _ops():
         _count_flops()
     return torch.ops.libmoe_fused
 
-# %% ../../nbs/moe/fused.ipynb #45900fc8
+# %% ../../nbs/moe/fused.ipynb #6b7e6e46
 def _count_flops():
     from torch.utils.flop_counter import register_flop_formula
     ops = torch.ops.libmoe_fused
@@ -447,7 +467,7 @@ def _count_flops():
     @register_flop_formula(ops.outer, get_raw=True)
     def outer(left, right, left_by_token, K, order, begin, out, **kwargs): return chosen(begin) * out[0].numel()
 
-# %% ../../nbs/moe/fused.ipynb #cada3877
+# %% ../../nbs/moe/fused.ipynb #a7523748
 _acts = {F.relu: 0, F.silu: 1, F.gelu: 2, activations['gelu_pytorch_tanh']: 3}
 
 class _Fused(torch.autograd.Function):
@@ -466,7 +486,7 @@ class _Fused(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad): return *_fused_backward(ctx, grad.contiguous()), None, None, None
 
-# %% ../../nbs/moe/fused.ipynb #3db0f212
+# %% ../../nbs/moe/fused.ipynb #9d5cedec
 def _fused_backward(ctx, grad):
     x, w, up, down, down_bias, index, order, begin, pre = ctx.saved_tensors
     (T, K), S, wanted = index.shape, index.numel(), ctx.needs_input_grad
@@ -484,7 +504,7 @@ def _fused_backward(ctx, grad):
     d_up_bias, d_down_bias = outer(wanted[4], dpre, ones, False, H), outer(wanted[5], grad, by_slot, True, o)
     return dx, dw, d_up, d_down, *(g if g is None else g[..., 0] for g in (d_up_bias, d_down_bias))
 
-# %% ../../nbs/moe/fused.ipynb #e40505f3
+# %% ../../nbs/moe/fused.ipynb #c803fdf3
 _state = {} # 'built': can it be used here? 'on': what `use_fused` said, or LIBMOE_FUSED
 
 def _built():
@@ -495,7 +515,7 @@ def _built():
             _state['built'] = False
     return _state['built']
 
-# %% ../../nbs/moe/fused.ipynb #3285e7d0
+# %% ../../nbs/moe/fused.ipynb #dcd435f0
 def use_fused(
     on:bool=True, # False: no longer
 )->bool:          # will it be used?
@@ -507,15 +527,16 @@ def fused_ready()->bool:
     "Does `kernel='auto'` take the fused kernel on CPUs? Without `use_fused`, `LIBMOE_FUSED=1` decides."
     return _state['on'] if 'on' in _state else use_fused(os.environ.get('LIBMOE_FUSED') == '1')
 
-# %% ../../nbs/moe/fused.ipynb #3fa217cc
+# %% ../../nbs/moe/fused.ipynb #4b7f4bfe
 def _fits(experts, dtype, params):
     "Can the fused kernel do this?"
     sizes = {n for p in params[:2] for n in p.shape[1:]}
     even = dtype == torch.float32 or dtype == torch.bfloat16 and all(n % 2 == 0 for n in sizes)
-    return (even and experts.gated in (True, False) and experts.act in _acts
+    small = all(p[0].numel() <= 2**21 for p in params[:2])
+    return (even and small and experts.gated in (True, False) and experts.act in _acts
             and all(p is None or p.is_contiguous() for p in params))
 
-# %% ../../nbs/moe/fused.ipynb #2cf38117
+# %% ../../nbs/moe/fused.ipynb #b34f74a9
 @register_kernel('fused', rule=lambda experts, hidden_states: hidden_states.device.type == 'cpu' and fused_ready())
 def fused_kernel(experts, hidden_states, expert_index, weights):
     "One compiled pass over blocks of choices, for CPUs; what it cannot do is done by `sorted_kernel`."
