@@ -4,14 +4,14 @@ python benchmarks/training.py [--preset mini] [--recipes smoe,...] [--steps 10] 
                               [--wall] [--json benchmarks/training.json]
 
 For each recipe, in one process and in turn: `plain`, a loop of forward, backward, clip and AdamW; `ours`, the learner
-of `libmoe compare` with its log, schedule and telemetry; `Trainer`, the Hugging Face one; `dense`, a plain loop over a
-dense model of the same active parameters; `fused`, the plain loop with the fused kernel; with --compile, `compiled`,
-the plain loop under `torch.compile`. All take the same sequences. A round is `--steps` steps of each and one before them, in which an optimiser makes its
-state; a step is timed from the end of the one before, so loading of data and callbacks count, and starting does not.
-Printed are the median step of `plain`, and medians over rounds of each one's time over that of `plain`. Times are
-those of the processor, which another process on the machine does not lengthen; with --wall, those that pass. Memory is
-the peak of a process of its own above what it held before the model was made. Target: `ours` below 1.05 where a step
-takes 100 ms."""
+of `libmoe compare` with its log, schedule and telemetry; `Trainer`, the Hugging Face one; `dense`, a plain loop over
+a dense model of the same active parameters; `fused`, the plain loop with the fused kernel; with --compile,
+`compiled`, the plain loop under `torch.compile`. All take the same sequences. A round is `--steps` steps of each and
+one before them, in which an optimiser makes its state; a step is timed from the end of the one before, so loading of
+data and callbacks count, and starting does not. Printed are the median step of `plain`, and medians over rounds of
+each one's time over that of `plain`. Times are those of the processor, which another process on the machine does not
+lengthen; with --wall, those that pass. Memory is the peak of a process of its own above what it held before the model
+was made. Target: `ours` below 1.05 where a step takes 100 ms."""
 import argparse, dataclasses, json, multiprocessing, os, statistics, tempfile, time, warnings
 import torch
 from libmoe_nb.core.files import write_json
