@@ -527,22 +527,27 @@ def fused_ready()->bool:
     "Does `kernel='auto'` take the fused kernel on CPUs? Without `use_fused`, `LIBMOE_FUSED=1` decides."
     return _state['on'] if 'on' in _state else use_fused(os.environ.get('LIBMOE_FUSED') == '1')
 
-# %% ../../nbs/moe/fused.ipynb #4b7f4bfe
+# %% ../../nbs/moe/fused.ipynb #8a841c60
 def _fits(experts, dtype, params):
     "Can the fused kernel do this?"
     sizes = {n for p in params[:2] for n in p.shape[1:]}
     even = dtype == torch.float32 or dtype == torch.bfloat16 and all(n % 2 == 0 for n in sizes)
-    small = all(p[0].numel() <= 2**21 for p in params[:2])
-    return (even and small and experts.gated in (True, False) and experts.act in _acts
+    return (even and experts.gated in (True, False) and experts.act in _acts
             and all(p is None or p.is_contiguous() for p in params))
 
-# %% ../../nbs/moe/fused.ipynb #b34f74a9
+# %% ../../nbs/moe/fused.ipynb #bbbf5faf
+def _pays(params, index):
+    "Are experts small, and do they have many tokens?"
+    return all(p[0].numel() <= 2**21 for p in params[:2]) and index.numel() >= 64*len(params[0])
+
+# %% ../../nbs/moe/fused.ipynb #f914a0a9
 @register_kernel('fused', rule=lambda experts, hidden_states: hidden_states.device.type == 'cpu' and fused_ready())
 def fused_kernel(experts, hidden_states, expert_index, weights):
     "One compiled pass over blocks of choices, for CPUs; what it cannot do is done by `sorted_kernel`."
     dtype = compute_dtype(hidden_states)
     x, *params = (t if t is None else t.to(dtype) for t in (hidden_states, *experts.stacked))
-    if x.device.type != 'cpu' or not _fits(experts, dtype, params) or not _built():
+    wanted = getattr(experts, 'kernel', 'auto') == 'fused' or _pays(params, expert_index)
+    if not wanted or x.device.type != 'cpu' or not _fits(experts, dtype, params) or not _built():
         return sorted_kernel(experts, hidden_states, expert_index, weights)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *params))
     return _Fused.apply(x.contiguous(), weights.float().contiguous(), *params, expert_index.long().contiguous(),

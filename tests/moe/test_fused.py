@@ -82,6 +82,18 @@ def both_precisions():
 
 def test_products_with_pairs(built): both_precisions()
 
+def test_auto_asks_whether_it_pays(built, back, monkeypatch):
+    calls = []
+    monkeypatch.setattr(fused._Fused, 'apply', lambda x, *args: calls.append(len(x)) or x)
+    fused.use_fused()
+    def run(T, N=4, d=8, kernel='auto'):
+        Experts(N, d, 2*d, kernel=kernel)(torch.ones(T, d), torch.zeros(T, 2, dtype=int), torch.ones(T, 2))
+    run(128); run(127); run(127, kernel='fused')
+    assert calls == [128, 127]
+    run(64, 2, 1025)                             # 2 · 1025 · 1025 numbers are too many, 2 · 1024 · 1024 are not
+    run(64, 2, 1024)
+    assert calls == [128, 127, 64]
+
 def test_where_it_gives_way(built, back):
     "Activations of one's own, half and double precision, odd sizes: the sorted kernel, to the bit"
     x, index, w = torch.randn(20, 6), torch.rand(20, 5).topk(2).indices, torch.rand(20, 2)
