@@ -15,10 +15,10 @@ from ..core.files import cache_folder, file_digest
 from .experts import activations, compute_dtype, register_kernel
 from .kernels import workspace, sorted_kernel
 
-# %% ../../nbs/moe/fused.ipynb #706d2fd5
+# %% ../../nbs/moe/fused.ipynb #f459d489
 _cpp = {} # name -> C++
 
-# %% ../../nbs/moe/fused.ipynb #84fe7aae
+# %% ../../nbs/moe/fused.ipynb #9360ddb8
 _cpp['head'] = r'''
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -41,7 +41,7 @@ inline int64_t padded(int64_t rows) { return (rows + 7) / 8 * 8; }
 template <typename A, typename B> void cast(int64_t n, const A* a, B* b) { at::vec::convert(a, b, n); }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #70c8b49d
+# %% ../../nbs/moe/fused.ipynb #da676695
 _cpp['each'] = r'''
 template <typename F> void each(int64_t n, const F& f) {
   std::atomic<int64_t> next{0};
@@ -52,7 +52,7 @@ template <typename F> void each(int64_t n, const F& f) {
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #c737e30a
+# %% ../../nbs/moe/fused.ipynb #af10b40e
 _cpp['multiply'] = r'''
 bool pairs() {
   static const bool yes = [] {
@@ -75,7 +75,7 @@ void multiply(int64_t M, int64_t N, int64_t K, const T* a, const T* b, float* c,
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #ee5c97c8
+# %% ../../nbs/moe/fused.ipynb #7d4913bf
 _cpp['pack'] = r'''
 template <typename T> void pack(int64_t K, int64_t N, const T* b, T* out) {
   for (int64_t n = 0; n < N; n += panel) {
@@ -94,7 +94,7 @@ template <typename T> void transpose(int64_t M, int64_t N, const T* in, T* out) 
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #dc8908c9
+# %% ../../nbs/moe/fused.ipynb #013549fa
 _cpp['pack transposed'] = r'''
 template <typename T> void pack_transposed(int64_t K, int64_t N, const T* b, T* out) {
   for (int64_t n = 0; n < N; n += panel, b += panel*K, out += panel*K) {
@@ -113,7 +113,7 @@ template <typename T> void pack_all(const Tensor& stacked, bool transposed, T* o
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #3becf324
+# %% ../../nbs/moe/fused.ipynb #dd39815f
 _cpp['activate'] = r'''
 Vec bend(Vec v) { return Vec(.79788456f) * (v + Vec(.044715f)*v*v*v); }
 void activate(int64_t act, int64_t n, float* x) {
@@ -137,7 +137,7 @@ void slope(int64_t act, int64_t n, float* x) {
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #1c174b00
+# %% ../../nbs/moe/fused.ipynb #87d0066c
 _cpp['hidden'] = r'''
 template <typename T> void hidden_values(int64_t act, int64_t n, int64_t H, int64_t h, float* p, T* out) {
   if (H == h) { activate(act, n*h, p); cast(n*h, p, out); return; }
@@ -161,7 +161,7 @@ void hidden_back(int64_t act, int64_t H, int64_t h, float* p, const float* g, fl
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #0a261e59
+# %% ../../nbs/moe/fused.ipynb #3ff18e97
 _cpp['sort'] = r'''
 std::tuple<Tensor, Tensor> sort_choices(const Tensor& index, int64_t N) {
   const int64_t n = index.numel(), *e = index.const_data_ptr<int64_t>();
@@ -183,7 +183,7 @@ std::vector<Block> blocks(const Tensor& begin) {
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #4d3770af
+# %% ../../nbs/moe/fused.ipynb #b4010637
 _cpp['rows'] = r'''
 template <typename T> struct Rows {
   const T* data;
@@ -204,7 +204,7 @@ template <typename T> void add_bias(int64_t n, int64_t width, const T* bias, int
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #b76b23cb
+# %% ../../nbs/moe/fused.ipynb #1bc23e79
 _cpp['combine'] = r'''
 template <typename T> void combine(const Tensor& index, int64_t N, const T* rows, const float* w, const Tensor& y) {
   const int64_t K = index.size(1), width = y.size(1), *e = index.const_data_ptr<int64_t>();
@@ -219,7 +219,7 @@ template <typename T> void combine(const Tensor& index, int64_t N, const T* rows
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #3d03563f
+# %% ../../nbs/moe/fused.ipynb #ed446775
 _cpp['layer'] = r'''
 template <typename T> struct Layer {
   int64_t N, H, d, o, h, act;
@@ -240,7 +240,7 @@ template <typename T> struct Layer {
 };
 '''
 
-# %% ../../nbs/moe/fused.ipynb #70cbfef3
+# %% ../../nbs/moe/fused.ipynb #59acbf4a
 _cpp['forward block'] = r'''
 template <typename T> void forward_block(const Layer<T>& l, const Block& b, T* pre) {
   const auto [e, s, n] = b;
@@ -259,7 +259,7 @@ template <typename T> void forward_block(const Layer<T>& l, const Block& b, T* p
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #4a491d22
+# %% ../../nbs/moe/fused.ipynb #ca10ac7a
 _cpp['forward'] = r'''
 template <typename T>
 Tensor forward(const Tensor& x, const Tensor& w, const Tensor& up, const Tensor& down, const Maybe& up_bias,
@@ -275,7 +275,7 @@ Tensor forward(const Tensor& x, const Tensor& w, const Tensor& up, const Tensor&
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #973fd2c1
+# %% ../../nbs/moe/fused.ipynb #4375c86f
 _cpp['backward slot'] = r'''
 float dot(int64_t n, const float* a, const float* b) {
   auto times = [](Vec u, Vec v) { return u * v; };
@@ -298,7 +298,7 @@ template <typename T> float backward_slot(const Layer<T>& l, const T* bias, floa
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #2550bef9
+# %% ../../nbs/moe/fused.ipynb #c6effc5c
 _cpp['backward block'] = r'''
 template <typename T>
 void backward_block(const Layer<T>& l, const Block& b, const float* w, float* dw, const T* pre, T* dpre, T* hidden) {
@@ -320,7 +320,7 @@ void backward_block(const Layer<T>& l, const Block& b, const float* w, float* dw
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #4ef74b6b
+# %% ../../nbs/moe/fused.ipynb #898ded3a
 _cpp['backward'] = r'''
 template <typename T>
 std::tuple<Tensor, Tensor> backward(
@@ -339,7 +339,7 @@ std::tuple<Tensor, Tensor> backward(
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #b9dc7159
+# %% ../../nbs/moe/fused.ipynb #236bd744
 _cpp['outer'] = r'''
 template <typename T>
 void outer_tile(const Rows<T>& l, const Rows<T>& r, int64_t first, int64_t m, int64_t s, int64_t end, T* out) {
@@ -359,7 +359,7 @@ void outer_tile(const Rows<T>& l, const Rows<T>& r, int64_t first, int64_t m, in
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #fc0ddce3
+# %% ../../nbs/moe/fused.ipynb #5870de80
 _cpp['outer all'] = r'''
 template <typename T>
 void outer(const Tensor& left, const Tensor& right, bool left_by_token, int64_t K, const Tensor& order,
@@ -375,7 +375,7 @@ void outer(const Tensor& left, const Tensor& right, bool left_by_token, int64_t 
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #865f89cc
+# %% ../../nbs/moe/fused.ipynb #0f4e4aec
 _cpp['operators'] = r'''
 TORCH_LIBRARY(libmoe_fused, m) {
   m.def("sort_choices(Tensor index, int N) -> (Tensor, Tensor)");
@@ -389,7 +389,7 @@ TORCH_LIBRARY(libmoe_fused, m) {
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #a4747c79
+# %% ../../nbs/moe/fused.ipynb #ddb3f944
 _cpp['library'] = r'''
 template <auto full, auto halved> struct By;
 template <typename R, typename First, typename... Rest, R (*full)(First, Rest...), R (*halved)(First, Rest...)>
@@ -538,7 +538,7 @@ def _fits(experts, dtype, params):
 # %% ../../nbs/moe/fused.ipynb #bbbf5faf
 def _pays(params, index):
     "Are experts small, and do they have many tokens?"
-    return all(p[0].numel() <= 2**21 for p in params[:2]) and index.numel() >= 64*len(params[0])
+    return all(p[0].numel() <= 2**21 for p in params[:2]) and index.numel() >= 128*len(params[0])
 
 # %% ../../nbs/moe/fused.ipynb #f914a0a9
 @register_kernel('fused', rule=lambda experts, hidden_states: hidden_states.device.type == 'cpu' and fused_ready())

@@ -36,7 +36,8 @@ def close(ours, reference, eps):
     for a, b in zip(ours, reference, strict=True): assert (a - b).norm() <= eps * b.norm() + 1e-12
 
 def test_without_a_compiler_the_sorted_kernel_goes_on(tmp_path):
-    out, err, code = said(python(LAYER, CXX='/no/such/compiler', LIBMOE_CACHE=str(tmp_path), LIBMOE_FUSED='1'))
+    out, err, code = said(python(LAYER, CXX='/no/such/compiler', LIBMOE_CACHE=str(tmp_path), LIBMOE_FUSED='1',
+                                 PYTHONWARNINGS='default'))
     assert code == 0 and out == 'sorted torch.Size([5, 8])\n'
     assert err.count('could not be built') == 1 and '/no/such/compiler: not found' in err and 'libmoe-nb[fused]' in err
     assert not list(tmp_path.rglob('*.so'))
@@ -88,11 +89,11 @@ def test_auto_asks_whether_it_pays(built, back, monkeypatch):
     fused.use_fused()
     def run(T, N=4, d=8, kernel='auto'):
         Experts(N, d, 2*d, kernel=kernel)(torch.ones(T, d), torch.zeros(T, 2, dtype=int), torch.ones(T, 2))
-    run(128); run(127); run(127, kernel='fused')
-    assert calls == [128, 127]
-    run(64, 2, 1025)                             # 2 · 1025 · 1025 numbers are too many, 2 · 1024 · 1024 are not
-    run(64, 2, 1024)
-    assert calls == [128, 127, 64]
+    run(256); run(255); run(255, kernel='fused')
+    assert calls == [256, 255]
+    run(128, 2, 1025)                            # 2 · 1025 · 1025 numbers are too many, 2 · 1024 · 1024 are not
+    run(128, 2, 1024)
+    assert calls == [256, 255, 128]
 
 def test_where_it_gives_way(built, back):
     "Activations of one's own, half and double precision, odd sizes: the sorted kernel, to the bit"
