@@ -124,8 +124,12 @@ def memory(*args):
 
 
 def measure(recipe, preset, data, a, clock):
-    stamps, names = Stamps(clock), [n for n in ways if n != 'compiled' or a.compile]
-    blocks = {n: prepared(n, recipe, preset, data, stamps) for n in names if not (recipe == 'dense' and n == 'dense')}
+    from libmoe_nb.moe.fused import use_fused
+    left_out = [*(() if a.compile else ('compiled',)), *(() if use_fused() else ('fused',)),
+                *(('dense', 'fused') if recipe == 'dense' else ())]
+    use_fused(False)
+    stamps, names = Stamps(clock), [n for n in ways if n not in left_out]
+    blocks = {n: prepared(n, recipe, preset, data, stamps) for n in names}
     for f in blocks.values(): f(3); stamps.steps()
     times = {n: [] for n in blocks}
     for _ in range(a.rounds):

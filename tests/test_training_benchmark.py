@@ -8,6 +8,7 @@ import pytest, torch
 
 from libmoe_nb.data import text
 from libmoe_nb.moe import config
+from libmoe_nb.moe.fused import _built
 from made_text import fill
 
 SCRIPT = Path(__file__).resolve().parents[1]/'benchmarks'/'training.py'
@@ -36,7 +37,7 @@ def test_rows_of_every_way(benchmark, tmp_path, monkeypatch, capsys):
     found = json.loads(out.read_text())
     about, rows = found['about'], found['rows']
     assert [(r['recipe'], r['way']) for r in rows] == [
-        *(('smoe', w) for w in ('plain', 'ours', 'Trainer', 'dense')),
+        *(('smoe', w) for w in ('plain', 'ours', 'Trainer', 'dense', *(('fused',) if _built() else ()))),
         *(('dense', w) for w in ('plain', 'ours', 'Trainer'))]
     for r in rows:
         assert r['megabytes'] is None and 0 < r['low'] <= r['ratio'] <= r['high'] and r['tokens_per_second'] > 0, r

@@ -110,4 +110,5 @@ def test_without_fast_kernels_there_is_the_loop():
             'e(x, torch.tensor([[0], [1], [4]]), torch.ones(3, 1))\n'
             'import libmoe_nb.moe.layers\nprint(list(kernels), auto_kernel(e, x))')
     said = run_forked(code)
-    assert said.stdout.splitlines() == ["['loop'] loop", "['loop', 'sorted', 'grouped_mm'] sorted"], said.stderr
+    with_ours = "['loop', 'sorted', 'grouped_mm', 'fused'] sorted"
+    assert said.stdout.splitlines() == ["['loop'] loop", with_ours], said.stderr
