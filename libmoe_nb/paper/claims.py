@@ -24,10 +24,10 @@ __all__ = ['compared', 'change_rate_falls', 'xmoe_stays_unstable', 'shared_exper
 # %% ../../nbs/paper/claims.ipynb #07ec8f3d
 import numpy as np, pandas as pd
 from contextlib import contextmanager
-from .verdicts import NotThere, claim
+from .verdicts import NotThere, claim, measured
 
 # %% ../../nbs/paper/claims.ipynb #b1d31394
-_sparse = 'smoe smoe_sigmoid xmoe sharede_v2 sharede_v3 tcmoe moe_plus_plus'.split()
+_sparse = measured   # one list for whoever measures: `compared` changes what is in it
 _shared = 'sharede_v2', 'sharede_v3'
 
 def _all(e, name, *by, regime='language', **where):
@@ -54,10 +54,9 @@ def compared(
     recipes, # names, of the seven
 ):
     "In the block, measures are of these algorithms alone."
-    global _sparse
-    before, _sparse = _sparse, [*recipes]
+    before, _sparse[:] = [*_sparse], [*recipes]
     try: yield
-    finally: _sparse = before
+    finally: _sparse[:] = before
 
 # %% ../../nbs/paper/claims.ipynb #c9781050
 def _at(t, column, low, high):

@@ -132,6 +132,20 @@ def test_autocast_and_threads(built):
     for l, y in zip(layers, ys):
         assert (y == y[0]).all() and torch.allclose(y[0], kernels['loop'](l, x, index, w), atol=1e-5)
 
+@pytest.mark.parametrize('kind', ['mixtral', 'qwen3_moe', 'nemotron_h', 'gpt_oss'])
+@pytest.mark.parametrize('dtype, tol', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_experts_of_transformers(built, back, monkeypatch, kind, dtype, tol):
+    from libmoe_nb.analysis.tiny_models import tiny_moe
+    from test_dispatch_classes import inputs, run, same
+    calls, apply = [], fused._Fused.apply
+    monkeypatch.setattr(fused._Fused, 'apply', lambda *args: calls.append(args) or apply(*args))
+    fused.use_fused()
+    m = next(m for m in tiny_moe(kind).modules() if hasattr(m, 'has_gate') and hasattr(m, 'down_proj')).to(dtype)
+    args = inputs(m, 128 * len(m.down_proj) // 3 + 1, dtype)
+    for train in (True, False): same(run(m, 'libmoe', *args, train), run(m, 'eager', *args, train), tol)
+    usual = kind in ('mixtral', 'qwen3_moe')     # the others have a gate or an activation of their own
+    assert len(calls) == 2 * usual
+
 def test_training_with_it(built, back):
     "A model trains to the same losses, up to rounding"
     from libmoe_nb.models.causal import from_scratch
