@@ -10,7 +10,6 @@ __all__ = ['activations', 'kernels', 'activation', 'activated', 'ffn', 'FeedForw
 
 # %% ../../nbs/moe/experts.ipynb #55496ca7
 import torch, torch.nn.functional as F
-from functools import partial
 from torch import nn
 from fastcore.basics import patch
 from ..core.errors import check
@@ -19,8 +18,8 @@ from ..core.errors import check
 def _quick_gelu(x): return x * torch.sigmoid(1.702 * x)
 def _relu2(x): return F.relu(x).square()
 def _linear(x): return x
+def _gelu_tanh(x): return F.gelu(x, approximate='tanh')  # known by name, also after a copy
 
-_gelu_tanh = partial(F.gelu, approximate='tanh')
 activations = dict( # name -> elementwise function
     relu=F.relu, relu2=_relu2, relu6=F.relu6, leaky_relu=F.leaky_relu, elu=F.elu, silu=F.silu, swish=F.silu,
     gelu=F.gelu, gelu_new=_gelu_tanh, gelu_pytorch_tanh=_gelu_tanh, gelu_fast=_gelu_tanh, quick_gelu=_quick_gelu,

@@ -7,8 +7,8 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/moe/fused.html.md"""
 # %% auto #0
 __all__ = ['use_fused', 'fused_ready', 'fused_kernel']
 
-# %% ../../nbs/moe/fused.ipynb #215e378b
-import hashlib, logging, os, re, sys, tempfile, torch, torch.nn.functional as F, warnings
+# %% ../../nbs/moe/fused.ipynb #e5df0039
+import hashlib, logging, os, platform, re, sys, tempfile, threading, torch, torch.nn.functional as F, warnings
 from filelock import FileLock
 from pathlib import Path
 from ..core.files import cache_folder, file_digest
@@ -52,20 +52,30 @@ template <typename F> void each(int64_t n, const F& f) {
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #af10b40e
-_cpp['multiply'] = r'''
-bool pairs() {
-  static const bool yes = [] {
-    BFloat16 a[2] = {1.f, 2.f}, b[64];
-    float c[32];
-    for (int i = 0; i < 64; i++) b[i] = i % 2 ? 3.f : 1.f;
-    try { at::native::cpublas::brgemm(1, 32, 2, 2, 32, 32, false, a, b, c); }
-    catch (const std::exception&) { return false; }
-    at::native::cpublas::brgemm_release();
-    return c[0] == 7 && c[31] == 7;
-  }();
-  return yes;
+# %% ../../nbs/moe/fused.ipynb #6657206f
+_cpp['pairs'] = r'''
+bool can_pair() {
+  BFloat16 a[2] = {1.f, 2.f}, b[64];
+  float c[32];
+  for (int i = 0; i < 64; i++) b[i] = i % 2 ? 3.f : 1.f;
+  try {
+    for (int64_t w : {32, 24, 1}) {
+      at::native::cpublas::brgemm(1, w, 2, 2, w, w, false, a, b, c);
+      if (c[0] != 7 || c[w - 1] != 7) return false;
+    }
+  } catch (const std::exception&) { return false; }
+  at::native::cpublas::brgemm_release();
+  return true;
 }
+bool pairs() {
+  if (!at::globalContext().userEnabledMkldnn()) return false;
+  static const bool can = can_pair();
+  return can;
+}
+'''
+
+# %% ../../nbs/moe/fused.ipynb #37b9661f
+_cpp['multiply'] = r'''
 template <typename T>
 void multiply(int64_t M, int64_t N, int64_t K, const T* a, const T* b, float* c, bool add = false) {
   for (int64_t n = 0; n < N; n += panel) {
@@ -75,7 +85,7 @@ void multiply(int64_t M, int64_t N, int64_t K, const T* a, const T* b, float* c,
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #7d4913bf
+# %% ../../nbs/moe/fused.ipynb #e20b611a
 _cpp['pack'] = r'''
 template <typename T> void pack(int64_t K, int64_t N, const T* b, T* out) {
   for (int64_t n = 0; n < N; n += panel) {
@@ -94,7 +104,7 @@ template <typename T> void transpose(int64_t M, int64_t N, const T* in, T* out) 
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #013549fa
+# %% ../../nbs/moe/fused.ipynb #799ac0c3
 _cpp['pack transposed'] = r'''
 template <typename T> void pack_transposed(int64_t K, int64_t N, const T* b, T* out) {
   for (int64_t n = 0; n < N; n += panel, b += panel*K, out += panel*K) {
@@ -113,7 +123,7 @@ template <typename T> void pack_all(const Tensor& stacked, bool transposed, T* o
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #dd39815f
+# %% ../../nbs/moe/fused.ipynb #29d8c761
 _cpp['activate'] = r'''
 Vec bend(Vec v) { return Vec(.79788456f) * (v + Vec(.044715f)*v*v*v); }
 void activate(int64_t act, int64_t n, float* x) {
@@ -137,7 +147,7 @@ void slope(int64_t act, int64_t n, float* x) {
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #87d0066c
+# %% ../../nbs/moe/fused.ipynb #d014a570
 _cpp['hidden'] = r'''
 template <typename T> void hidden_values(int64_t act, int64_t n, int64_t H, int64_t h, float* p, T* out) {
   if (H == h) { activate(act, n*h, p); cast(n*h, p, out); return; }
@@ -161,13 +171,16 @@ void hidden_back(int64_t act, int64_t H, int64_t h, float* p, const float* g, fl
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #3ff18e97
+# %% ../../nbs/moe/fused.ipynb #b1b2640f
 _cpp['sort'] = r'''
 std::tuple<Tensor, Tensor> sort_choices(const Tensor& index, int64_t N) {
   const int64_t n = index.numel(), *e = index.const_data_ptr<int64_t>();
   Tensor order = at::empty({n}, at::kInt), begin = at::zeros({N + 1}, at::kInt);
   int *o = write<int>(order), *b = write<int>(begin);
-  for (int64_t i = 0; i < n; i++) if (e[i] < N) b[e[i] + 1]++;
+  for (int64_t i = 0; i < n; i++) {
+    TORCH_CHECK_VALUE(e[i] >= 0 && e[i] <= N, "expert_index must be 0 to ", N, ", got ", e[i]);
+    if (e[i] < N) b[e[i] + 1]++;
+  }
   for (int64_t i = 0; i < N; i++) b[i + 1] += b[i];
   std::vector<int> next(b, b + N + 1);
   for (int64_t i = 0; i < n; i++) o[next[e[i]]++] = i;
@@ -183,7 +196,7 @@ std::vector<Block> blocks(const Tensor& begin) {
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #b4010637
+# %% ../../nbs/moe/fused.ipynb #d2966237
 _cpp['rows'] = r'''
 template <typename T> struct Rows {
   const T* data;
@@ -204,7 +217,7 @@ template <typename T> void add_bias(int64_t n, int64_t width, const T* bias, int
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #1bc23e79
+# %% ../../nbs/moe/fused.ipynb #b6efe57b
 _cpp['combine'] = r'''
 template <typename T> void combine(const Tensor& index, int64_t N, const T* rows, const float* w, const Tensor& y) {
   const int64_t K = index.size(1), width = y.size(1), *e = index.const_data_ptr<int64_t>();
@@ -219,7 +232,7 @@ template <typename T> void combine(const Tensor& index, int64_t N, const T* rows
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #ed446775
+# %% ../../nbs/moe/fused.ipynb #d83041d5
 _cpp['layer'] = r'''
 template <typename T> struct Layer {
   int64_t N, H, d, o, h, act;
@@ -240,7 +253,7 @@ template <typename T> struct Layer {
 };
 '''
 
-# %% ../../nbs/moe/fused.ipynb #59acbf4a
+# %% ../../nbs/moe/fused.ipynb #903f236f
 _cpp['forward block'] = r'''
 template <typename T> void forward_block(const Layer<T>& l, const Block& b, T* pre) {
   const auto [e, s, n] = b;
@@ -259,7 +272,7 @@ template <typename T> void forward_block(const Layer<T>& l, const Block& b, T* p
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #ca10ac7a
+# %% ../../nbs/moe/fused.ipynb #c3e2d9e5
 _cpp['forward'] = r'''
 template <typename T>
 Tensor forward(const Tensor& x, const Tensor& w, const Tensor& up, const Tensor& down, const Maybe& up_bias,
@@ -275,7 +288,7 @@ Tensor forward(const Tensor& x, const Tensor& w, const Tensor& up, const Tensor&
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #4375c86f
+# %% ../../nbs/moe/fused.ipynb #893e7e65
 _cpp['backward slot'] = r'''
 float dot(int64_t n, const float* a, const float* b) {
   auto times = [](Vec u, Vec v) { return u * v; };
@@ -298,7 +311,7 @@ template <typename T> float backward_slot(const Layer<T>& l, const T* bias, floa
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #c6effc5c
+# %% ../../nbs/moe/fused.ipynb #511807bf
 _cpp['backward block'] = r'''
 template <typename T>
 void backward_block(const Layer<T>& l, const Block& b, const float* w, float* dw, const T* pre, T* dpre, T* hidden) {
@@ -320,7 +333,7 @@ void backward_block(const Layer<T>& l, const Block& b, const float* w, float* dw
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #898ded3a
+# %% ../../nbs/moe/fused.ipynb #8bb4a4b8
 _cpp['backward'] = r'''
 template <typename T>
 std::tuple<Tensor, Tensor> backward(
@@ -339,7 +352,7 @@ std::tuple<Tensor, Tensor> backward(
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #236bd744
+# %% ../../nbs/moe/fused.ipynb #f65118db
 _cpp['outer'] = r'''
 template <typename T>
 void outer_tile(const Rows<T>& l, const Rows<T>& r, int64_t first, int64_t m, int64_t s, int64_t end, T* out) {
@@ -359,7 +372,7 @@ void outer_tile(const Rows<T>& l, const Rows<T>& r, int64_t first, int64_t m, in
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #5870de80
+# %% ../../nbs/moe/fused.ipynb #1758de06
 _cpp['outer all'] = r'''
 template <typename T>
 void outer(const Tensor& left, const Tensor& right, bool left_by_token, int64_t K, const Tensor& order,
@@ -375,7 +388,7 @@ void outer(const Tensor& left, const Tensor& right, bool left_by_token, int64_t 
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #0f4e4aec
+# %% ../../nbs/moe/fused.ipynb #9cf3e39a
 _cpp['operators'] = r'''
 TORCH_LIBRARY(libmoe_fused, m) {
   m.def("sort_choices(Tensor index, int N) -> (Tensor, Tensor)");
@@ -389,7 +402,7 @@ TORCH_LIBRARY(libmoe_fused, m) {
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #ddb3f944
+# %% ../../nbs/moe/fused.ipynb #3b141be3
 _cpp['library'] = r'''
 template <auto full, auto halved> struct By;
 template <typename R, typename First, typename... Rest, R (*full)(First, Rest...), R (*halved)(First, Rest...)>
@@ -406,7 +419,7 @@ TORCH_LIBRARY_IMPL(libmoe_fused, CPU, m) {
 }
 '''
 
-# %% ../../nbs/moe/fused.ipynb #ae710630
+# %% ../../nbs/moe/fused.ipynb #08ea1252
 def _source(): return '\n'.join(_cpp.values())
 
 def _flags():
@@ -419,41 +432,66 @@ def _key():
     "What a built kernel belongs to"
     cpu = Path('/proc/cpuinfo')
     can = re.search(r'(?m)^(?:flags|Features).*$', cpu.read_text() if cpu.exists() else '')
-    key = '\n'.join([_source(), *_flags(), torch.__version__, can[0] if can else ''])
+    key = '\n'.join([_source(), *_flags(), torch.__version__, platform.machine(), *platform.libc_ver(),
+                     can[0] if can else ''])
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
-# %% ../../nbs/moe/fused.ipynb #d798f2bf
+# %% ../../nbs/moe/fused.ipynb #c76eb978
 def _find():
     "The built kernel, or None"
     found = sorted((cache_folder()/'fused').glob(f'{_key()}-*.so'))
     return next((f for f in found if f.stem.endswith(file_digest(f))), None)
 
+def _compile(folder):
+    "What cannot be compiled raises a `RuntimeError` that says why"
+    logger, path = logging.getLogger('torch.utils.cpp_extension'), os.environ.get('PATH', '')
+    level = logger.level
+    logger.setLevel(logging.ERROR) # it tells of a GPU that nobody asked for
+    os.environ['PATH'] = os.pathsep.join([os.path.dirname(sys.executable), path]) # where pip puts ninja
+    try:
+        from torch.utils.cpp_extension import load_inline
+        load_inline('libmoe_fused', _source(), extra_cflags=_flags(), build_directory=folder,
+                    is_python_module=False, no_implicit_headers=True)
+    except (RuntimeError, OSError) as e:
+        why = re.search(r'(?m)error: .*$|Ninja is required.*$|^.*not found$', str(e))
+        raise RuntimeError(f'{why[0] if why else str(e)[:200]}: it needs a C++ compiler, and ninja (pip install '
+                           "'libmoe-nb[fused]')") from None
+    finally:
+        logger.setLevel(level)
+        os.environ['PATH'] = path
+
+# %% ../../nbs/moe/fused.ipynb #9b3a620e
 def _build(home):
-    logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR) # it tells of a GPU that nobody asked for
-    from torch.utils.cpp_extension import load_inline
     with tempfile.TemporaryDirectory(dir=home) as folder:
-        try:
-            load_inline('libmoe_fused', _source(), extra_cflags=_flags(), build_directory=folder,
-                        is_python_module=False, no_implicit_headers=True)
-        except (RuntimeError, OSError) as e:
-            why = re.search(r'(?m)error: .*$|Ninja is required.*$|^.*not found$', str(e))
-            raise RuntimeError(f'the fused kernel could not be built ({why[0] if why else str(e)[:200]}): it needs a '
-                               "C++ compiler, and ninja (pip install 'libmoe-nb[fused]')") from None
-        done = Path(folder)/'libmoe_fused.so'
+        _compile(folder)
+        done = next(Path(folder).glob('*.so'))
         os.replace(done, home/f'{_key()}-{file_digest(done)}.so')
 
-# %% ../../nbs/moe/fused.ipynb #83edc16c
+def _load():
+    "Was there one, and could it be loaded?"
+    if not (path := _find()): return False
+    try: torch.ops.load_library(path)
+    except OSError: return False
+    return True
+
+# %% ../../nbs/moe/fused.ipynb #75c4369f
+_one = threading.Lock()
+
 def _ops():
     "The operators; loaded, or built, at the first call"
     if not hasattr(torch.ops.libmoe_fused, 'outer'):
-        (home := cache_folder()/'fused').mkdir(parents=True, exist_ok=True)
-        with FileLock(home/'.lock'):
-            if path := _find(): torch.ops.load_library(path)
-            else: _build(home)
-        _count_flops()
+        with _one: _load_or_build()
     return torch.ops.libmoe_fused
 
-# %% ../../nbs/moe/fused.ipynb #6b7e6e46
+def _load_or_build():
+    if hasattr(torch.ops.libmoe_fused, 'outer'): return
+    if not _load():
+        (home := cache_folder()/'fused').mkdir(parents=True, exist_ok=True)
+        with FileLock(home/'.lock'):
+            if not _load(): _build(home)
+    _count_flops()
+
+# %% ../../nbs/moe/fused.ipynb #8b337d83
 def _count_flops():
     from torch.utils.flop_counter import register_flop_formula
     ops = torch.ops.libmoe_fused
@@ -467,7 +505,7 @@ def _count_flops():
     @register_flop_formula(ops.outer, get_raw=True)
     def outer(left, right, left_by_token, K, order, begin, out, **kwargs): return chosen(begin) * out[0].numel()
 
-# %% ../../nbs/moe/fused.ipynb #a7523748
+# %% ../../nbs/moe/fused.ipynb #e264cbd5
 _acts = {F.relu: 0, F.silu: 1, F.gelu: 2, activations['gelu_pytorch_tanh']: 3}
 
 class _Fused(torch.autograd.Function):
@@ -486,7 +524,7 @@ class _Fused(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad): return *_fused_backward(ctx, grad.contiguous()), None, None, None
 
-# %% ../../nbs/moe/fused.ipynb #9d5cedec
+# %% ../../nbs/moe/fused.ipynb #eb01c6cd
 def _fused_backward(ctx, grad):
     x, w, up, down, down_bias, index, order, begin, pre = ctx.saved_tensors
     (T, K), S, wanted = index.shape, index.numel(), ctx.needs_input_grad
@@ -504,22 +542,23 @@ def _fused_backward(ctx, grad):
     d_up_bias, d_down_bias = outer(wanted[4], dpre, ones, False, H), outer(wanted[5], grad, by_slot, True, o)
     return dx, dw, d_up, d_down, *(g if g is None else g[..., 0] for g in (d_up_bias, d_down_bias))
 
-# %% ../../nbs/moe/fused.ipynb #c803fdf3
+# %% ../../nbs/moe/fused.ipynb #09727e61
 _state = {} # 'built': can it be used here? 'on': what `use_fused` said, or LIBMOE_FUSED
 
 def _built():
     if 'built' not in _state:
         try: _state['built'] = bool(_ops())
-        except RuntimeError as e:
-            warnings.warn(f'{e}. The sorted kernel is used instead.')
+        except (RuntimeError, OSError, ImportError) as e:
+            warnings.warn(f'the fused kernel could not be built ({e}). The sorted kernel is used instead.')
             _state['built'] = False
     return _state['built']
 
-# %% ../../nbs/moe/fused.ipynb #dcd435f0
+# %% ../../nbs/moe/fused.ipynb #b115c864
 def use_fused(
     on:bool=True, # False: no longer
 )->bool:          # will it be used?
     "Let `kernel='auto'` take the fused kernel on CPUs. It is built at the first call on a machine."
+    if on and not _state.get('built'): _state.pop('built', None) # perhaps there is a compiler by now
     _state['on'] = on and _built()
     return _state['on']
 
@@ -527,7 +566,7 @@ def fused_ready()->bool:
     "Does `kernel='auto'` take the fused kernel on CPUs? Without `use_fused`, `LIBMOE_FUSED=1` decides."
     return _state['on'] if 'on' in _state else use_fused(os.environ.get('LIBMOE_FUSED') == '1')
 
-# %% ../../nbs/moe/fused.ipynb #8a841c60
+# %% ../../nbs/moe/fused.ipynb #edf61715
 def _fits(experts, dtype, params):
     "Can the fused kernel do this?"
     sizes = {n for p in params[:2] for n in p.shape[1:]}
@@ -535,20 +574,21 @@ def _fits(experts, dtype, params):
     return (even and experts.gated in (True, False) and experts.act in _acts
             and all(p is None or p.is_contiguous() for p in params))
 
-# %% ../../nbs/moe/fused.ipynb #bbbf5faf
+# %% ../../nbs/moe/fused.ipynb #d6a80748
 def _pays(params, index):
     "Are experts small, and do they have many tokens?"
     return all(p[0].numel() <= 2**21 for p in params[:2]) and index.numel() >= 128*len(params[0])
 
-# %% ../../nbs/moe/fused.ipynb #f914a0a9
+# %% ../../nbs/moe/fused.ipynb #fe2ea91c
 @register_kernel('fused', rule=lambda experts, hidden_states: hidden_states.device.type == 'cpu' and fused_ready())
 def fused_kernel(experts, hidden_states, expert_index, weights):
     "One compiled pass over blocks of choices, for CPUs; what it cannot do is done by `sorted_kernel`."
-    dtype = compute_dtype(hidden_states)
-    x, *params = (t if t is None else t.to(dtype) for t in (hidden_states, *experts.stacked))
+    dtype, params = compute_dtype(hidden_states), experts.stacked
     wanted = getattr(experts, 'kernel', 'auto') == 'fused' or _pays(params, expert_index)
-    if not wanted or x.device.type != 'cpu' or not _fits(experts, dtype, params) or not _built():
+    on_cpu = hidden_states.device.type == 'cpu'
+    if not (wanted and on_cpu and _fits(experts, dtype, params) and _built()):
         return sorted_kernel(experts, hidden_states, expert_index, weights)
+    x, *params = (t if t is None else t.to(dtype) for t in (hidden_states, *params))
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *params))
     return _Fused.apply(x.contiguous(), weights.float().contiguous(), *params, expert_index.long().contiguous(),
                         _acts[experts.act], keep)

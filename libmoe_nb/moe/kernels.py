@@ -27,7 +27,7 @@ workspace = _Workspaces()
 
 # %% ../../nbs/moe/kernels.ipynb #5f86584d
 def free_workspaces():
-    "Give back the memory that the sorted kernel keeps for its next call (this thread's)."
+    "Give back the memory that the kernels for CPUs keep for their next call (this thread's)."
     workspace.buffers.clear()
 
 # %% ../../nbs/moe/kernels.ipynb #c4c415fd

@@ -1,5 +1,5 @@
 "The fused kernel where it could break: builds that fail, meet or are damaged, other processors, borrowed experts."
-import os, subprocess, sys
+import copy, os, pickle, subprocess, sys, types
 from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 from libmoe_nb.moe import fused
@@ -19,6 +19,8 @@ experts, x = Experts(4, 8, 16), torch.ones(5, 8)
 print(auto_kernel(experts, x), experts(x, torch.zeros(5, 1, dtype=int), torch.ones(5, 1)).shape)
 '''
 
+WARNING = 'UserWarning: the fused kernel could not be built'
+
 @pytest.fixture
 def back(monkeypatch):
     "What this process decided is forgotten after the test"
@@ -35,21 +37,50 @@ def exact(experts, kernel, x, index, w):
 def close(ours, reference, eps):
     for a, b in zip(ours, reference, strict=True): assert (a - b).norm() <= eps * b.norm() + 1e-12
 
-def test_without_a_compiler_the_sorted_kernel_goes_on(tmp_path):
-    out, err, code = said(python(LAYER, CXX='/no/such/compiler', LIBMOE_CACHE=str(tmp_path), LIBMOE_FUSED='1',
-                                 PYTHONWARNINGS='default'))
-    assert code == 0 and out == 'sorted torch.Size([5, 8])\n'
-    assert err.count('could not be built') == 1 and '/no/such/compiler: not found' in err and 'libmoe-nb[fused]' in err
-    assert not list(tmp_path.rglob('*.so'))
-
-def test_nobody_builds_unasked(tmp_path):
-    out, err, code = said(python(LAYER, LIBMOE_CACHE=str(tmp_path)))
-    assert (out, err, code) == ('sorted torch.Size([5, 8])\n', '', 0) and not list(tmp_path.iterdir())
-
 @pytest.fixture(scope='module')
 def built():
     if not fused._built(): pytest.skip('no C++ compiler here')
     return fused._find()
+
+def test_without_a_compiler_the_sorted_kernel_goes_on(tmp_path):
+    out, err, code = said(python(LAYER, CXX='/no/such/compiler', LIBMOE_CACHE=str(tmp_path), LIBMOE_FUSED='1',
+                                 PYTHONWARNINGS='default'))
+    assert code == 0 and out == 'sorted torch.Size([5, 8])\n'
+    assert err.count(WARNING) == 1 and '/no/such/compiler: not found' in err and 'libmoe-nb[fused]' in err
+    assert not list(tmp_path.rglob('*.so'))
+
+def test_where_nothing_can_be_written(built, tmp_path):
+    "The sorted kernel goes on, and one that lies there is used"
+    (file := tmp_path/'file').write_text('')
+    out, err, code = said(python(LAYER, LIBMOE_CACHE=str(file), LIBMOE_FUSED='1', PYTHONWARNINGS='default'))
+    assert code == 0 and out == 'sorted torch.Size([5, 8])\n' and err.count(WARNING) == 1
+    (folder := tmp_path/'fused').mkdir()
+    (folder/built.name).write_bytes(built.read_bytes())
+    (folder/'.lock').mkdir()                    # it cannot be locked either
+    assert said(python(LAYER, LIBMOE_CACHE=str(tmp_path), LIBMOE_FUSED='1')) == ('fused torch.Size([5, 8])\n', '', 0)
+
+def test_threads_that_ask_at_once(built):
+    code = ('from concurrent.futures import ThreadPoolExecutor\nfrom libmoe_nb.moe import fused\n'
+            'with ThreadPoolExecutor(8) as pool: print({*pool.map(lambda i: fused.use_fused(), range(8))})')
+    assert said(python(code)) == ('{True}\n', '', 0)
+
+def test_without_onednn_for_a_while(built):
+    both_precisions()
+    with torch.backends.mkldnn.flags(enabled=False): both_precisions()
+
+def test_ids_that_no_expert_has(built):
+    e = Experts(3, 4, 4)
+    borrowed = types.SimpleNamespace(kernel='fused', stacked=e.stacked, gated=False, act=e.act)
+    for wrong in (-1, 4):
+        with pytest.raises(ValueError, match=f'expert_index must be 0 to 3, got {wrong}'):
+            fused.fused_kernel(borrowed, torch.ones(2, 4), torch.full((2, 1), wrong), torch.ones(2, 1))
+
+def test_a_copy_is_as_fast():
+    for act in fused._acts: assert copy.deepcopy(act) in fused._acts and pickle.loads(pickle.dumps(act)) in fused._acts
+
+def test_nobody_builds_unasked(tmp_path):
+    out, err, code = said(python(LAYER, LIBMOE_CACHE=str(tmp_path)))
+    assert (out, err, code) == ('sorted torch.Size([5, 8])\n', '', 0) and not list(tmp_path.iterdir())
 
 def test_a_command_takes_it(built):
     out, err, code = said(python(LAYER, LIBMOE_FUSED='1'))
