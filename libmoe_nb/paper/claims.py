@@ -24,7 +24,7 @@ __all__ = ['compared', 'change_rate_falls', 'xmoe_stays_unstable', 'shared_exper
 # %% ../../nbs/paper/claims.ipynb #07ec8f3d
 import numpy as np, pandas as pd
 from contextlib import contextmanager
-from .verdicts import NotThere, claim, measured
+from .verdicts import NotThere, between, claim, measured
 
 # %% ../../nbs/paper/claims.ipynb #b1d31394
 _sparse = measured   # one list for whoever measures: `compared` changes what is in it
@@ -59,15 +59,8 @@ def compared(
     finally: _sparse[:] = before
 
 # %% ../../nbs/paper/claims.ipynb #c9781050
-def _at(t, column, low, high):
-    "Means over the rows with `column` between low and high, by seed"
-    x = t.index.get_level_values(column)
-    part = t[(x >= low) & (x <= high)]
-    if not len(part): raise NotThere(f'{column} between {low} and {high}')
-    return part.groupby('seed').mean()
-
-def _early(t): return _at(t, 'progress', 0, .2)
-def _late(t): return _at(t, 'progress', .6, 1)
+def _early(t): return between(t, 'progress', 0, .2)
+def _late(t): return between(t, 'progress', .6, 1)
 
 # %% ../../nbs/paper/claims.ipynb #c6deee5c
 @claim('fig. 2', 'On language, the expert change rate falls with training for every algorithm', 'share of choices',
@@ -241,7 +234,7 @@ def reasoning_weighed_more_evenly(e):
 # %% ../../nbs/paper/claims.ipynb #8028375f
 def _depths(e, **kw):
     t = _base(e, 'margin', 'depth', **kw)
-    return _at(t, 'depth', 0, 0), _at(t, 'depth', 0, .34), _at(t, 'depth', .66, 1)
+    return between(t, 'depth', 0, 0), between(t, 'depth', 0, .34), between(t, 'depth', .66, 1)
 
 @claim('fig. 7', 'On language, the router margin grows with depth for every algorithm', 'score', above=.01)
 def margin_grows_with_depth(e):
@@ -345,7 +338,7 @@ def smoe_more_accurate(e):
     return t.smoe - t.dense
 
 # %% ../../nbs/paper/claims.ipynb #1bd77e0e
-def _settled(e, k, low, high): return _at(_base(e, 'saturation', 'progress', k=k), 'progress', low, high)
+def _settled(e, k, low, high): return between(_base(e, 'saturation', 'progress', k=k), 'progress', low, high)
 
 @claim('fig. 14', 'After a tenth of training, 60 % of the final choices are made', 'share of choices above 0.6',
        above=0., newer='OLMoE [2409.02060]: early saturation')
@@ -363,7 +356,7 @@ def xmoe_settles_last(e):
 @claim('fig. 15, 20 to 25', 'Which experts go together hardly changes over training',
        'share of the strongest pairs of the end', above=.8)
 def pairs_hardly_change(e):
-    return _at(_base(e, 'strongest_pairs', 'progress'), 'progress', .2, .5)[_sparse].mean(axis=1)
+    return between(_base(e, 'strongest_pairs', 'progress'), 'progress', .2, .5)[_sparse].mean(axis=1)
 
 # %% ../../nbs/paper/claims.ipynb #d9279dfd
 def _final(e): return _base(e, 'perplexity', progress=1.)[_sparse]

@@ -18,7 +18,7 @@ __all__ = ['claims_said', 'perplexities_of_means', 'accuracies_of_means', 'accur
 import numpy as np, pandas as pd
 from . import claims as _statements
 from .questions import apart
-from .verdicts import NotTestable, NotThere, claims, correction, jackknife
+from .verdicts import NotTestable, NotThere, between, claims, correction, jackknife
 
 # %% ../../nbs/paper/corrections.ipynb #b22e6c12
 def claims_said(name:str)->str: # of a claim
@@ -130,14 +130,8 @@ def first_choice_settles_later_than_chance(e):
     return (beyond_start(e, 'all', .1, .6) - beyond_start(e, 'first', .1, .6)).min(axis=1)
 
 # %% ../../nbs/paper/corrections.ipynb #1105053e
-def _at(t, column, low, high):
-    "Means over the rows with `column` between low and high, by seed"
-    x = t.index.get_level_values(column)
-    if not ((low <= x) & (x <= high)).any(): raise NotThere(f'{column} between {low} and {high}')
-    return t[(low <= x) & (x <= high)].groupby('seed').mean()
-
-def _late(t): return _at(t, 'progress', .6, 1)
-def _fall(t): return _at(t, 'progress', 0, .2) - _late(t)
+def _late(t): return between(t, 'progress', .6, 1)
+def _fall(t): return between(t, 'progress', 0, .2) - _late(t)
 
 @correction('change_rate_falls', _when,
             "The paper's figure has pictures too, and the measure is of language alone. Here it is the same on "
@@ -226,13 +220,13 @@ _pictures_too = ("The paper's figure has pictures too, and the measure is of lan
 @correction('margin_grows_with_depth', _when, _pictures_too, above=.01, unit='score, on pictures')
 def margin_grows_on_pictures(e):
     t = _seven(e, 'margin', 'depth', regime='vision')
-    return (_at(t, 'depth', .66, 1) - _at(t, 'depth', 0, .34)).min(axis=1)
+    return (between(t, 'depth', .66, 1) - between(t, 'depth', 0, .34)).min(axis=1)
 
 @correction('margin_starts_near_zero', _when, _pictures_too, below=.25,
             unit='share of the margin of deep layers, on pictures')
 def margin_starts_near_zero_on_pictures(e):
     t = _seven(e, 'margin', 'depth', regime='vision')
-    return (_at(t, 'depth', 0, 0) / _at(t, 'depth', .66, 1)).max(axis=1)
+    return (between(t, 'depth', 0, 0) / between(t, 'depth', .66, 1)).max(axis=1)
 
 # %% ../../nbs/paper/corrections.ipynb #1493d655
 @correction('outputs_differ', _when,

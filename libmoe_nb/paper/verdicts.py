@@ -6,8 +6,8 @@ Docs: https://libmoe-nb.github.io/libmoe-nb/paper/verdicts.html.md"""
 
 # %% auto #0
 __all__ = ['words', 'measured', 'claims', 'corrections', 'Effect', 'interval', 'jackknife', 'Verdict', 'judge', 'NotThere',
-           'NotTestable', 'Evidence', 'Claim', 'claim', 'verdict_of', 'verdict_table', 'Correction', 'correction',
-           'correction_table']
+           'NotTestable', 'Evidence', 'between', 'Claim', 'claim', 'verdict_of', 'verdict_table', 'Correction',
+           'correction', 'correction_table']
 
 # %% ../../nbs/paper/verdicts.ipynb #69f1ca34
 import math, numpy as np, pandas as pd
@@ -102,6 +102,19 @@ class Evidence:
     def wide(self, name:str, *by, agg='mean', **where)->pd.DataFrame:
         "Seeds (and the columns `by`) down, algorithms across; of several rows for one cell, the mean"
         return self.rows(name, **where).pivot_table(index=['seed', *by], columns='recipe', values='value', aggfunc=agg)
+
+# %% ../../nbs/paper/verdicts.ipynb #7d20c4be
+def between(
+    t,         # of `Evidence.wide`: seeds and a column down
+    column:str,
+    low,
+    high,
+):             # by seed
+    "Means over the rows whose `column` lies there, ends included."
+    x = t.index.get_level_values(column)
+    part = t[(x >= low) & (x <= high)]
+    if not len(part): raise NotThere(f'{column} between {low} and {high}')
+    return part.groupby('seed').mean()
 
 # %% ../../nbs/paper/verdicts.ipynb #a0285e97
 @dataclass(frozen=True)
